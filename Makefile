@@ -1,12 +1,59 @@
-# The developers' front door: what each target does stands beside it; how, in scripts/.
+# The developers' front door. What a target does stands beside it, how in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help build clean
+.PHONY: help demo test bench lint format docs asan tsan mutants fuzz sim soak conformance build clean \
+	setup
+
+FUZZ_SECONDS ?= 600
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+demo: setup ## replicate a real guest, kill its site, recover it at the other (build/demo.json)
+	.venv/bin/vrep demo
+
+test: setup ## everything that must hold: lint, native, sanitizers, model, fuzz smoke, pytest
+	@scripts/test.sh
+
+bench: setup ## measure, side by side with the peers (build/bench.json)
+	.venv/bin/python -m bench
+
+lint: setup ## ruff, mypy, clang-format, cython-lint, codespell
+	@scripts/lint.sh
+
+format: setup ## put right what the linters can put right by themselves
+	@scripts/lint.sh --fix
+
+docs: setup ## the documentation in build/docs, warnings are errors
+	@scripts/docs.sh
+
+asan: setup ## the native tests under the address and undefined behaviour sanitizers
+	@scripts/native.sh asan
+
+tsan: setup ## the native tests under the thread sanitizer
+	@scripts/native.sh tsan
+
+mutants: setup ## break each invariant in turn, its test must turn red (build/mutants.json)
+	.venv/bin/python tests/mutants/run.py
+
+fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each
+	@scripts/fuzz.sh $(FUZZ_SECONDS)
+
+sim: ## the whole system in simulated time
+	@scripts/not-yet.sh $@ "the deterministic simulator is not built in this release"
+
+soak: ## hours of load with faults (build/soak.json)
+	@scripts/not-yet.sh $@ "the long run under load and faults is not built in this release"
+
+conformance: ## the SCSI and NBD conformance suites (build/conformance.json)
+	@scripts/not-yet.sh $@ "its subject, the SCSI front-end, is not built in this release"
+
 build: ## make .venv and build vrep into it
-	scripts/build.sh
+	@scripts/install-packages.sh build
+	@scripts/build.sh
+
+setup:
+	@scripts/install-packages.sh build test
+	@scripts/build.sh
 
 clean: ## remove build results, keep .venv
 	rm -rf build dist

@@ -1,0 +1,28 @@
+#!/bin/sh
+# Everything that `make test` checks, pytest last. A stage that fails does not hide
+# the next one: pytest's summary names it again, and the exit status tells.
+set -u
+cd "$(dirname "$0")/.."
+
+VREP_FAILED_STAGES=
+stage() {
+    name=$1
+    shift
+    echo "== $name"
+    "$@" || VREP_FAILED_STAGES="$VREP_FAILED_STAGES $name"
+}
+
+stage lint scripts/lint.sh
+stage native scripts/native.sh native
+stage asan scripts/native.sh asan
+stage tsan scripts/native.sh tsan
+stage model docs/internals/model/check.sh
+stage docs scripts/docs.sh
+stage fuzz scripts/fuzz.sh "${VREP_FUZZ_SECONDS:-30}"
+
+echo "== pytest"
+export VREP_FAILED_STAGES
+.venv/bin/python -m pytest -m "not slow"
+status=$?
+[ -z "$VREP_FAILED_STAGES" ] || exit 1
+exit "$status"
