@@ -2,7 +2,7 @@
 # Every linter in check mode; or, with --fix, what can be put right by machine.
 set -eu
 cd "$(dirname "$0")/.."
-bin=.venv/bin
+PATH="$PWD/.venv/bin:$PATH"
 
 rooms=$(find src tests bench examples docs -maxdepth 0 -type d 2>/dev/null || true)
 c_files=$(find $rooms \( -name '*.c' -o -name '*.h' \))
@@ -10,8 +10,8 @@ cython_files=$(find src \( -name '*.pyx' -o -name '*.pxd' \))
 
 if [ "${1:-}" = --fix ]; then
     clang-format -i $c_files
-    $bin/ruff format --quiet .
-    $bin/ruff check --quiet --fix .
+    ruff format --quiet .
+    ruff check --quiet --fix .
     exit
 fi
 
@@ -33,11 +33,11 @@ check_c_format() {
     }
 }
 
-check $bin/ruff check --quiet .
-check $bin/ruff format --quiet --check .
-check $bin/mypy --no-error-summary
+check ruff check --quiet .
+check ruff format --quiet --check .
+check mypy --no-error-summary
 check check_c_format
-check $bin/cython-lint $cython_files
-check $bin/codespell $rooms scripts packaging cmake ./*.md
+check cython-lint $cython_files
+check codespell $rooms scripts packaging cmake ./*.md
 [ "$failed" -eq 0 ] || exit 1
 echo "lint: clean"
