@@ -38,7 +38,8 @@
 #define VREP_INTENT_BYTES (16u << 20)    /* bytes per write-intent extent */
 #define VREP_SECTOR_BYTES 512u           /* disk sizes are multiples of this */
 #define VREP_NAME_BYTES 64u              /* NUL-terminated names in structs */
-#define VREP_OBJECT_BYTES_MAX (8u << 20)
+#define VREP_OBJECT_BYTES_MAX (8u << 20) /* plaintext of an OBJECT record */
+#define VREP_LABEL_BYTES_MAX 255u        /* label of a mark, name of an object */
 
 /* ---- common ------------------------------------------------------------ */
 
@@ -55,13 +56,13 @@ VREP_LAYOUT(struct vrep_position, 16);
 enum vrep_kind {
     VREP_KIND_WRITE = 1,     /* guest data */
     VREP_KIND_ZEROES = 2,    /* range reads zero; no body */
-    VREP_KIND_RESIZE = 3,    /* offset = new size of the disk; no body */
+    VREP_KIND_RESIZE = 3,    /* offset = new size of the disk, length 0; no body */
     VREP_KIND_SYNC = 4,      /* re-read data (sync copy) */
     VREP_KIND_SYNC_ZEROES = 5, /* re-read and found zero or a hole; no body */
     VREP_KIND_MARK = 6,      /* named or timed checkpoint; body: sealed vrep_mark + label */
     VREP_KIND_GAP_BEGIN = 7, /* no recovery point from here ... */
     VREP_KIND_GAP_END = 8,   /* ... to here (this position is recoverable) */
-    VREP_KIND_OBJECT = 9,    /* sealed named blob */
+    VREP_KIND_OBJECT = 9,    /* body: sealed vrep_object + name + blob */
     VREP_KIND_STREAM = 10,   /* plain vrep_stream body: records that follow are sealed under it */
     VREP_KIND_TALLY = 11,    /* sealed vrep_tally: running MAC up to and including its seq */
 };
@@ -84,15 +85,24 @@ enum vrep_kind {
  * VREP_PIECE_* flags above.  Data piece i covers plaintext bytes
  * [i * 128 KiB, min((i + 1) * 128 KiB, length)).  A hash piece, when flagged,
  * is the last one: 16 bytes (XXH3-128, canonical low then high, little-endian)
- * for each aligned 4 KiB block that [offset, offset + length) fully covers.
+ * for each aligned 4 KiB block that [offset, offset + length) fully covers;
+ * there is none, and no flag, when it covers no block.
+ *
+ * Only pieces of WRITE, SYNC and OBJECT records may be compressed, and then
+ * they are shorter than their plaintext.  disk, offset and length are zero
+ * where the kind gives them no meaning (MARK, OBJECT and TALLY have a length).
  *
  * Sealing: AES-256-GCM, key = stream key, nonce = seq (8 bytes LE) || piece
  * index (4 bytes LE; VREP_PIECE_HASH for the hash piece, VREP_PIECE_TALLY for
  * a tally), associated data = the 64 header bytes, then the piece word (4
  * bytes LE), then the piece index (4 bytes LE).
  *
+ * One stream seals one lane of one epoch, each seq at most once and in rising
+ * order, and at most one tally per seq: no nonce is ever used twice.
+ *
  * STREAM and TALLY records do not consume a seq: they carry the seq of the
- * last record before them (0 at the beginning of history). */
+ * last record before them (0 at the beginning of history).  That of a STREAM
+ * equals its resume_seq. */
 struct vrep_record {
     uint32_t magic;
     uint8_t version;
@@ -125,8 +135,8 @@ VREP_AT(struct vrep_record, checksum, 60);
 #define VREP_STREAM_KEY_BYTES 32u
 #define VREP_HASH_SECRET_BYTES 192u
 
-/* Plain body of a STREAM record (pieces = 0). The stream key is
- * HKDF-SHA256(data key of key_generation, info = "vrep stream v1" || stream id). */
+/* Plain body of a STREAM record (pieces = 0, length = body_bytes = 128). The stream key is
+ * HKDF-SHA256(data key of key_generation, no salt, info = "vrep stream v1" || stream id). */
 struct vrep_stream {
     uint8_t stream_id[16];
     uint8_t epoch_id[16];
@@ -161,6 +171,16 @@ struct vrep_mark {
     uint32_t flags;   /* 0 */
 };
 VREP_LAYOUT(struct vrep_mark, 16);
+
+/* Plaintext of an OBJECT: this struct, then name_bytes of UTF-8, then the
+ * blob, up to the length of the record. */
+struct vrep_object {
+    uint64_t wall_ns;
+    uint16_t version;    /* 1 */
+    uint16_t name_bytes; /* 1..255 */
+    uint32_t flags;      /* 0 */
+};
+VREP_LAYOUT(struct vrep_object, 16);
 
 /* ---- ring: shared memory ------------------------------------------------ */
 
