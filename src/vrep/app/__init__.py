@@ -1,0 +1,1 @@
+"""The edge: command line, daemon, status and the demonstration; nothing imports it."""
