@@ -1,0 +1,130 @@
+"""Definitions of protection groups: what a source site knows of each group it protects.
+
+One directory a group, ``groups/<name>/``, with ``group.json`` (written whole, atomically and
+synced) and the native state files beside it. The definition holds no secret: data keys are
+wrapped by the tenant's key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from vrep import errors
+from vrep.durable import write_atomic
+
+VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+
+
+class DiskDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One disk: its export name, its backing and its size in bytes when it was protected."""
+
+    name: str
+    uri: str
+    bytes: int
+    index: int
+
+
+class ParentPosition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an epoch left its parent; zeroes for a first epoch."""
+
+    epoch: int = 0
+    lane: int = 0
+    seq: int = 0
+
+
+class GroupOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of one group; sizes in bytes, rates in bytes a second, 0 = unlimited or off."""
+
+    ring_bytes: int = 256 << 20
+    descriptors: int = 1 << 16
+    slots: int = 1024
+    threads: int = 2
+    rate_bytes_per_s: int = 0
+    compression: int = 1
+    bit_bytes: int = 65536
+    direct: bool = False
+    socket_mode: int = 0o600
+    socket_group: str = ""
+    tcp: str = ""
+
+
+class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything a source needs to protect a group. Change by `msgspec.structs.replace`."""
+
+    version: int
+    group_id: str
+    name: str
+    disks: tuple[DiskDefinition, ...]
+    to_site: str
+    key: str
+    tenant_key_id: str
+    epoch: int
+    epoch_id: str
+    wrapped_keys: tuple[str, ...]
+    created: float
+    parent: ParentPosition = ParentPosition()
+    paused: bool = False
+    fenced: bool = False
+    options: GroupOptions = GroupOptions()
+
+
+def check_name(name: str, what: str = "group") -> str:
+    """The name, when it can be a file name, an export name and a label of a metric."""
+    if not NAME.fullmatch(name):
+        raise errors.InvalidError(
+            f"the {what} name {name!r} must be 1 to 63 letters, digits, '.', '_' or '-', "
+            "and begin with a letter or digit"
+        )
+    return name
+
+
+class GroupDirectory:
+    """The groups of a site, as files."""
+
+    def __init__(self, site_dir: Path) -> None:
+        self.root = site_dir / "groups"
+
+    def path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+    def names(self) -> Iterator[str]:
+        """Names of all groups, sorted."""
+        if self.root.is_dir():
+            for entry in sorted(self.root.iterdir()):
+                if (entry / "group.json").is_file():
+                    yield entry.name
+
+    def load(self, name: str) -> GroupDefinition:
+        path = self.path(name) / "group.json"
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"no group {name!r} is protected here") from None
+        try:
+            definition = msgspec.json.decode(data, type=GroupDefinition)
+        except msgspec.DecodeError as error:
+            raise errors.CorruptError(f"{path}: {error}") from None
+        if definition.version != VERSION:
+            raise errors.VersionError(f"{path} has version {definition.version}, not {VERSION}")
+        return definition
+
+    def store(self, definition: GroupDefinition) -> None:
+        path = self.path(definition.name)
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        text = msgspec.json.format(msgspec.json.encode(definition), indent=2)
+        write_atomic(path / "group.json", text + b"\n", mode=0o600)
+
+
+__all__ = [
+    "DiskDefinition",
+    "GroupDefinition",
+    "GroupDirectory",
+    "GroupOptions",
+    "ParentPosition",
+    "check_name",
+]
