@@ -6,6 +6,7 @@ set -eu
 cd "$(dirname "$0")/.."
 name=$1
 seconds=$2
+canary_seconds=60
 
 seeds=tests/fuzz/corpus/$name
 corpus=build/fuzz-corpus/$name
@@ -23,10 +24,10 @@ fail() {
 
 common="-print_final_stats=1 -max_len=65536 -timeout=20 -rss_limit_mb=2048 $dictionary"
 
-if "build/fuzz/${name}_canary" $common -max_total_time="$seconds" \
+if "build/fuzz/${name}_canary" $common -max_total_time="$canary_seconds" \
     -artifact_prefix="build/fuzz/$name.canary." "$corpus.canary" $seeds \
     >"$log.canary" 2>&1; then
-    fail "$log.canary" "the canary was not found in $seconds s"
+    fail "$log.canary" "the canary was not found in $canary_seconds s"
 fi
 grep -q 'fuzz canary found' "$log.canary" || fail "$log.canary" "crashed before its canary"
 
