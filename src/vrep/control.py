@@ -109,7 +109,9 @@ class ControlServer:
         except BaseException:
             self._socket.close()
             raise
-        self._thread = threading.Thread(target=self._accept, name=f"control:{path.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._accept, name=f"control:{path.name}", daemon=True
+        )
         self._thread.start()
 
     def _bind(self, mode: int) -> None:
@@ -256,7 +258,9 @@ class ControlClient:
             if "error" in message:
                 lines.close()
                 detail = message["error"]
-                raise _ERRORS.get(str(detail.get("type")), errors.VrepError)(str(detail.get("text")))
+                raise _ERRORS.get(str(detail.get("type")), errors.VrepError)(
+                    str(detail.get("text"))
+                )
             return message.get("result"), lines.take_fds()
 
     def alive(self) -> bool:

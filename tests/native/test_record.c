@@ -186,10 +186,17 @@ static void piece_words_are_bounded(void)
     CHECK_EQ(record.pieces, 3);
     CHECK_OK(vrep_record_check_pieces(&record, good));
     for (unsigned i = 0; i < 3; i++) {
-        const uint32_t bad[] = {0,           15,          16,
-                                17,          good[i] - 1, good[i] + 1,
-                                0x00ffffff,  good[i] | 0x02000000, good[i] | VREP_PIECE_ZSTD,
-                                VREP_PIECE_ZSTD | 16, 0xffffffff};
+        const uint32_t bad[] = {0,
+                                15,
+                                16,
+                                17,
+                                good[i] - 1,
+                                good[i] + 1,
+                                0x00ffffff,
+                                good[i] | 0x02000000,
+                                good[i] | VREP_PIECE_ZSTD,
+                                VREP_PIECE_ZSTD | 16,
+                                0xffffffff};
         for (size_t b = 0; b < sizeof bad / sizeof *bad; b++) {
             memcpy(words, good, sizeof words);
             words[i] = bad[b];

@@ -26,9 +26,9 @@ enum vrep_io_op {
     VREP_IO_FLUSH, /* all writes completed before submit are stable when it completes */
     VREP_IO_ZERO,  /* the range reads zero afterwards, stays allocated when NO_HOLE */
 };
-#define VREP_IO_FUA 1u     /* stable before completion */
+#define VREP_IO_FUA 1u /* stable before completion */
 #define VREP_IO_NO_HOLE 2u
-#define VREP_IO_FAST 4u    /* zero: fail with UNSUPPORTED rather than write zeroes slowly */
+#define VREP_IO_FAST 4u /* zero: fail with UNSUPPORTED rather than write zeroes slowly */
 
 struct vrep_io {
     uint8_t op;
@@ -38,7 +38,7 @@ struct vrep_io {
     uint64_t length;
     struct iovec *iov; /* kept by the caller until completion; may be consumed */
     int iovcnt;
-    int status; /* enum vrep_status; a short transfer is IO */
+    int status;   /* enum vrep_status; a short transfer is IO */
     int os_error; /* errno of a failure, 0 otherwise */
     void (*done)(struct vrep_io *io);
     void *owner;
@@ -58,9 +58,9 @@ uint32_t vrep_engine_reap(struct vrep_engine *engine);
 
 struct vrep_disk_info {
     uint64_t bytes;
-    uint32_t block_bytes;    /* preferred */
-    uint32_t align_bytes;    /* 1 for page-cached; logical block for O_DIRECT */
-    bool zero_is_cheap;      /* punch hole or BLKZEROOUT without writing */
+    uint32_t block_bytes; /* preferred */
+    uint32_t align_bytes; /* 1 for page-cached; logical block for O_DIRECT */
+    bool zero_is_cheap;   /* punch hole or BLKZEROOUT without writing */
     bool direct;
     bool block_device;
     bool read_only;
@@ -70,36 +70,44 @@ struct vrep_disk_info {
 #define VREP_DISK_DIRECT 1u
 #define VREP_DISK_READ_ONLY 2u
 #define VREP_DISK_NO_LOCK 4u
-/* uri: "file:PATH" or "block:PATH"; any other scheme is UNSUPPORTED.  Takes the locks that QEMU takes on an image
- * (OFD byte locks: permissions at 100, what it does not share at 200), so that a VM started past the filter and
- * vrep refuse each other: LOCKED.  A size that is no multiple of 512 is INVALID. */
-int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags, struct vrep_disk **out);
+/* uri: "file:PATH" or "block:PATH"; any other scheme is UNSUPPORTED.  Takes the locks that QEMU
+ * takes on an image (OFD byte locks: permissions at 100, what it does not share at 200), so that a
+ * VM started past the filter and vrep refuse each other: LOCKED.  A size that is no multiple of 512
+ * is INVALID. */
+int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
+                   struct vrep_disk **out);
 void vrep_disk_close(struct vrep_disk *disk);
 int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out);
 /* Re-reads the size (resize); stamps too. */
 int vrep_disk_refresh(struct vrep_disk *disk);
 
-/* Starts io; when it completed at once: io->inline_done is true, status is set and done() is NOT called. Bounds are
- * checked (RANGE).  Unaligned requests on an O_DIRECT disk are widened by read-modify-write; the caller holds the
- * widened range (vrep_disk_widen) against overlapping commands. */
+/* Starts io; when it completed at once: io->inline_done is true, status is set and done() is NOT
+ * called. Bounds are checked (RANGE).  Unaligned requests on an O_DIRECT disk are widened by
+ * read-modify-write; the caller holds the widened range (vrep_disk_widen) against overlapping
+ * commands. */
 void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io);
 /* The range that must be held for [offset, offset + length). */
 void vrep_disk_widen(const struct vrep_disk *disk, uint64_t *offset, uint64_t *length);
 
-/* Next extent at offset: how long (<= max), whether it is a hole that reads zero; cheap (SEEK_HOLE/SEEK_DATA), but
- * may block: for a block device all is data.  Any thread. */
-int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint64_t *length, bool *hole);
+/* Next extent at offset: how long (<= max), whether it is a hole that reads zero; cheap
+ * (SEEK_HOLE/SEEK_DATA), but may block: for a block device all is data.  Any thread. */
+int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint64_t *length,
+                     bool *hole);
 
 /* ---- overlay ------------------------------------------------------------- */
 
-/* Creates `path` (sparse, disk_bytes) and `path`.presence; opens them when they exist (CORRUPT, VERSION, INVALID). */
-int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16], uint64_t disk_bytes,
-                      uint32_t block_bytes, struct vrep_disk **out);
+/* Creates `path` (sparse, disk_bytes) and `path`.presence; opens them when they exist (CORRUPT,
+ * VERSION, INVALID). */
+int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
+                      uint64_t disk_bytes, uint32_t block_bytes, struct vrep_disk **out);
 bool vrep_disk_is_overlay(const struct vrep_disk *disk);
-/* First absent run of blocks inside [offset, offset + length), block-aligned; false when all is present. */
-bool vrep_overlay_absent(const struct vrep_disk *disk, uint64_t offset, uint64_t length, uint64_t *absent, uint64_t *absent_length);
-/* Marks whole blocks present in memory (data already written). Bits reach the file by vrep_overlay_sync: data are
- * synced first, then the bits that were set before that sync began. Flush on an overlay does both. */
+/* First absent run of blocks inside [offset, offset + length), block-aligned; false when all is
+ * present. */
+bool vrep_overlay_absent(const struct vrep_disk *disk, uint64_t offset, uint64_t length,
+                         uint64_t *absent, uint64_t *absent_length);
+/* Marks whole blocks present in memory (data already written). Bits reach the file by
+ * vrep_overlay_sync: data are synced first, then the bits that were set before that sync began.
+ * Flush on an overlay does both. */
 void vrep_overlay_set_present(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 int vrep_overlay_sync(struct vrep_disk *disk); /* any thread but one at a time */
 uint64_t vrep_overlay_present_bytes(const struct vrep_disk *disk);

@@ -34,24 +34,27 @@ struct vrep_command {
     uint16_t disk;
     uint64_t offset;
     uint64_t length;
-    struct iovec *iov; /* READ: destination, set by the front-end; WRITE: payload memory, set by prepare */
+    struct iovec
+        *iov; /* READ: destination, set by the front-end; WRITE: payload memory, set by prepare */
     int iovcnt;
     int status; /* enum vrep_status, valid in done */
     void (*done)(struct vrep_command *command);
     void *owner;
-    uint64_t tag;                /* free for the front-end */
-    struct vrep_command *next;   /* free for the front-end */
+    uint64_t tag;              /* free for the front-end */
+    struct vrep_command *next; /* free for the front-end */
     struct vrep_group *group;
     /* the rest is private to the filter room (it embeds this struct first in a larger one) */
 };
 
-/* NULL when all are in flight: stop reading from the client until vrep_group_set_wakeup's callback. */
+/* NULL when all are in flight: stop reading from the client until vrep_group_set_wakeup's callback.
+ */
 struct vrep_command *vrep_command_get(struct vrep_group *group);
 /* Returns a command that was not submitted, or whose done was called. */
 void vrep_command_put(struct vrep_command *command);
-/* WRITE: reserves where the payload goes and sets iov/iovcnt (ring chunks; without room in the ring a small private
- * reserve, and then the write will be unrecorded).  AGAIN: no memory at all; wait for the wake-up.  Bounds and
- * flags are checked here for every op: RANGE, INVALID, UNSUPPORTED, READ_ONLY as IO. */
+/* WRITE: reserves where the payload goes and sets iov/iovcnt (ring chunks; without room in the ring
+ * a small private reserve, and then the write will be unrecorded).  AGAIN: no memory at all; wait
+ * for the wake-up.  Bounds and flags are checked here for every op: RANGE, INVALID, UNSUPPORTED,
+ * READ_ONLY as IO. */
 int vrep_command_prepare(struct vrep_command *command);
 /* Runs it through the chain; done() is called exactly once, possibly before submit returns. */
 void vrep_command_submit(struct vrep_command *command);

@@ -22,9 +22,9 @@ struct vrep_group_disk {
     const char *uri;  /* file: block: or view:PATH (overlay) */
     uint64_t bytes;   /* expected size of an overlay to create; 0 otherwise */
 };
-#define VREP_GROUP_TAP 1u       /* replicate: ring, map, intent, state */
+#define VREP_GROUP_TAP 1u /* replicate: ring, map, intent, state */
 #define VREP_GROUP_READ_ONLY 2u
-#define VREP_GROUP_DIRECT 4u    /* O_DIRECT backing */
+#define VREP_GROUP_DIRECT 4u /* O_DIRECT backing */
 struct vrep_group_config {
     uint8_t group_id[16];
     uint8_t target_id[16];
@@ -37,24 +37,26 @@ struct vrep_group_config {
     const char *state_dir; /* "<state_dir>/state", "intent", "map.0", "map.1" */
     uint64_t ring_bytes;
     uint32_t ring_descriptors;
-    uint32_t slots;        /* commands in flight */
+    uint32_t slots; /* commands in flight */
     uint32_t bit_bytes;
-    uint32_t threads;      /* of the disk engine */
-    uint64_t private_bytes; /* reserve for unrecorded payloads, default 64 MiB */
+    uint32_t threads;            /* of the disk engine */
+    uint64_t private_bytes;      /* reserve for unrecorded payloads, default 64 MiB */
     uint64_t resync_bytes_per_s; /* 0: unlimited */
     uint64_t checkpoint_ns;      /* period of map checkpoints, default 5 s */
 };
 
-/* Opens disks and locks; decides from durable state, stamps, ring and map what happened since (clean, process kill,
- * power loss, written past the filter); replays the in-flight table; ready to serve when it returns.
- * LOCKED, NOT_FOUND, INVALID (size changed under clean state is `unverified`, not an error), IO, CORRUPT, VERSION. */
+/* Opens disks and locks; decides from durable state, stamps, ring and map what happened since
+ * (clean, process kill, power loss, written past the filter); replays the in-flight table; ready to
+ * serve when it returns. LOCKED, NOT_FOUND, INVALID (size changed under clean state is
+ * `unverified`, not an error), IO, CORRUPT, VERSION. */
 int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **out);
 /* Drains what is in flight; clean also stores stamps and a clean checkpoint. */
 void vrep_group_close(struct vrep_group *group, bool clean);
 
-int vrep_group_fd(const struct vrep_group *group);      /* an epoll fd: readable when poll has work */
-void vrep_group_poll(struct vrep_group *group);         /* completions, consumers, mailbox, timers */
-int vrep_group_timeout_ms(const struct vrep_group *group); /* until poll must be called anyway; -1: never */
+int vrep_group_fd(const struct vrep_group *group); /* an epoll fd: readable when poll has work */
+void vrep_group_poll(struct vrep_group *group);    /* completions, consumers, mailbox, timers */
+int vrep_group_timeout_ms(
+    const struct vrep_group *group); /* until poll must be called anyway; -1: never */
 /* After a batch of submits: wakes the consumers (once per batch). */
 void vrep_group_flush_wakeups(struct vrep_group *group);
 /* Called on the group's thread when commands or payload memory are free again after AGAIN/NULL. */
@@ -68,17 +70,20 @@ struct vrep_map *vrep_group_map(struct vrep_group *group); /* NULL without tap *
 
 /* ---- control, from any thread ---------------------------------------------- */
 /* Runs fn(group, argument) on the group's thread and waits for it. GONE after close. */
-int vrep_group_call(struct vrep_group *group, int (*fn)(struct vrep_group *group, void *argument), void *argument);
+int vrep_group_call(struct vrep_group *group, int (*fn)(struct vrep_group *group, void *argument),
+                    void *argument);
 
 /* The following run on the group's thread (use vrep_group_call). */
-int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const uint8_t target_id[16], uint64_t durable,
+int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const uint8_t target_id[16],
+                               uint64_t durable,
                                int fds[3]); /* control, data, space: dups for the consumer */
 int vrep_group_consumer_detach(struct vrep_group *group, uint32_t role);
-/* Inserts a MARK record (no payload but the label) after everything acknowledged so far; *seq is its position.
- * FULL when there is no room, GONE in a gap. */
-int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq);
-/* Sync copies of unshipped blocks run only while allowed; rate 0 = unlimited.  Everything becomes unshipped with
- * `all` (first sync: the gap starts with it). */
+/* Inserts a MARK record (no payload but the label) after everything acknowledged so far; *seq is
+ * its position. FULL when there is no room, GONE in a gap. */
+int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
+                    uint64_t *seq);
+/* Sync copies of unshipped blocks run only while allowed; rate 0 = unlimited.  Everything becomes
+ * unshipped with `all` (first sync: the gap starts with it). */
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all);
 /* The ring cannot be shipped any more from here (lost history at the target): rule 12. */
 int vrep_group_lose_ring(struct vrep_group *group);
@@ -87,23 +92,29 @@ struct vrep_group_status {
     uint64_t head, released, durable, received, read;
     uint64_t ring_free_bytes, ring_bytes;
     uint64_t dirty_bytes, unshipped_bytes, total_bytes;
-    uint64_t gap_seq;          /* 0: none open */
-    uint32_t gap;              /* 1: in a gap */
-    uint32_t unverified;       /* reason code */
-    uint32_t opened_as;        /* how the last open found it: VREP_OPENED_* */
-    uint32_t replayed;         /* slots replayed at open */
+    uint64_t gap_seq;    /* 0: none open */
+    uint32_t gap;        /* 1: in a gap */
+    uint32_t unverified; /* reason code */
+    uint32_t opened_as;  /* how the last open found it: VREP_OPENED_* */
+    uint32_t replayed;   /* slots replayed at open */
     uint32_t inflight;
     uint32_t consumers;
-    uint64_t oldest_ns;        /* CLOCK_REALTIME of the oldest record not durable, 0: none */
+    uint64_t oldest_ns; /* CLOCK_REALTIME of the oldest record not durable, 0: none */
     uint64_t writes, write_bytes, reads, read_bytes, flushes, zeroes, zero_bytes; /* of the guest */
-    uint64_t unrecorded;       /* writes that found no room */
-    uint64_t gaps;             /* begun since open */
-    uint64_t resync_bytes;     /* copied since the last resync began */
-    uint64_t errors;           /* backing errors */
-    uint32_t flush_failed;     /* flushes fail until re-verified */
+    uint64_t unrecorded;   /* writes that found no room */
+    uint64_t gaps;         /* begun since open */
+    uint64_t resync_bytes; /* copied since the last resync began */
+    uint64_t errors;       /* backing errors */
+    uint32_t flush_failed; /* flushes fail until re-verified */
     uint32_t resync_allowed;
 };
-enum vrep_opened { VREP_OPENED_NEW = 1, VREP_OPENED_CLEAN, VREP_OPENED_KILLED, VREP_OPENED_POWER_LOSS, VREP_OPENED_UNEXPLAINED };
+enum vrep_opened {
+    VREP_OPENED_NEW = 1,
+    VREP_OPENED_CLEAN,
+    VREP_OPENED_KILLED,
+    VREP_OPENED_POWER_LOSS,
+    VREP_OPENED_UNEXPLAINED
+};
 int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
 
 /* ---- views: the miss queue --------------------------------------------------- */
@@ -114,13 +125,17 @@ struct vrep_miss {
     uint64_t length; /* whole blocks, <= 1 MiB */
     uint16_t disk;
 };
-/* Any one thread: waits up to timeout_ms for misses (a background fill asks too, by vrep_group_fill_next);
- * returns how many were stored in out. */
-uint32_t vrep_group_misses(struct vrep_group *group, struct vrep_miss *out, uint32_t max, int timeout_ms);
-/* Ends a miss with data (length of the miss), or with a status: then the waiting commands fail. data may be NULL:
- * zeroes.  Presence is rechecked under the range: newer guest data are never overwritten. */
+/* Any one thread: waits up to timeout_ms for misses (a background fill asks too, by
+ * vrep_group_fill_next); returns how many were stored in out. */
+uint32_t vrep_group_misses(struct vrep_group *group, struct vrep_miss *out, uint32_t max,
+                           int timeout_ms);
+/* Ends a miss with data (length of the miss), or with a status: then the waiting commands fail.
+ * data may be NULL: zeroes.  Presence is rechecked under the range: newer guest data are never
+ * overwritten. */
 int vrep_group_fill(struct vrep_group *group, uint64_t ticket, const void *data, int status);
-/* Background fill: asks for the next absent range of a disk as a miss; NOT_FOUND when the disk is whole. */
-int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t max, struct vrep_miss *out);
+/* Background fill: asks for the next absent range of a disk as a miss; NOT_FOUND when the disk is
+ * whole. */
+int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t max,
+                         struct vrep_miss *out);
 
 #endif

@@ -21,8 +21,10 @@
 #error "vrep maps its formats in place and needs a little-endian host"
 #endif
 
-#define VREP_LAYOUT(type, bytes) static_assert(sizeof(type) == (bytes), #type " must be " #bytes " bytes")
-#define VREP_AT(type, field, at) static_assert(offsetof(type, field) == (at), #type "." #field " must be at " #at)
+#define VREP_LAYOUT(type, bytes)                                                                   \
+    static_assert(sizeof(type) == (bytes), #type " must be " #bytes " bytes")
+#define VREP_AT(type, field, at)                                                                   \
+    static_assert(offsetof(type, field) == (at), #type "." #field " must be at " #at)
 
 /* ---- limits ------------------------------------------------------------ */
 
@@ -54,17 +56,17 @@ struct vrep_position {
 VREP_LAYOUT(struct vrep_position, 16);
 
 enum vrep_kind {
-    VREP_KIND_WRITE = 1,     /* guest data */
-    VREP_KIND_ZEROES = 2,    /* range reads zero; no body */
-    VREP_KIND_RESIZE = 3,    /* offset = new size of the disk, length 0; no body */
-    VREP_KIND_SYNC = 4,      /* re-read data (sync copy) */
+    VREP_KIND_WRITE = 1,       /* guest data */
+    VREP_KIND_ZEROES = 2,      /* range reads zero; no body */
+    VREP_KIND_RESIZE = 3,      /* offset = new size of the disk, length 0; no body */
+    VREP_KIND_SYNC = 4,        /* re-read data (sync copy) */
     VREP_KIND_SYNC_ZEROES = 5, /* re-read and found zero or a hole; no body */
-    VREP_KIND_MARK = 6,      /* named or timed checkpoint; body: sealed vrep_mark + label */
-    VREP_KIND_GAP_BEGIN = 7, /* no recovery point from here ... */
-    VREP_KIND_GAP_END = 8,   /* ... to here (this position is recoverable) */
-    VREP_KIND_OBJECT = 9,    /* body: sealed vrep_object + name + blob */
-    VREP_KIND_STREAM = 10,   /* plain vrep_stream body: records that follow are sealed under it */
-    VREP_KIND_TALLY = 11,    /* sealed vrep_tally: running MAC up to and including its seq */
+    VREP_KIND_MARK = 6,        /* named or timed checkpoint; body: sealed vrep_mark + label */
+    VREP_KIND_GAP_BEGIN = 7,   /* no recovery point from here ... */
+    VREP_KIND_GAP_END = 8,     /* ... to here (this position is recoverable) */
+    VREP_KIND_OBJECT = 9,      /* body: sealed vrep_object + name + blob */
+    VREP_KIND_STREAM = 10,     /* plain vrep_stream body: records that follow are sealed under it */
+    VREP_KIND_TALLY = 11,      /* sealed vrep_tally: running MAC up to and including its seq */
 };
 #define VREP_KIND_LAST VREP_KIND_TALLY
 
@@ -128,9 +130,9 @@ VREP_AT(struct vrep_record, wall_ns, 40);
 VREP_AT(struct vrep_record, checksum, 60);
 
 #define VREP_PIECE_LENGTH_MASK 0x00ffffffu
-#define VREP_PIECE_ZSTD 0x01000000u     /* plaintext is one zstd frame of the piece */
-#define VREP_PIECE_HASH 0x80000000u     /* nonce index of the hash piece */
-#define VREP_PIECE_TALLY 0x80000001u    /* nonce index of a tally */
+#define VREP_PIECE_ZSTD 0x01000000u  /* plaintext is one zstd frame of the piece */
+#define VREP_PIECE_HASH 0x80000000u  /* nonce index of the hash piece */
+#define VREP_PIECE_TALLY 0x80000001u /* nonce index of a tally */
 #define VREP_TAG_BYTES 16u
 #define VREP_STREAM_KEY_BYTES 32u
 #define VREP_HASH_SECRET_BYTES 192u
@@ -166,9 +168,9 @@ VREP_LAYOUT(struct vrep_tally, 64);
 /* Plaintext of a MARK: this struct, then label_bytes of UTF-8. */
 struct vrep_mark {
     uint64_t wall_ns;
-    uint16_t version; /* 1 */
+    uint16_t version;     /* 1 */
     uint16_t label_bytes; /* <= 255 */
-    uint32_t flags;   /* 0 */
+    uint32_t flags;       /* 0 */
 };
 VREP_LAYOUT(struct vrep_mark, 16);
 
@@ -302,7 +304,11 @@ VREP_AT(struct vrep_ring_control, waiting, 128);
 #define VREP_MAP_MAGIC 0x50414d5045525600ull
 #define VREP_MAP_VERSION 1u
 
-enum vrep_generation_state { VREP_GENERATION_FREE = 0, VREP_GENERATION_OPEN = 1, VREP_GENERATION_SEALED = 2 };
+enum vrep_generation_state {
+    VREP_GENERATION_FREE = 0,
+    VREP_GENERATION_OPEN = 1,
+    VREP_GENERATION_SEALED = 2
+};
 struct vrep_map_generation {
     uint32_t state;
     uint32_t inflight; /* recomputed from the slots at a restart */
@@ -313,10 +319,10 @@ struct vrep_map_generation {
 VREP_LAYOUT(struct vrep_map_generation, 32);
 
 struct vrep_map_disk {
-    uint64_t bytes;        /* size of the disk */
+    uint64_t bytes; /* size of the disk */
     uint64_t bits;
-    uint64_t words;        /* uint64_t per bitmap, padded to a page */
-    uint64_t bitmaps_at;   /* file offset: generation 0..3, then unshipped, each words * 8 bytes */
+    uint64_t words;      /* uint64_t per bitmap, padded to a page */
+    uint64_t bitmaps_at; /* file offset: generation 0..3, then unshipped, each words * 8 bytes */
 };
 VREP_LAYOUT(struct vrep_map_disk, 32);
 
@@ -333,9 +339,9 @@ struct vrep_map_header {
     uint8_t reserved0[44];
     uint32_t checksum; /* at 124, of the 124 bytes before */
     /* what changes */
-    uint32_t gap;        /* at 128: 1 = a gap must be, or is, recorded */
-    uint32_t gap_open;   /* 1 = gap-begin has been published */
-    uint64_t gap_seq;    /* of that gap-begin */
+    uint32_t gap;      /* at 128: 1 = a gap must be, or is, recorded */
+    uint32_t gap_open; /* 1 = gap-begin has been published */
+    uint64_t gap_seq;  /* of that gap-begin */
     uint32_t open_generation;
     uint32_t unverified; /* reason code, 0 = verified */
     uint64_t reserved1[5];
@@ -361,8 +367,8 @@ struct vrep_checkpoint_header {
     uint8_t group_id[16];
     uint8_t target_id[16];
     uint32_t bit_bytes;
-    uint32_t clean;   /* 1: written by a clean stop, nothing in flight */
-    uint64_t head;    /* when the copy began */
+    uint32_t clean;     /* 1: written by a clean stop, nothing in flight */
+    uint64_t head;      /* when the copy began */
     uint8_t digest[16]; /* XXH3-128 of the bitmaps */
     uint64_t words[VREP_DISKS_MAX];
     uint64_t bytes[VREP_DISKS_MAX];
@@ -394,9 +400,9 @@ VREP_LAYOUT(struct vrep_intent_header, 128);
 
 #define VREP_STATE_MAGIC 0x5453504552560000ull
 #define VREP_STATE_VERSION 1u
-#define VREP_STATE_OPEN 0x1u      /* set before the first guest write, cleared by a clean stop */
+#define VREP_STATE_OPEN 0x1u /* set before the first guest write, cleared by a clean stop */
 #define VREP_STATE_GAP 0x2u
-#define VREP_STATE_SYNCED 0x4u    /* a first sync has ended at least once */
+#define VREP_STATE_SYNCED 0x4u /* a first sync has ended at least once */
 #define VREP_STATE_FENCED 0x8u
 #define VREP_STATE_UNVERIFIED 0x10u
 struct vrep_state_disk {
@@ -444,7 +450,7 @@ struct vrep_segment_header {
     uint64_t lease;   /* of the writer */
     uint64_t wall_ns;
     struct vrep_position after; /* the last position of the segment before */
-    uint8_t stream_id[16];      /* stream in force at the start; zero: a STREAM record comes first */
+    uint8_t stream_id[16]; /* stream in force at the start; zero: a STREAM record comes first */
     uint8_t reserved[28];
     uint32_t checksum;
 };
@@ -459,10 +465,10 @@ struct vrep_commit {
     uint16_t version;
     uint16_t block_bytes; /* 128 */
     uint32_t segment;
-    uint32_t number;  /* of this commit in the segment, from 1 */
-    uint64_t start;   /* [start, end) are the records of this commit */
+    uint32_t number; /* of this commit in the segment, from 1 */
+    uint64_t start;  /* [start, end) are the records of this commit */
     uint64_t end;
-    uint8_t digest[16]; /* XXH3-128 of [start, this block), padding included */
+    uint8_t digest[16];           /* XXH3-128 of [start, this block), padding included */
     struct vrep_position last;    /* of the last record */
     struct vrep_position durable; /* known to be durable when this was written */
     uint8_t group_id[16];
@@ -487,7 +493,7 @@ struct vrep_index_entry {
     uint16_t disk;
     uint16_t piece;
     uint8_t kind;
-    uint8_t flags; /* 0 */
+    uint8_t flags;   /* 0 */
     uint16_t stream; /* into this index's table of streams */
 };
 VREP_LAYOUT(struct vrep_index_entry, 40);
@@ -545,8 +551,8 @@ struct vrep_index_trailer {
     uint64_t times_count;
     struct vrep_position first;
     struct vrep_position last;
-    uint64_t data_bytes;      /* plaintext bytes of all entries */
-    uint64_t segment_bytes;   /* end of the last commit block in the file; 0 in a run */
+    uint64_t data_bytes;    /* plaintext bytes of all entries */
+    uint64_t segment_bytes; /* end of the last commit block in the file; 0 in a run */
     uint64_t wall_first_ns;
     uint64_t wall_last_ns;
     uint8_t group_id[16];
@@ -580,7 +586,7 @@ struct vrep_manifest_header {
     uint32_t key_bytes;
     uint32_t body_bytes;
     uint32_t next_segment;
-    uint32_t flags; /* VREP_MANIFEST_* */
+    uint32_t flags;          /* VREP_MANIFEST_* */
     uint32_t active_segment; /* being appended, 0: none */
     uint32_t reserved0;
     char group_name[VREP_NAME_BYTES];

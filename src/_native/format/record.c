@@ -189,8 +189,7 @@ int vrep_piece_walk_next(struct vrep_piece_walk *walk, struct vrep_piece *piece)
     if (hash) {
         piece->index = VREP_PIECE_HASH;
         piece->offset = 0;
-        piece->plain =
-            vrep_record_hash_blocks(record->offset, record->length, &first) * HASH_BYTES;
+        piece->plain = vrep_record_hash_blocks(record->offset, record->length, &first) * HASH_BYTES;
     } else {
         piece->index = record->kind == VREP_KIND_TALLY ? VREP_PIECE_TALLY : i;
         piece->offset = i * VREP_PIECE_BYTES_MAX;

@@ -37,12 +37,14 @@ struct vrep_ring_config {
 
 /* Creates, fully allocates (no SIGBUS later) and attaches a new ring file in place of whatever
  * stands at path (written aside, renamed).  INVALID, NOMEM, IO, FULL. */
-int vrep_ring_create(const char *path, const struct vrep_ring_config *config, struct vrep_ring **out);
+int vrep_ring_create(const char *path, const struct vrep_ring_config *config,
+                     struct vrep_ring **out);
 
-/* Attaches the ring a dead producer left: checks magic, version, checksum, boot id, group id and every
- * region bound; rebuilds the chunk allocator from (released, head] and the slots.  The caller then judges
- * every slot (vrep_ring_slot_at).  NOT_FOUND, GONE (another boot), VERSION, CORRUPT, BUSY (its producer
- * still lives: an exclusive lock on the file is held for the life of the handle), IO. */
+/* Attaches the ring a dead producer left: checks magic, version, checksum, boot id, group id and
+ * every region bound; rebuilds the chunk allocator from (released, head] and the slots.  The caller
+ * then judges every slot (vrep_ring_slot_at).  NOT_FOUND, GONE (another boot), VERSION, CORRUPT,
+ * BUSY (its producer still lives: an exclusive lock on the file is held for the life of the
+ * handle), IO. */
 int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_ring **out);
 
 /* Unmaps; clean says that nothing is in flight. */
@@ -59,8 +61,8 @@ uint32_t vrep_ring_free_descriptors(const struct vrep_ring *ring);
 /* True when less than half of chunks or of descriptors is free. */
 bool vrep_ring_half_full(const struct vrep_ring *ring);
 
-/* A slot (state RESERVED) with a descriptor and chunks for payload_bytes (0: none); NULL when any of the
- * three is short, and then nothing is taken.  Prefers contiguous chunks. */
+/* A slot (state RESERVED) with a descriptor and chunks for payload_bytes (0: none); NULL when any
+ * of the three is short, and then nothing is taken.  Prefers contiguous chunks. */
 struct vrep_ring_slot *vrep_ring_reserve(struct vrep_ring *ring, uint64_t payload_bytes);
 /* A slot without descriptor or chunks (state UNRECORDED); NULL when the table is full. */
 struct vrep_ring_slot *vrep_ring_reserve_unrecorded(struct vrep_ring *ring);
@@ -69,41 +71,47 @@ void vrep_ring_cancel(struct vrep_ring *ring, struct vrep_ring_slot *slot);
 /* Gives back the chunks only (a change that turned out to be zeroes). */
 void vrep_ring_drop_payload(struct vrep_ring *ring, struct vrep_ring_slot *slot);
 
-/* Payload of a slot, [offset, offset + length) of it, as iovecs (adjacent chunks joined); returns their
- * number, or -1 when max is too small.  max = length / 4096 + 2 is always enough. */
-int vrep_ring_iov(struct vrep_ring *ring, const struct vrep_ring_slot *slot, uint32_t offset, uint32_t length,
-                  struct iovec *iov, int max);
+/* Payload of a slot, [offset, offset + length) of it, as iovecs (adjacent chunks joined); returns
+ * their number, or -1 when max is too small.  max = length / 4096 + 2 is always enough. */
+int vrep_ring_iov(struct vrep_ring *ring, const struct vrep_ring_slot *slot, uint32_t offset,
+                  uint32_t length, struct iovec *iov, int max);
 
-/* Publish, first half: assigns seq = head + 1, writes the descriptor from the slot's fields and the times,
- * stores seq in the slot.  One staged slot at a time.  The caller then raises the generation's last_seq. */
-uint64_t vrep_ring_stage(struct vrep_ring *ring, struct vrep_ring_slot *slot, uint64_t wall_ns, uint64_t mono_ns);
-/* Publish, second half: advances head (release), then frees the slot (its chunks now belong to the descriptor). */
+/* Publish, first half: assigns seq = head + 1, writes the descriptor from the slot's fields and the
+ * times, stores seq in the slot.  One staged slot at a time.  The caller then raises the
+ * generation's last_seq. */
+uint64_t vrep_ring_stage(struct vrep_ring *ring, struct vrep_ring_slot *slot, uint64_t wall_ns,
+                         uint64_t mono_ns);
+/* Publish, second half: advances head (release), then frees the slot (its chunks now belong to the
+ * descriptor). */
 void vrep_ring_commit(struct vrep_ring *ring, struct vrep_ring_slot *slot);
 
-/* Frees descriptors and chunks up to `upto` (checked: released <= upto <= head; returns INVALID otherwise). */
+/* Frees descriptors and chunks up to `upto` (checked: released <= upto <= head; returns INVALID
+ * otherwise). */
 int vrep_ring_release(struct vrep_ring *ring, uint64_t upto);
 
 /* The in-flight table, for a restart and for inspection. */
 uint32_t vrep_ring_slots(const struct vrep_ring *ring);
 struct vrep_ring_slot *vrep_ring_slot_at(struct vrep_ring *ring, uint32_t index);
-/* Restart: frees slots that were committed (seq != 0 && seq <= head) or never granted, resets seq of the rest
- * to 0; returns how many GRANTED or UNRECORDED ones remain. */
+/* Restart: frees slots that were committed (seq != 0 && seq <= head) or never granted, resets seq
+ * of the rest to 0; returns how many GRANTED or UNRECORDED ones remain. */
 uint32_t vrep_ring_judge(struct vrep_ring *ring);
 
 /* ---- consumers, as the filter sees them --------------------------------- */
 
-/* A consumer: a sealed memfd (control, 4096 bytes, cannot shrink: no SIGBUS) that it writes, an eventfd that
- * the filter signals when head moved and `waiting` is set, and one that the consumer signals when it wrote. */
+/* A consumer: a sealed memfd (control, 4096 bytes, cannot shrink: no SIGBUS) that it writes, an
+ * eventfd that the filter signals when head moved and `waiting` is set, and one that the consumer
+ * signals when it wrote. */
 struct vrep_ring_consumer {
     const struct vrep_ring_control *control;
     int control_fd, data_fd, space_fd;
     uint64_t durable, received, read; /* last accepted values */
     uint32_t role;
 };
-int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64_t durable, struct vrep_ring_consumer *out);
+int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64_t durable,
+                              struct vrep_ring_consumer *out);
 void vrep_ring_consumer_close(struct vrep_ring_consumer *consumer);
-/* Copies each value once, accepts it when monotonic and <= head; INVALID names a consumer that lied (its old
- * values stay). */
+/* Copies each value once, accepts it when monotonic and <= head; INVALID names a consumer that lied
+ * (its old values stay). */
 int vrep_ring_consumer_poll(const struct vrep_ring *ring, struct vrep_ring_consumer *consumer);
 /* After a batch of commits: signals the consumer if it waits. */
 void vrep_ring_consumer_notify(const struct vrep_ring *ring, struct vrep_ring_consumer *consumer);
@@ -111,22 +119,28 @@ void vrep_ring_consumer_notify(const struct vrep_ring *ring, struct vrep_ring_co
 /* ---- consumers, their own side ------------------------------------------- */
 
 struct vrep_ring_reader;
-/* Opens the ring read-only and the control memfd read-write (fds from the filter's control socket; both
- * eventfds may be -1: then wait polls).  Takes its own dup of the fds. */
-int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, int space_fd, struct vrep_ring_reader **out);
+/* Opens the ring read-only and the control memfd read-write (fds from the filter's control socket;
+ * both eventfds may be -1: then wait polls).  Takes its own dup of the fds. */
+int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, int space_fd,
+                          struct vrep_ring_reader **out);
 void vrep_ring_reader_close(struct vrep_ring_reader *reader);
 const struct vrep_ring_header *vrep_ring_reader_header(const struct vrep_ring_reader *reader);
 uint64_t vrep_ring_reader_head(const struct vrep_ring_reader *reader);
 uint64_t vrep_ring_reader_released(const struct vrep_ring_reader *reader);
 /* Waits until head > seq (returns OK) or timeout_ms passed (AGAIN). */
 int vrep_ring_reader_wait(struct vrep_ring_reader *reader, uint64_t seq, int timeout_ms);
-/* Copy of the descriptor of seq; RANGE when it is not in (released, head], CORRUPT when the slot holds another seq. */
-int vrep_ring_reader_desc(const struct vrep_ring_reader *reader, uint64_t seq, struct vrep_ring_desc *out);
-/* Payload as iovecs into the read-only mapping; every link is bounded before use (CORRUPT). Returns the number in *n. */
-int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vrep_ring_desc *desc, struct iovec *iov,
-                         int max, int *n);
-/* Observers: after copying a payload, true when the descriptor still was the same (not yet reused). */
+/* Copy of the descriptor of seq; RANGE when it is not in (released, head], CORRUPT when the slot
+ * holds another seq. */
+int vrep_ring_reader_desc(const struct vrep_ring_reader *reader, uint64_t seq,
+                          struct vrep_ring_desc *out);
+/* Payload as iovecs into the read-only mapping; every link is bounded before use (CORRUPT). Returns
+ * the number in *n. */
+int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vrep_ring_desc *desc,
+                         struct iovec *iov, int max, int *n);
+/* Observers: after copying a payload, true when the descriptor still was the same (not yet reused).
+ */
 bool vrep_ring_reader_still(const struct vrep_ring_reader *reader, uint64_t seq);
-void vrep_ring_reader_set(struct vrep_ring_reader *reader, uint64_t read, uint64_t received, uint64_t durable);
+void vrep_ring_reader_set(struct vrep_ring_reader *reader, uint64_t read, uint64_t received,
+                          uint64_t durable);
 
 #endif

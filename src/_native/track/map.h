@@ -22,17 +22,20 @@
 
 struct vrep_map;
 
-int vrep_map_create(const char *path, const uint8_t group_id[16], const uint8_t target_id[16], const uint64_t *disk_bytes,
-                    uint32_t disks, uint32_t bit_bytes, struct vrep_map **out);
-/* Attaches what a dead owner left; GONE when of another boot, CORRUPT, VERSION, INVALID when disks or sizes differ. */
-int vrep_map_attach(const char *path, const uint8_t group_id[16], const uint8_t target_id[16], const uint64_t *disk_bytes,
-                    uint32_t disks, struct vrep_map **out);
+int vrep_map_create(const char *path, const uint8_t group_id[16], const uint8_t target_id[16],
+                    const uint64_t *disk_bytes, uint32_t disks, uint32_t bit_bytes,
+                    struct vrep_map **out);
+/* Attaches what a dead owner left; GONE when of another boot, CORRUPT, VERSION, INVALID when disks
+ * or sizes differ. */
+int vrep_map_attach(const char *path, const uint8_t group_id[16], const uint8_t target_id[16],
+                    const uint64_t *disk_bytes, uint32_t disks, struct vrep_map **out);
 /* Read-only, for status. */
 int vrep_map_open(const char *path, struct vrep_map **out);
 void vrep_map_detach(struct vrep_map *map);
 struct vrep_map_header *vrep_map_header(struct vrep_map *map);
 
-/* Grant: marks the open generation and counts one in flight in it; returns the generation's index. */
+/* Grant: marks the open generation and counts one in flight in it; returns the generation's index.
+ */
 uint8_t vrep_map_mark(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
 /* Publish, between stage and commit of the ring: last_seq = max(last_seq, seq). */
 void vrep_map_raise(struct vrep_map *map, uint8_t generation, uint64_t seq);
@@ -42,14 +45,18 @@ void vrep_map_done(struct vrep_map *map, uint8_t generation);
 void vrep_map_mark_unshipped(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
 void vrep_map_mark_all_unshipped(struct vrep_map *map);
 /* Only bits that the range covers whole (the last one of a disk may be short). */
-void vrep_map_clear_unshipped(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
+void vrep_map_clear_unshipped(struct vrep_map *map, uint16_t disk, uint64_t offset,
+                              uint64_t length);
 /* True if any bit of the range is set in a generation (for the delta rule). */
 bool vrep_map_in_generation(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
 
-/* Seals the open generation and opens a free one; when none is free, merges the two oldest sealed ones and tells
- * the caller (moved: from -> to, so that it updates the slots in flight).  False: nothing marked since the last
- * seal, nothing done. */
-struct vrep_map_move { bool moved; uint8_t from, to; };
+/* Seals the open generation and opens a free one; when none is free, merges the two oldest sealed
+ * ones and tells the caller (moved: from -> to, so that it updates the slots in flight).  False:
+ * nothing marked since the last seal, nothing done. */
+struct vrep_map_move {
+    bool moved;
+    uint8_t from, to;
+};
 bool vrep_map_seal(struct vrep_map *map, uint64_t head, struct vrep_map_move *move);
 /* Clears what rule 5 allows; returns the number of generations freed. */
 uint32_t vrep_map_clear(struct vrep_map *map, uint64_t durable);
@@ -68,22 +75,24 @@ uint64_t vrep_map_dirty_bits(const struct vrep_map *map);     /* a scan */
 /* Bytes of the disk(s) those bits stand for, the short last bit counted right. */
 uint64_t vrep_map_dirty_bytes(const struct vrep_map *map);
 uint64_t vrep_map_unshipped_bytes(const struct vrep_map *map);
-/* Next run of unshipped bits at or after `from`, at most max_bytes; false at the end of the disk. */
-bool vrep_map_next_unshipped(const struct vrep_map *map, uint16_t disk, uint64_t from, uint64_t max_bytes,
-                             uint64_t *offset, uint64_t *length);
+/* Next run of unshipped bits at or after `from`, at most max_bytes; false at the end of the disk.
+ */
+bool vrep_map_next_unshipped(const struct vrep_map *map, uint16_t disk, uint64_t from,
+                             uint64_t max_bytes, uint64_t *offset, uint64_t *length);
 /* Next run of dirty or clean bits at or after `from`: for BLOCK_STATUS. */
-bool vrep_map_next_run(const struct vrep_map *map, uint16_t disk, uint64_t from, uint64_t *length, bool *dirty);
+bool vrep_map_next_run(const struct vrep_map *map, uint16_t disk, uint64_t from, uint64_t *length,
+                       bool *dirty);
 /* Union of the five bitmaps of a disk into words (vrep_map_header()->disk[disk].words of them). */
 void vrep_map_union(const struct vrep_map *map, uint16_t disk, uint64_t *words);
 
-/* Durable checkpoint of the union into the older of two files (prefix + ".0" / ".1"): write, fdatasync.
- * Any thread; allocates nothing after the first call. */
+/* Durable checkpoint of the union into the older of two files (prefix + ".0" / ".1"): write,
+ * fdatasync. Any thread; allocates nothing after the first call. */
 struct vrep_checkpoint;
 int vrep_checkpoint_open(const char *prefix, struct vrep_map *map, struct vrep_checkpoint **out);
 int vrep_checkpoint_write(struct vrep_checkpoint *checkpoint, uint64_t head, bool clean);
 void vrep_checkpoint_close(struct vrep_checkpoint *checkpoint);
-/* Loads the newest valid one into `unshipped`. NOT_FOUND, CORRUPT (neither is valid), INVALID (other geometry).
- * *clean tells whether a clean stop wrote it. */
+/* Loads the newest valid one into `unshipped`. NOT_FOUND, CORRUPT (neither is valid), INVALID
+ * (other geometry). *clean tells whether a clean stop wrote it. */
 int vrep_checkpoint_load(const char *prefix, struct vrep_map *map, bool *clean);
 
 #endif

@@ -31,7 +31,8 @@ int vrep_overlap_create(uint32_t ranges_max, struct vrep_overlap **out);
 void vrep_overlap_destroy(struct vrep_overlap *overlap);
 /* True: held now.  False: waits. */
 bool vrep_overlap_acquire(struct vrep_overlap *overlap, struct vrep_range *range);
-/* Ends a held range, or withdraws a waiting one; calls granted() for each range that becomes held. */
+/* Ends a held range, or withdraws a waiting one; calls granted() for each range that becomes held.
+ */
 void vrep_overlap_release(struct vrep_overlap *overlap, struct vrep_range *range,
                           void (*granted)(void *context, struct vrep_range *range), void *context);
 uint32_t vrep_overlap_held(const struct vrep_overlap *overlap);
