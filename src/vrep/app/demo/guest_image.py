@@ -112,11 +112,11 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build_into(place: Path, cache: Path) -> None:
-    packages = _fetch_packages(cache)
     with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as work_name:
         work = Path(work_name)
+        packages = _fetch_packages(work)
         root = work / "root"
-        for archive in packages.values():
+        for archive in packages:
             run_tool(["dpkg-deb", "-x", str(archive), str(root)])
         image = work / "image"
         image.mkdir()
@@ -130,7 +130,7 @@ def _build_into(place: Path, cache: Path) -> None:
         (image / "initramfs.cpio").write_bytes(
             make_initramfs(_init_script(), busybox.read_bytes(), load_modules(modules))
         )
-        versions = dict(_package_identity(archive) for archive in packages.values())
+        versions = dict(_package_identity(archive) for archive in packages)
         (image / "image.json").write_text(json.dumps({"packages": versions}, indent=2))
         if place.exists():
             shutil.rmtree(place)
@@ -152,22 +152,19 @@ def _only(found: Iterable[Path], what: str) -> Path:
 # Packages
 
 
-def _fetch_packages(cache: Path) -> dict[str, Path]:
-    """The package files, by role; the index is refreshed when it cannot serve them."""
-    downloads = cache / "packages"
-    downloads.mkdir(exist_ok=True)
+def _fetch_packages(work: Path) -> list[Path]:
+    """Download the packages; without lists, or with stale ones, fetch lists of our own first."""
     try:
-        return _download_packages(downloads, [])
+        return _download_packages(work, [])
     except GuestError:
-        # No package lists on this machine, or lists older than the mirror: our
-        # own copy of the lists needs no root.
-        private = _private_apt_options(cache)
+        # Lists of our own need no root. A failure here names the cause again.
+        private = _private_apt_options(work / "apt")
         run_tool(["apt-get", *private, "-q", "update"])
-        return _download_packages(downloads, private)
+        return _download_packages(work, private)
 
 
-def _private_apt_options(cache: Path) -> list[str]:
-    lists, archives = (cache / "apt/lists").resolve(), (cache / "apt/archives").resolve()
+def _private_apt_options(place: Path) -> list[str]:
+    lists, archives = (place / "lists").resolve(), (place / "archives").resolve()
     for directory in (lists, archives):
         (directory / "partial").mkdir(parents=True, exist_ok=True)
     settings = {
@@ -179,12 +176,9 @@ def _private_apt_options(cache: Path) -> list[str]:
     return [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
 
 
-def _download_packages(downloads: Path, apt_options: Sequence[str]) -> dict[str, Path]:
+def _download_packages(work: Path, apt_options: Sequence[str]) -> list[Path]:
     kernel = _kernel_package(apt_options)
-    return {
-        "kernel": _download(kernel, downloads, apt_options),
-        "busybox": _download(BUSYBOX_PACKAGE, downloads, apt_options),
-    }
+    return [_download(package, work, apt_options) for package in (kernel, BUSYBOX_PACKAGE)]
 
 
 def _kernel_package(apt_options: Sequence[str]) -> str:
@@ -196,14 +190,12 @@ def _kernel_package(apt_options: Sequence[str]) -> str:
     return match.group(1)
 
 
-def _download(package: str, downloads: Path, apt_options: Sequence[str]) -> Path:
-    with tempfile.TemporaryDirectory(dir=downloads) as fresh:
-        run_tool(
-            ["apt-get", *apt_options, "-q", "-o", "APT::Sandbox::User=", "download", package],
-            cwd=Path(fresh),
-        )
-        archive = _only(Path(fresh).glob("*.deb"), f"downloaded file of {package}")
-        return archive.replace(downloads / archive.name)
+def _download(package: str, work: Path, apt_options: Sequence[str]) -> Path:
+    place = work / package
+    place.mkdir(exist_ok=True)
+    options = [*apt_options, "-q", "-o", "APT::Sandbox::User="]
+    run_tool(["apt-get", *options, "download", package], cwd=place)
+    return _only(place.glob("*.deb"), f"downloaded file of {package}")
 
 
 def _package_identity(archive: Path) -> tuple[str, str]:
