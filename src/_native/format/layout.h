@@ -291,7 +291,7 @@ struct vrep_ring_control {
     uint64_t received;
     uint64_t read; /* sealed and sent */
     uint8_t pad1[40];
-    uint32_t waiting; /* at 128: 1 = wants an eventfd signal when head moves */
+    uint32_t waiting; /* at 128: not 0 = wants one eventfd signal when head moves; a new value each time */
     uint8_t pad2[60];
     uint8_t pad3[3904];
 };

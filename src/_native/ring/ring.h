@@ -42,12 +42,12 @@ int vrep_ring_create(const char *path, const struct vrep_ring_config *config,
 
 /* Attaches the ring a dead producer left: checks magic, version, checksum, boot id, group id and
  * every region bound; rebuilds the chunk allocator from (released, head] and the slots.  The caller
- * then judges every slot (vrep_ring_slot_at).  NOT_FOUND, GONE (another boot), VERSION, CORRUPT,
- * BUSY (its producer still lives: an exclusive lock on the file is held for the life of the
- * handle), IO. */
+ * then calls vrep_ring_judge before anything is reserved.  NOT_FOUND, GONE (another boot), VERSION,
+ * CORRUPT, INVALID (another group), BUSY (its producer still lives: an exclusive lock on the file
+ * is held for the life of the handle), PERMISSION (not our file, or writable by others), IO. */
 int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_ring **out);
 
-/* Unmaps; clean says that nothing is in flight. */
+/* Unmaps; clean says that nothing is in flight (recorded only if that is true). */
 void vrep_ring_detach(struct vrep_ring *ring, bool clean);
 
 const struct vrep_ring_header *vrep_ring_header(const struct vrep_ring *ring);
@@ -66,6 +66,9 @@ bool vrep_ring_half_full(const struct vrep_ring *ring);
 struct vrep_ring_slot *vrep_ring_reserve(struct vrep_ring *ring, uint64_t payload_bytes);
 /* A slot without descriptor or chunks (state UNRECORDED); NULL when the table is full. */
 struct vrep_ring_slot *vrep_ring_reserve_unrecorded(struct vrep_ring *ring);
+/* The caller has filled kind, generation, disk, offset, length and flags, and has marked the map:
+ * from here a restart replays the slot (RESERVED becomes GRANTED; an UNRECORDED one stays). */
+void vrep_ring_grant(struct vrep_ring *ring, struct vrep_ring_slot *slot, uint64_t now_ns);
 /* Gives back a slot that was never granted, or that is published as unshipped instead. */
 void vrep_ring_cancel(struct vrep_ring *ring, struct vrep_ring_slot *slot);
 /* Gives back the chunks only (a change that turned out to be zeroes). */
@@ -92,6 +95,8 @@ int vrep_ring_release(struct vrep_ring *ring, uint64_t upto);
 /* The in-flight table, for a restart and for inspection. */
 uint32_t vrep_ring_slots(const struct vrep_ring *ring);
 struct vrep_ring_slot *vrep_ring_slot_at(struct vrep_ring *ring, uint32_t index);
+/* Its number: stable for the life of the slot, for a caller's table of commands. */
+uint32_t vrep_ring_slot_index(const struct vrep_ring *ring, const struct vrep_ring_slot *slot);
 /* Restart: frees slots that were committed (seq != 0 && seq <= head) or never granted, resets seq
  * of the rest to 0; returns how many GRANTED or UNRECORDED ones remain. */
 uint32_t vrep_ring_judge(struct vrep_ring *ring);
@@ -106,23 +111,31 @@ struct vrep_ring_consumer {
     int control_fd, data_fd, space_fd;
     uint64_t durable, received, read; /* last accepted values */
     uint32_t role;
+    uint32_t signalled; /* the `waiting` ticket that was answered last */
 };
 int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64_t durable,
                               struct vrep_ring_consumer *out);
 void vrep_ring_consumer_close(struct vrep_ring_consumer *consumer);
-/* Copies each value once, accepts it when monotonic and <= head; INVALID names a consumer that lied
- * (its old values stay). */
+/* Copies each value once, accepts them when all are monotonic and <= head; INVALID names a consumer
+ * that lied (its old values stay, all three). */
 int vrep_ring_consumer_poll(const struct vrep_ring *ring, struct vrep_ring_consumer *consumer);
-/* After a batch of commits: signals the consumer if it waits. */
+/* After a batch of commits: signals the consumer if it waits, once for each time that it began to.
+ */
 void vrep_ring_consumer_notify(const struct vrep_ring *ring, struct vrep_ring_consumer *consumer);
 
 /* ---- consumers, their own side ------------------------------------------- */
 
 struct vrep_ring_reader;
 /* Opens the ring read-only and the control memfd read-write (fds from the filter's control socket;
- * both eventfds may be -1: then wait polls).  Takes its own dup of the fds. */
+ * both eventfds may be -1: then wait polls; so may control_fd: an observer that nobody knows of,
+ * whose set does nothing).  Takes its own dup of the fds.  NOT_FOUND, GONE, VERSION, CORRUPT (ring
+ * or control), IO. */
 int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, int space_fd,
                           struct vrep_ring_reader **out);
+/* The same over the producer's own mapping, for a consumer on another thread of its process; the
+ * ring must outlive it, consumer may be NULL. */
+int vrep_ring_reader_within(struct vrep_ring *ring, const struct vrep_ring_consumer *consumer,
+                            struct vrep_ring_reader **out);
 void vrep_ring_reader_close(struct vrep_ring_reader *reader);
 const struct vrep_ring_header *vrep_ring_reader_header(const struct vrep_ring_reader *reader);
 uint64_t vrep_ring_reader_head(const struct vrep_ring_reader *reader);
@@ -140,6 +153,8 @@ int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vre
 /* Observers: after copying a payload, true when the descriptor still was the same (not yet reused).
  */
 bool vrep_ring_reader_still(const struct vrep_ring_reader *reader, uint64_t seq);
+/* Tells the filter how far this consumer is, and wakes it; values that are not larger than before
+ * are kept. */
 void vrep_ring_reader_set(struct vrep_ring_reader *reader, uint64_t read, uint64_t received,
                           uint64_t durable);
 
