@@ -171,7 +171,7 @@ class Guest:
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs),
             # The time counter of the emulated CPU is calibrated against a busy
             # host and then drifts; the HPET is exact. The kernel's own check of the
-            # timer interrupt fails now and then on a busy host, and would panic.
+            # timer interrupt fails now and then on a busy host; at worst it panics.
             "-append", "console=ttyS0 quiet panic=-1 no_timer_check "
             "clocksource=hpet tsc=unstable mitigations=off "
             + self.task.kernel_options(),
