@@ -105,9 +105,11 @@ bool vrep_disk_is_overlay(const struct vrep_disk *disk);
  * present. */
 bool vrep_overlay_absent(const struct vrep_disk *disk, uint64_t offset, uint64_t length,
                          uint64_t *absent, uint64_t *absent_length);
-/* Marks whole blocks present in memory (data already written). Bits reach the file by
- * vrep_overlay_sync: data are synced first, then the bits that were set before that sync began.
- * Flush on an overlay does both. */
+/* A WRITE or ZERO on an overlay marks the blocks that it covers whole as present once its data are
+ * written (the caller fills a partly covered absent block first); FLUSH and FUA sync data and
+ * presence. set_present does the same marking for data that came another way. Bits reach the file
+ * by vrep_overlay_sync: data are synced first, then the bits that were set before that sync began.
+ * A failed sync is never retried into success: all later ones fail too. */
 void vrep_overlay_set_present(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 int vrep_overlay_sync(struct vrep_disk *disk); /* any thread but one at a time */
 uint64_t vrep_overlay_present_bytes(const struct vrep_disk *disk);

@@ -1,0 +1,232 @@
+#include <errno.h>
+#include <liburing.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "base/log.h"
+#include "base/status.h"
+#include "disk/internal.h"
+
+#define THREADS_MAX 64u
+#define BOUNCE_BYTES (1u << 20) /* a multiple of every logical block size */
+#define BOUNCE_ALIGN 4096u
+#define RING_ENTRIES 256u
+
+struct list {
+    struct vrep_io *first, *last;
+};
+
+struct vrep_engine {
+    pthread_mutex_t lock;
+    pthread_cond_t work;
+    struct list queue, done; /* under lock */
+    bool stop;
+    int event_fd;
+    uint32_t threads;
+    pthread_t thread[THREADS_MAX];
+
+    /* owner thread only */
+    struct io_uring ring;
+    bool ring_ready;
+    uint32_t ring_inflight;
+};
+
+static void list_push(struct list *list, struct vrep_io *io)
+{
+    io->next = NULL;
+    if (list->last != NULL)
+        list->last->next = io;
+    else
+        list->first = io;
+    list->last = io;
+}
+
+static struct vrep_io *list_pop(struct list *list)
+{
+    struct vrep_io *io = list->first;
+    if (io != NULL) {
+        list->first = io->next;
+        if (list->first == NULL)
+            list->last = NULL;
+    }
+    return io;
+}
+
+static void signal_event(struct vrep_engine *engine)
+{
+    uint64_t one = 1;
+    ssize_t n;
+    do
+        n = write(engine->event_fd, &one, sizeof one);
+    while (n < 0 && errno == EINTR); /* EAGAIN: the counter is full, so it is readable already */
+}
+
+static void *worker(void *argument)
+{
+    struct vrep_engine *engine = argument;
+    void *bounce = NULL;
+    if (posix_memalign(&bounce, BOUNCE_ALIGN, BOUNCE_BYTES) != 0)
+        bounce = NULL; /* requests that need it fail with NOMEM */
+    pthread_mutex_lock(&engine->lock);
+    for (;;) {
+        struct vrep_io *io = list_pop(&engine->queue);
+        if (io == NULL) {
+            if (engine->stop)
+                break;
+            pthread_cond_wait(&engine->work, &engine->lock);
+            continue;
+        }
+        pthread_mutex_unlock(&engine->lock);
+        vrep_disk_run(io, bounce, bounce != NULL ? BOUNCE_BYTES : 0);
+        pthread_mutex_lock(&engine->lock);
+        bool first = engine->done.first == NULL;
+        list_push(&engine->done, io);
+        if (first)
+            signal_event(engine);
+    }
+    pthread_mutex_unlock(&engine->lock);
+    free(bounce);
+    return NULL;
+}
+
+int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
+{
+    if (threads == 0 || threads > THREADS_MAX)
+        return VREP_E_INVALID;
+    struct vrep_engine *engine = calloc(1, sizeof *engine);
+    if (engine == NULL)
+        return VREP_E_NOMEM;
+    pthread_mutex_init(&engine->lock, NULL);
+    pthread_cond_init(&engine->work, NULL);
+    engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (engine->event_fd < 0) {
+        int status = vrep_status_from_errno(errno);
+        free(engine);
+        return status;
+    }
+    /* Without io_uring (an old kernel, a seccomp profile) the pool does its work. */
+    if (io_uring_queue_init(RING_ENTRIES, &engine->ring, 0) == 0) {
+        engine->ring_ready = true;
+        if (io_uring_register_eventfd(&engine->ring, engine->event_fd) != 0) {
+            io_uring_queue_exit(&engine->ring);
+            engine->ring_ready = false;
+        }
+    }
+    for (; engine->threads < threads; engine->threads++) {
+        if (pthread_create(&engine->thread[engine->threads], NULL, worker, engine) != 0) {
+            vrep_engine_destroy(engine);
+            return VREP_E_NOMEM;
+        }
+    }
+    *out = engine;
+    return VREP_OK;
+}
+
+void vrep_engine_destroy(struct vrep_engine *engine)
+{
+    if (engine == NULL)
+        return;
+    while (engine->ring_inflight > 0) {
+        struct io_uring_cqe *cqe;
+        if (io_uring_wait_cqe(&engine->ring, &cqe) == 0)
+            vrep_engine_reap(engine);
+    }
+    pthread_mutex_lock(&engine->lock);
+    engine->stop = true;
+    pthread_cond_broadcast(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+    for (uint32_t i = 0; i < engine->threads; i++)
+        pthread_join(engine->thread[i], NULL);
+    vrep_engine_reap(engine);
+    if (engine->ring_ready)
+        io_uring_queue_exit(&engine->ring);
+    close(engine->event_fd);
+    pthread_cond_destroy(&engine->work);
+    pthread_mutex_destroy(&engine->lock);
+    free(engine);
+}
+
+int vrep_engine_fd(const struct vrep_engine *engine)
+{
+    return engine->event_fd;
+}
+
+void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
+{
+    pthread_mutex_lock(&engine->lock);
+    list_push(&engine->queue, io);
+    pthread_cond_signal(&engine->work);
+    pthread_mutex_unlock(&engine->lock);
+}
+
+bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io)
+{
+    if (!engine->ring_ready)
+        return false;
+    struct io_uring_sqe *sqe = io_uring_get_sqe(&engine->ring);
+    if (sqe == NULL)
+        return false;
+    int fd = io->disk->fd;
+    if (io->op == VREP_IO_READ) {
+        io_uring_prep_readv(sqe, fd, io->iov, (unsigned)io->iovcnt, io->offset);
+    } else {
+        io_uring_prep_writev(sqe, fd, io->iov, (unsigned)io->iovcnt, io->offset);
+        if (io->flags & VREP_IO_FUA)
+            sqe->rw_flags = RWF_DSYNC;
+    }
+    io_uring_sqe_set_data(sqe, io);
+    int submitted;
+    do
+        submitted = io_uring_submit(&engine->ring);
+    while (submitted == -EINTR);
+    /* A failed submit leaves the entry queued in the ring; it goes out with the next one, and an
+     * io_uring that is broken for good shows as a request that never completes: so tell. */
+    if (submitted < 0)
+        VREP_WARN("disk", "io_uring submit: %s", strerror(-submitted));
+    engine->ring_inflight++;
+    return true;
+}
+
+static uint32_t reap_ring(struct vrep_engine *engine)
+{
+    uint32_t count = 0;
+    struct io_uring_cqe *cqe;
+    while (engine->ring_inflight > 0 && io_uring_peek_cqe(&engine->ring, &cqe) == 0) {
+        struct vrep_io *io = io_uring_cqe_get_data(cqe);
+        int result = cqe->res;
+        io_uring_cqe_seen(&engine->ring, cqe);
+        engine->ring_inflight--;
+        if (result < 0 && result != -EAGAIN && result != -EINTR) {
+            vrep_io_fail(io, -result);
+        } else if ((uint64_t)(result < 0 ? 0 : result) == io->length) {
+            io->status = VREP_OK;
+            if (io->op == VREP_IO_WRITE && io->disk->presence != NULL)
+                vrep_overlay_written(io->disk, io->offset, io->length);
+        } else {
+            vrep_engine_queue(engine, io); /* short: the whole again, by blocking calls */
+            continue;
+        }
+        io->done(io);
+        count++;
+    }
+    return count;
+}
+
+uint32_t vrep_engine_reap(struct vrep_engine *engine)
+{
+    uint64_t drained;
+    while (read(engine->event_fd, &drained, sizeof drained) < 0 && errno == EINTR)
+        ;
+    uint32_t count = engine->ring_ready ? reap_ring(engine) : 0;
+    pthread_mutex_lock(&engine->lock);
+    struct list done = engine->done;
+    engine->done = (struct list){NULL, NULL};
+    pthread_mutex_unlock(&engine->lock);
+    for (struct vrep_io *io = list_pop(&done); io != NULL; io = list_pop(&done)) {
+        io->done(io);
+        count++;
+    }
+    return count;
+}

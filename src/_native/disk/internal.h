@@ -1,0 +1,37 @@
+/* Internal to the disk room: the engine, a disk, and one request between them.
+ * Nothing outside src/_native/disk includes it.
+ */
+#ifndef VREP_DISK_INTERNAL_H
+#define VREP_DISK_INTERNAL_H
+
+#include <pthread.h>
+
+#include "disk/disk.h"
+
+struct vrep_disk {
+    struct vrep_engine *engine;
+    int fd;
+    bool direct, block_device, read_only, zero_cheap;
+    uint32_t align_bytes, block_bytes;
+    uint64_t bytes;
+    uint64_t device, inode, mtime_ns, ctime_ns;
+    uint64_t slow_until_ns;         /* inline writes are off until then; owner thread only */
+    struct vrep_presence *presence; /* overlays only */
+};
+
+/* raw.c: runs the whole request with blocking calls; sets status and os_error. Any thread. */
+void vrep_disk_run(struct vrep_io *io, void *bounce, size_t bounce_bytes);
+/* overlay.c */
+void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length);
+void vrep_overlay_free(struct vrep_disk *disk);
+/* engine.c */
+void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io);
+/* True when io_uring took the request. */
+bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io);
+
+uint64_t vrep_iov_bytes(const struct iovec *iov, int iovcnt);
+/* Drops the first bytes of an iovec array in place. */
+void vrep_iov_advance(struct iovec **iov, int *iovcnt, size_t bytes);
+int vrep_io_fail(struct vrep_io *io, int os_error);
+
+#endif

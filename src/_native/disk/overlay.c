@@ -1,0 +1,317 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "base/atomic.h"
+#include "base/status.h"
+#include "disk/internal.h"
+#include "format/checksum.h"
+
+#define HEADER_BYTES sizeof(struct vrep_presence_header)
+#define BLOCK_BYTES_MIN 512u
+#define BLOCK_BYTES_MAX (1u << 20)
+#define SYNC_WORDS 512u /* presence is written in pages of 4 KiB */
+
+struct vrep_presence {
+    int fd;
+    uint32_t block_bytes;
+    uint64_t blocks, words;
+    uint64_t *live;   /* set as data are written; any thread, atomically */
+    uint64_t *synced; /* what the file holds; under lock */
+    int failed;       /* first failed sync; sticky: what it covered cannot be trusted any more */
+    pthread_mutex_t lock;
+};
+
+static uint64_t word_mask(uint64_t from, uint64_t to) /* bits [from, to) of one word */
+{
+    uint64_t high = to == 64 ? ~0ull : (1ull << to) - 1;
+    return high & ~((1ull << from) - 1);
+}
+
+static int full_read(int fd, void *buffer, size_t bytes, off_t at)
+{
+    char *to = buffer;
+    while (bytes > 0) {
+        ssize_t n = pread(fd, to, bytes, at);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return vrep_status_from_errno(errno);
+        if (n == 0)
+            return VREP_E_TORN;
+        to += n;
+        bytes -= (size_t)n;
+        at += n;
+    }
+    return VREP_OK;
+}
+
+static int full_write(int fd, const void *buffer, size_t bytes, off_t at)
+{
+    const char *from = buffer;
+    while (bytes > 0) {
+        ssize_t n = pwrite(fd, from, bytes, at);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return vrep_status_from_errno(errno);
+        from += n;
+        bytes -= (size_t)n;
+        at += n;
+    }
+    return VREP_OK;
+}
+
+static int presence_create(struct vrep_presence *p, const uint8_t view_id[16], uint64_t disk_bytes)
+{
+    struct vrep_presence_header header = {
+        .magic = VREP_PRESENCE_MAGIC,
+        .version = VREP_PRESENCE_VERSION,
+        .block_bytes = p->block_bytes,
+        .disk_bytes = disk_bytes,
+        .words = p->words,
+    };
+    memcpy(header.view_id, view_id, 16);
+    header.checksum = vrep_checksum32(&header, offsetof(struct vrep_presence_header, checksum));
+    if (ftruncate(p->fd, (off_t)(HEADER_BYTES + p->words * 8)) != 0)
+        return vrep_status_from_errno(errno);
+    int status = full_write(p->fd, &header, sizeof header, 0);
+    if (status == VREP_OK && fsync(p->fd) != 0)
+        status = vrep_status_from_errno(errno);
+    return status;
+}
+
+static int presence_load(struct vrep_presence *p, const uint8_t view_id[16], uint64_t disk_bytes,
+                         off_t file_bytes)
+{
+    struct vrep_presence_header header;
+    if (file_bytes < (off_t)HEADER_BYTES)
+        return VREP_E_TORN;
+    int status = full_read(p->fd, &header, sizeof header, 0);
+    if (status != VREP_OK)
+        return status;
+    if (header.magic != VREP_PRESENCE_MAGIC ||
+        header.checksum !=
+            vrep_checksum32(&header, offsetof(struct vrep_presence_header, checksum)))
+        return VREP_E_CORRUPT;
+    if (header.version != VREP_PRESENCE_VERSION)
+        return VREP_E_VERSION;
+    if (header.block_bytes != p->block_bytes || header.disk_bytes != disk_bytes ||
+        header.words != p->words || memcmp(header.view_id, view_id, 16) != 0)
+        return VREP_E_INVALID;
+    if ((uint64_t)file_bytes != HEADER_BYTES + p->words * 8)
+        return VREP_E_TORN;
+    status = full_read(p->fd, p->live, p->words * 8, HEADER_BYTES);
+    if (status != VREP_OK)
+        return status;
+    if (p->blocks % 64 != 0 && (p->live[p->words - 1] & ~word_mask(0, p->blocks % 64)) != 0)
+        return VREP_E_CORRUPT; /* bits past the end of the disk */
+    memcpy(p->synced, p->live, p->words * 8);
+    return VREP_OK;
+}
+
+static int presence_open(struct vrep_disk *disk, const char *path, const uint8_t view_id[16],
+                         uint32_t block_bytes, bool fresh)
+{
+    struct vrep_presence *p = calloc(1, sizeof *p);
+    if (p == NULL)
+        return VREP_E_NOMEM;
+    disk->presence = p;
+    pthread_mutex_init(&p->lock, NULL);
+    p->fd = -1;
+    p->block_bytes = block_bytes;
+    p->blocks = (disk->bytes + block_bytes - 1) / block_bytes;
+    p->words = (p->blocks + 63) / 64;
+    p->live = calloc(p->words + 1, 8);
+    p->synced = calloc(p->words + 1, 8);
+    char name[4096];
+    int n = snprintf(name, sizeof name, "%s.presence", path);
+    if (p->live == NULL || p->synced == NULL)
+        return VREP_E_NOMEM;
+    if (n < 0 || (size_t)n >= sizeof name)
+        return VREP_E_INVALID;
+    p->fd = open(name, O_RDWR | O_CLOEXEC | (fresh ? O_CREAT : 0), 0600);
+    struct stat st;
+    if (p->fd < 0 || fstat(p->fd, &st) != 0)
+        return errno == ENOENT ? VREP_E_CORRUPT : vrep_status_from_errno(errno);
+    /* A fresh overlay file holds no data, so whatever an interrupted creation left is void. */
+    return fresh ? presence_create(p, view_id, disk->bytes)
+                 : presence_load(p, view_id, disk->bytes, st.st_size);
+}
+
+static int open_data(const char *path, uint64_t disk_bytes, bool *fresh)
+{
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd >= 0) {
+        struct stat st;
+        bool sized = fstat(fd, &st) == 0 && (uint64_t)st.st_size == disk_bytes;
+        /* Creation sets the size last: an empty file is one that was never finished. */
+        *fresh = !sized && fstat(fd, &st) == 0 && st.st_size == 0;
+        close(fd);
+        return sized || *fresh ? VREP_OK : VREP_E_INVALID;
+    }
+    if (errno != ENOENT)
+        return vrep_status_from_errno(errno);
+    fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return vrep_status_from_errno(errno);
+    close(fd);
+    *fresh = true;
+    return VREP_OK;
+}
+
+int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
+                      uint64_t disk_bytes, uint32_t block_bytes, struct vrep_disk **out)
+{
+    if (block_bytes < BLOCK_BYTES_MIN || block_bytes > BLOCK_BYTES_MAX ||
+        (block_bytes & (block_bytes - 1)) != 0 || disk_bytes == 0 ||
+        disk_bytes % VREP_SECTOR_BYTES != 0)
+        return VREP_E_INVALID;
+    bool fresh = false;
+    int status = open_data(path, disk_bytes, &fresh);
+    if (status != VREP_OK)
+        return status;
+    char uri[4096];
+    int n = snprintf(uri, sizeof uri, "file:%s", path);
+    if (n < 0 || (size_t)n >= sizeof uri)
+        return VREP_E_INVALID;
+    struct vrep_disk *disk;
+    status = vrep_disk_open(engine, uri, 0, &disk);
+    if (status != VREP_OK)
+        return status;
+    disk->bytes = disk_bytes;
+    status = presence_open(disk, path, view_id, block_bytes, fresh);
+    if (status == VREP_OK && fresh && ftruncate(disk->fd, (off_t)disk_bytes) != 0)
+        status = vrep_status_from_errno(errno);
+    if (status != VREP_OK) {
+        vrep_disk_close(disk);
+        return status;
+    }
+    *out = disk;
+    return VREP_OK;
+}
+
+void vrep_overlay_free(struct vrep_disk *disk)
+{
+    struct vrep_presence *p = disk->presence;
+    if (p->fd >= 0)
+        close(p->fd);
+    free(p->live);
+    free(p->synced);
+    pthread_mutex_destroy(&p->lock);
+    free(p);
+    disk->presence = NULL;
+}
+
+bool vrep_disk_is_overlay(const struct vrep_disk *disk)
+{
+    return disk->presence != NULL;
+}
+
+static bool present(const struct vrep_presence *p, uint64_t block)
+{
+    return (vrep_load_relaxed_u64(&p->live[block / 64]) >> (block % 64) & 1) != 0;
+}
+
+bool vrep_overlay_absent(const struct vrep_disk *disk, uint64_t offset, uint64_t length,
+                         uint64_t *absent, uint64_t *absent_length)
+{
+    const struct vrep_presence *p = disk->presence;
+    if (p == NULL || length == 0)
+        return false;
+    uint64_t block = offset / p->block_bytes;
+    uint64_t end = (offset + length + p->block_bytes - 1) / p->block_bytes;
+    if (end > p->blocks)
+        end = p->blocks;
+    while (block < end) {
+        uint64_t word = vrep_load_relaxed_u64(&p->live[block / 64]);
+        if (block % 64 == 0 && word == ~0ull)
+            block += 64;
+        else if (word >> (block % 64) & 1)
+            block++;
+        else
+            break;
+    }
+    if (block >= end)
+        return false;
+    uint64_t last = block + 1;
+    while (last < end && !present(p, last))
+        last++;
+    *absent = block * p->block_bytes;
+    uint64_t stop = last * p->block_bytes;
+    *absent_length = (stop < disk->bytes ? stop : disk->bytes) - *absent;
+    return true;
+}
+
+void vrep_overlay_set_present(struct vrep_disk *disk, uint64_t offset, uint64_t length)
+{
+    vrep_overlay_written(disk, offset, length);
+}
+
+void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length)
+{
+    struct vrep_presence *p = disk->presence;
+    uint64_t end = offset + length;
+    uint64_t block = (offset + p->block_bytes - 1) / p->block_bytes;
+    /* the last block of a disk may be short: it is whole when the range reaches the end */
+    uint64_t last = end >= disk->bytes ? p->blocks : end / p->block_bytes;
+    while (block < last) {
+        uint64_t from = block % 64, to = last - block + from < 64 ? last - block + from : 64;
+        vrep_fetch_or_u64(&p->live[block / 64], word_mask(from, to));
+        block += to - from;
+    }
+}
+
+/* The words of [first, first + count) that are not in the file yet; data were synced since they
+ * were read, so every bit in `snapshot` stands for stable data. */
+static int write_words(struct vrep_presence *p, const uint64_t *snapshot, uint64_t first,
+                       uint64_t count)
+{
+    if (memcmp(snapshot, p->synced + first, count * 8) == 0)
+        return VREP_OK;
+    int status = full_write(p->fd, snapshot, count * 8, (off_t)(HEADER_BYTES + first * 8));
+    if (status == VREP_OK)
+        memcpy(p->synced + first, snapshot, count * 8);
+    return status;
+}
+
+int vrep_overlay_sync(struct vrep_disk *disk)
+{
+    struct vrep_presence *p = disk->presence;
+    pthread_mutex_lock(&p->lock);
+    uint64_t *snapshot = malloc(p->words * 8 + 8);
+    int status = p->failed;
+    if (status == VREP_OK && snapshot == NULL)
+        status = VREP_E_NOMEM;
+    if (status == VREP_OK) {
+        for (uint64_t i = 0; i < p->words; i++)
+            snapshot[i] = vrep_load_acquire_u64(&p->live[i]);
+        if (fdatasync(disk->fd) != 0)
+            status = vrep_status_from_errno(errno);
+    }
+    for (uint64_t i = 0; status == VREP_OK && i < p->words; i += SYNC_WORDS)
+        status =
+            write_words(p, snapshot + i, i, p->words - i < SYNC_WORDS ? p->words - i : SYNC_WORDS);
+    if (status == VREP_OK && fdatasync(p->fd) != 0)
+        status = vrep_status_from_errno(errno);
+    if (status != VREP_E_NOMEM)
+        p->failed = status;
+    free(snapshot);
+    pthread_mutex_unlock(&p->lock);
+    return status;
+}
+
+uint64_t vrep_overlay_present_bytes(const struct vrep_disk *disk)
+{
+    const struct vrep_presence *p = disk->presence;
+    uint64_t blocks = 0;
+    for (uint64_t i = 0; i < p->words; i++)
+        blocks += (uint64_t)__builtin_popcountll(vrep_load_relaxed_u64(&p->live[i]));
+    uint64_t bytes = blocks * p->block_bytes;
+    bool short_last = disk->bytes % p->block_bytes != 0 && present(p, p->blocks - 1);
+    return short_last ? bytes - p->block_bytes + disk->bytes % p->block_bytes : bytes;
+}

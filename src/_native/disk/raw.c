@@ -1,0 +1,492 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/status.h"
+#include "disk/internal.h"
+
+/* A page-cached copy of this size takes some tens of microseconds: less than a hand-over to a
+ * thread and back when the thread sleeps. */
+#define INLINE_BYTES (128u << 10)
+#define INLINE_SLOW_NS 1000000ull    /* a write that took longer was throttled or blocked */
+#define INLINE_PAUSE_NS 100000000ull /* then the pool takes over for this long */
+#define IOV_STEP 64
+
+/* QEMU's image locks (its docs/system, "image locking"): a byte for each permission held, at
+ * 100 + n, and for each permission not shared with others, at 200 + n. */
+#define LOCK_HELD 100
+#define LOCK_UNSHARED 200
+#define PERM_READ 0
+#define PERM_WRITE 1
+#define PERM_RESIZE 3
+
+uint64_t vrep_iov_bytes(const struct iovec *iov, int iovcnt)
+{
+    uint64_t bytes = 0;
+    for (int i = 0; i < iovcnt; i++)
+        bytes += iov[i].iov_len;
+    return bytes;
+}
+
+void vrep_iov_advance(struct iovec **iov, int *iovcnt, size_t bytes)
+{
+    while (*iovcnt > 0 && bytes >= (*iov)->iov_len) {
+        bytes -= (*iov)->iov_len;
+        (*iov)++;
+        (*iovcnt)--;
+    }
+    if (bytes > 0 && *iovcnt > 0) {
+        (*iov)->iov_base = (char *)(*iov)->iov_base + bytes;
+        (*iov)->iov_len -= bytes;
+    }
+}
+
+int vrep_io_fail(struct vrep_io *io, int os_error)
+{
+    io->os_error = os_error;
+    io->status = vrep_status_from_errno(os_error);
+    return io->status;
+}
+
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+/* ---- locks ----------------------------------------------------------------- */
+
+static int lock_byte(int fd, int at)
+{
+    struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
+    return fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 0 : errno;
+}
+
+static bool locked_by_other(int fd, int at)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
+    return fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+}
+
+static int lock_image(int fd, bool read_only)
+{
+    static const int held[] = {PERM_READ, PERM_WRITE, PERM_RESIZE};
+    static const int unshared[] = {PERM_WRITE, PERM_RESIZE};
+    size_t held_count = read_only ? 1 : 3;
+    for (size_t i = 0; i < held_count; i++) {
+        int error = lock_byte(fd, LOCK_HELD + held[i]);
+        if (error != 0)
+            return error == EAGAIN || error == EACCES ? VREP_E_LOCKED
+                                                      : vrep_status_from_errno(error);
+    }
+    for (size_t i = 0; i < 2; i++) {
+        int error = lock_byte(fd, LOCK_UNSHARED + unshared[i]);
+        if (error != 0)
+            return error == EAGAIN || error == EACCES ? VREP_E_LOCKED
+                                                      : vrep_status_from_errno(error);
+    }
+    for (size_t i = 0; i < held_count; i++)
+        if (locked_by_other(fd, LOCK_UNSHARED + held[i]))
+            return VREP_E_LOCKED;
+    for (size_t i = 0; i < 2; i++)
+        if (locked_by_other(fd, LOCK_HELD + unshared[i]))
+            return VREP_E_LOCKED;
+    return VREP_OK;
+}
+
+/* ---- open and facts ---------------------------------------------------------- */
+
+int vrep_disk_refresh(struct vrep_disk *disk)
+{
+    struct stat st;
+    if (fstat(disk->fd, &st) != 0)
+        return vrep_status_from_errno(errno);
+    disk->device = disk->block_device ? st.st_rdev : st.st_dev;
+    disk->inode = st.st_ino;
+    disk->mtime_ns = (uint64_t)st.st_mtim.tv_sec * 1000000000ull + (uint64_t)st.st_mtim.tv_nsec;
+    disk->ctime_ns = (uint64_t)st.st_ctim.tv_sec * 1000000000ull + (uint64_t)st.st_ctim.tv_nsec;
+    if (disk->block_device) {
+        uint64_t bytes;
+        if (ioctl(disk->fd, BLKGETSIZE64, &bytes) != 0)
+            return vrep_status_from_errno(errno);
+        disk->bytes = bytes;
+    } else {
+        disk->bytes = (uint64_t)st.st_size;
+    }
+    return disk->bytes % VREP_SECTOR_BYTES != 0 ? VREP_E_INVALID : VREP_OK;
+}
+
+static void learn_geometry(struct vrep_disk *disk)
+{
+    disk->block_bytes = 4096;
+    disk->align_bytes = 1;
+    disk->zero_cheap = !disk->read_only;
+    if (disk->block_device) {
+        int logical = 512;
+        if (ioctl(disk->fd, BLKSSZGET, &logical) != 0 || logical <= 0)
+            logical = 4096;
+        disk->align_bytes = disk->direct ? (uint32_t)logical : 1;
+    } else if (disk->direct) {
+        disk->align_bytes = 4096; /* safe for every filesystem; unaligned edges are widened */
+    }
+}
+
+int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
+                   struct vrep_disk **out)
+{
+    bool block = strncmp(uri, "block:", 6) == 0;
+    if (!block && strncmp(uri, "file:", 5) != 0)
+        return VREP_E_UNSUPPORTED;
+    const char *path = uri + (block ? 6 : 5);
+    if (path[0] == '\0')
+        return VREP_E_INVALID;
+    struct vrep_disk *disk = calloc(1, sizeof *disk);
+    if (disk == NULL)
+        return VREP_E_NOMEM;
+    disk->engine = engine;
+    disk->read_only = (flags & VREP_DISK_READ_ONLY) != 0;
+    disk->direct = (flags & VREP_DISK_DIRECT) != 0;
+    disk->block_device = block;
+    int mode = (disk->read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | (disk->direct ? O_DIRECT : 0);
+    disk->fd = open(path, mode);
+    int status = disk->fd < 0 ? vrep_status_from_errno(errno) : VREP_OK;
+    struct stat st;
+    if (status == VREP_OK && fstat(disk->fd, &st) != 0)
+        status = vrep_status_from_errno(errno);
+    if (status == VREP_OK && !(block ? S_ISBLK(st.st_mode) : S_ISREG(st.st_mode)))
+        status = VREP_E_INVALID;
+    if (status == VREP_OK && (flags & VREP_DISK_NO_LOCK) == 0)
+        status = lock_image(disk->fd, disk->read_only);
+    if (status == VREP_OK)
+        status = vrep_disk_refresh(disk);
+    if (status != VREP_OK) {
+        if (disk->fd >= 0)
+            close(disk->fd);
+        free(disk);
+        return status;
+    }
+    learn_geometry(disk);
+    *out = disk;
+    return VREP_OK;
+}
+
+void vrep_disk_close(struct vrep_disk *disk)
+{
+    if (disk == NULL)
+        return;
+    if (disk->presence != NULL)
+        vrep_overlay_free(disk);
+    close(disk->fd);
+    free(disk);
+}
+
+int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out)
+{
+    *out = (struct vrep_disk_info){
+        .bytes = disk->bytes,
+        .block_bytes = disk->block_bytes,
+        .align_bytes = disk->align_bytes,
+        .zero_is_cheap = disk->zero_cheap,
+        .direct = disk->direct,
+        .block_device = disk->block_device,
+        .read_only = disk->read_only,
+        .device = disk->device,
+        .inode = disk->inode,
+        .mtime_ns = disk->mtime_ns,
+        .ctime_ns = disk->ctime_ns,
+    };
+    return VREP_OK;
+}
+
+void vrep_disk_widen(const struct vrep_disk *disk, uint64_t *offset, uint64_t *length)
+{
+    uint64_t align = disk->align_bytes;
+    uint64_t end = *offset + *length;
+    *offset -= *offset % align;
+    end += (align - end % align) % align;
+    *length = end - *offset;
+}
+
+/* ---- transfers ----------------------------------------------------------------- */
+
+static int transfer(struct vrep_disk *disk, bool write, struct iovec *iov, int iovcnt,
+                    uint64_t offset, uint64_t length, int flags)
+{
+    while (length > 0) {
+        int count = iovcnt < IOV_MAX ? iovcnt : IOV_MAX;
+        ssize_t n = write ? pwritev2(disk->fd, iov, count, (off_t)offset, flags)
+                          : preadv2(disk->fd, iov, count, (off_t)offset, flags);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return errno;
+        if (n == 0)
+            return EIO; /* the file is shorter than it was */
+        vrep_iov_advance(&iov, &iovcnt, (size_t)n);
+        offset += (uint64_t)n;
+        length -= (uint64_t)n;
+    }
+    return 0;
+}
+
+static int whole(struct vrep_disk *disk, bool write, void *buffer, uint64_t offset, uint64_t length,
+                 int flags)
+{
+    struct iovec iov = {buffer, length};
+    return transfer(disk, write, &iov, 1, offset, length, flags);
+}
+
+static void copy_iov(struct iovec **iov, int *iovcnt, char *flat, size_t bytes, bool to_iov)
+{
+    while (bytes > 0) {
+        size_t n = (*iov)->iov_len < bytes ? (*iov)->iov_len : bytes;
+        if (to_iov)
+            memcpy((*iov)->iov_base, flat, n);
+        else
+            memcpy(flat, (*iov)->iov_base, n);
+        vrep_iov_advance(iov, iovcnt, n);
+        flat += n;
+        bytes -= n;
+    }
+}
+
+/* O_DIRECT with edges or memory that are not aligned: through the thread's bounce buffer; the
+ * caller holds the widened range, so the edges cannot change under us. */
+static int bounced(struct vrep_disk *disk, struct vrep_io *io, char *bounce, size_t bounce_bytes,
+                   int flags)
+{
+    if (bounce == NULL)
+        return ENOMEM;
+    uint64_t at = io->offset, end = io->offset + io->length;
+    struct iovec *iov = io->iov;
+    int iovcnt = io->iovcnt;
+    while (at < end) {
+        uint64_t start = at, length = end - at;
+        if (length > bounce_bytes / 2)
+            length = bounce_bytes / 2;
+        uint64_t bytes = length;
+        vrep_disk_widen(disk, &start, &length);
+        int error = 0;
+        bool partial = start != at || length != bytes;
+        if (io->op == VREP_IO_READ || partial)
+            error = whole(disk, false, bounce, start, length, 0);
+        if (error == 0)
+            copy_iov(&iov, &iovcnt, bounce + (at - start), bytes, io->op == VREP_IO_READ);
+        if (error == 0 && io->op == VREP_IO_WRITE)
+            error = whole(disk, true, bounce, start, length, flags);
+        if (error != 0)
+            return error;
+        at += bytes;
+    }
+    return 0;
+}
+
+static bool aligned(const struct vrep_disk *disk, const struct vrep_io *io)
+{
+    uint64_t mask = io->offset | io->length;
+    for (int i = 0; i < io->iovcnt; i++)
+        mask |= (uintptr_t)io->iov[i].iov_base | io->iov[i].iov_len;
+    return mask % disk->align_bytes == 0;
+}
+
+/* ---- zeroes ----------------------------------------------------------------------- */
+
+static int write_zeroes(struct vrep_disk *disk, uint64_t offset, uint64_t length)
+{
+    static _Alignas(4096) const char zeroes[64 << 10];
+    char *edge = NULL;
+    int error = 0;
+    while (length > 0 && error == 0) {
+        uint64_t start = offset, n = length < sizeof zeroes ? length : sizeof zeroes;
+        uint64_t bytes = n;
+        vrep_disk_widen(disk, &start, &n);
+        if (start == offset && n == bytes) {
+            struct iovec iov = {(void *)(uintptr_t)zeroes, n};
+            error = transfer(disk, true, &iov, 1, start, n, 0);
+        } else { /* an edge inside a block of an O_DIRECT disk */
+            if (edge == NULL && posix_memalign((void **)&edge, 4096, 2 * sizeof zeroes) != 0)
+                return ENOMEM;
+            error = whole(disk, false, edge, start, n, 0);
+            memset(edge + (offset - start), 0, bytes);
+            if (error == 0)
+                error = whole(disk, true, edge, start, n, 0);
+        }
+        offset += bytes;
+        length -= bytes;
+    }
+    free(edge);
+    return error;
+}
+
+static int zero_cheaply(struct vrep_disk *disk, uint64_t offset, uint64_t length, bool no_hole)
+{
+    if (disk->block_device) {
+        uint64_t range[2] = {offset, length};
+        if ((offset | length) % VREP_SECTOR_BYTES != 0)
+            return EOPNOTSUPP;
+        return ioctl(disk->fd, BLKZEROOUT, range) == 0 ? 0 : errno;
+    }
+    int mode = (no_hole ? FALLOC_FL_ZERO_RANGE : FALLOC_FL_PUNCH_HOLE) | FALLOC_FL_KEEP_SIZE;
+    int result;
+    do
+        result = fallocate(disk->fd, mode, (off_t)offset, (off_t)length);
+    while (result != 0 && errno == EINTR);
+    return result == 0 ? 0 : errno;
+}
+
+static int zero(struct vrep_disk *disk, const struct vrep_io *io)
+{
+    int error = zero_cheaply(disk, io->offset, io->length, (io->flags & VREP_IO_NO_HOLE) != 0);
+    if (error == EOPNOTSUPP || error == ENOTTY || error == EINVAL || error == ENOSYS) {
+        if (io->flags & VREP_IO_FAST)
+            return EOPNOTSUPP;
+        error = write_zeroes(disk, io->offset, io->length);
+    }
+    if (error == 0 && (io->flags & VREP_IO_FUA) && fdatasync(disk->fd) != 0)
+        error = errno;
+    return error;
+}
+
+/* ---- running ------------------------------------------------------------------------ */
+
+void vrep_disk_run(struct vrep_io *io, void *bounce, size_t bounce_bytes)
+{
+    struct vrep_disk *disk = io->disk;
+    bool overlay = disk->presence != NULL;
+    /* On an overlay "stable" means data and presence: its own sync does both. */
+    int flags = (io->flags & VREP_IO_FUA) && !overlay ? RWF_DSYNC : 0;
+    int error = 0, status = VREP_OK;
+    switch (io->op) {
+    case VREP_IO_READ:
+    case VREP_IO_WRITE:
+        if (disk->direct && !aligned(disk, io))
+            error = bounced(disk, io, bounce, bounce_bytes, flags);
+        else
+            error = transfer(disk, io->op == VREP_IO_WRITE, io->iov, io->iovcnt, io->offset,
+                             io->length, flags);
+        break;
+    case VREP_IO_ZERO:
+        error = zero(disk, io);
+        break;
+    default:
+        if (!overlay && !disk->read_only && fdatasync(disk->fd) != 0)
+            error = errno;
+        break;
+    }
+    if (error == 0 && overlay) {
+        if (io->op == VREP_IO_WRITE || io->op == VREP_IO_ZERO)
+            vrep_overlay_written(disk, io->offset, io->length);
+        if (io->op == VREP_IO_FLUSH || (io->op != VREP_IO_READ && (io->flags & VREP_IO_FUA)))
+            status = vrep_overlay_sync(disk);
+    }
+    io->os_error = 0;
+    io->status = status;
+    if (error != 0)
+        vrep_io_fail(io, error);
+}
+
+static bool finish(struct vrep_io *io, int status)
+{
+    io->status = status;
+    io->inline_done = true;
+    return true;
+}
+
+/* Page-cached data at once, without blocking; a part that is not cached goes to the pool. */
+static bool read_now(struct vrep_disk *disk, struct vrep_io *io)
+{
+    if (io->iovcnt > IOV_STEP)
+        return false;
+    ssize_t n = preadv2(disk->fd, io->iov, io->iovcnt, (off_t)io->offset, RWF_NOWAIT);
+    return n >= 0 && (uint64_t)n == io->length && finish(io, VREP_OK);
+}
+
+static bool write_now(struct vrep_disk *disk, struct vrep_io *io)
+{
+    uint64_t begun = now_ns();
+    if (begun < disk->slow_until_ns || io->iovcnt > IOV_STEP)
+        return false;
+    ssize_t n = pwritev2(disk->fd, io->iov, io->iovcnt, (off_t)io->offset, 0);
+    uint64_t ended = now_ns();
+    if (ended - begun > INLINE_SLOW_NS)
+        disk->slow_until_ns = ended + INLINE_PAUSE_NS;
+    if (n < 0 || (uint64_t)n != io->length)
+        return false; /* the pool does it again, whole, and finds the error */
+    if (disk->presence != NULL)
+        vrep_overlay_written(disk, io->offset, io->length);
+    return finish(io, VREP_OK);
+}
+
+void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io)
+{
+    io->disk = disk;
+    io->inline_done = false;
+    io->os_error = 0;
+    bool data = io->op == VREP_IO_READ || io->op == VREP_IO_WRITE;
+    bool ranged = data || io->op == VREP_IO_ZERO;
+    if (ranged && (io->length > disk->bytes || io->offset > disk->bytes - io->length)) {
+        finish(io, VREP_E_RANGE);
+        return;
+    }
+    if (data &&
+        (io->length > VREP_WRITE_BYTES_MAX || vrep_iov_bytes(io->iov, io->iovcnt) != io->length)) {
+        finish(io, VREP_E_INVALID);
+        return;
+    }
+    if (disk->read_only && (io->op == VREP_IO_WRITE || io->op == VREP_IO_ZERO)) {
+        finish(io, VREP_E_READONLY);
+        return;
+    }
+    if (ranged && io->length == 0) {
+        finish(io, VREP_OK);
+        return;
+    }
+    bool small = io->length <= INLINE_BYTES && !disk->direct;
+    if (io->op == VREP_IO_READ && small && read_now(disk, io))
+        return;
+    if (io->op == VREP_IO_WRITE && small && !(io->flags & VREP_IO_FUA) && write_now(disk, io))
+        return;
+    bool simple = !(disk->presence != NULL && (io->flags & VREP_IO_FUA));
+    if (data && disk->direct && simple && io->iovcnt <= IOV_MAX && aligned(disk, io) &&
+        vrep_engine_ring(disk->engine, io))
+        return;
+    vrep_engine_queue(disk->engine, io);
+}
+
+int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint64_t *length,
+                     bool *hole)
+{
+    if (offset >= disk->bytes || max == 0)
+        return VREP_E_RANGE;
+    uint64_t limit = disk->bytes - offset < max ? disk->bytes - offset : max;
+    *length = limit;
+    *hole = false;
+    if (disk->block_device)
+        return VREP_OK;
+    off_t data = lseek(disk->fd, (off_t)offset, SEEK_DATA);
+    if (data < 0 && errno == ENXIO) { /* nothing but a hole up to the end */
+        *hole = true;
+        return VREP_OK;
+    }
+    if (data < 0) /* a filesystem that does not tell: all is data */
+        return errno == EINVAL || errno == EOPNOTSUPP ? VREP_OK : vrep_status_from_errno(errno);
+    if ((uint64_t)data > offset) {
+        *hole = true;
+        if ((uint64_t)data - offset < limit)
+            *length = (uint64_t)data - offset;
+        return VREP_OK;
+    }
+    off_t end = lseek(disk->fd, (off_t)offset, SEEK_HOLE);
+    if (end > (off_t)offset && (uint64_t)end - offset < limit)
+        *length = (uint64_t)end - offset;
+    return VREP_OK;
+}
