@@ -168,9 +168,16 @@ void vrep_piece_walk_init(struct vrep_piece_walk *walk, const struct vrep_record
                           const void *words)
 {
     walk->record = record;
-    walk->words = words;
+    walk->word = words;
     walk->next = 0;
     walk->at = (uint32_t)(sizeof *record + record->pieces * sizeof(uint32_t));
+}
+
+void vrep_piece_walk_one(struct vrep_piece_walk *walk, const struct vrep_record *record,
+                         uint32_t number, const void *word)
+{
+    vrep_piece_walk_init(walk, record, word);
+    walk->next = number;
 }
 
 int vrep_piece_walk_next(struct vrep_piece_walk *walk, struct vrep_piece *piece)
@@ -183,7 +190,7 @@ int vrep_piece_walk_next(struct vrep_piece_walk *walk, struct vrep_piece *piece)
     if (i == record->pieces)
         return 0;
     hash = (record->flags & VREP_RECORD_HASHED) && i + 1 == record->pieces;
-    piece->word = vrep_le_load_u32(walk->words + (size_t)i * sizeof(uint32_t));
+    piece->word = vrep_le_load_u32(walk->word);
     piece->stored = piece->word & VREP_PIECE_LENGTH_MASK;
     piece->at = walk->at;
     if (hash) {
@@ -208,6 +215,7 @@ int vrep_piece_walk_next(struct vrep_piece_walk *walk, struct vrep_piece *piece)
     if (piece->stored > end - walk->at)
         return VREP_E_CORRUPT;
     walk->at += piece->stored;
+    walk->word += sizeof(uint32_t);
     walk->next = i + 1;
     return 1;
 }

@@ -77,12 +77,17 @@ struct vrep_piece {
 /* A walk over the pieces of a record; `words` must outlive it. */
 struct vrep_piece_walk {
     const struct vrep_record *record;
-    const uint8_t *words;
+    const uint8_t *word; /* the next one */
     uint32_t next;
     uint32_t at;
 };
 void vrep_piece_walk_init(struct vrep_piece_walk *walk, const struct vrep_record *record,
                           const void *words);
+
+/* The same for one piece alone: `number` is its place in the table, `word` its word;
+ * `at` of the piece then means nothing. */
+void vrep_piece_walk_one(struct vrep_piece_walk *walk, const struct vrep_record *record,
+                         uint32_t number, const void *word);
 
 /* 1 and *piece filled, 0 at the end, VREP_E_CORRUPT when a word is out of bounds. */
 int vrep_piece_walk_next(struct vrep_piece_walk *walk, struct vrep_piece *piece);

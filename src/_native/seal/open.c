@@ -1,0 +1,323 @@
+#include "seal/seal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <openssl/crypto.h>
+#include <openssl/evp.h>
+#include <zstd.h>
+
+#include "base/endian.h"
+#include "seal/cipher.h"
+
+struct vrep_opener {
+    struct vrep_cipher cipher;
+    ZSTD_DCtx *unsqueeze;
+    uint8_t stream_id[16];
+    uint8_t room[VREP_PIECE_BYTES_MAX]; /* a compressed piece, authenticated */
+};
+
+/* The header and piece table of a whole record, checked. */
+struct whole {
+    struct vrep_record header;
+    const uint8_t *words;
+    const uint8_t *start;
+};
+
+static int take(const void *record, size_t len, struct whole *whole)
+{
+    int status;
+
+    if (len < sizeof whole->header)
+        return VREP_E_TORN;
+    memcpy(&whole->header, record, sizeof whole->header);
+    status = vrep_record_check(&whole->header);
+    if (status != VREP_OK)
+        return status;
+    if (len - sizeof whole->header < whole->header.body_bytes)
+        return VREP_E_TORN;
+    whole->start = record;
+    whole->words = whole->start + sizeof whole->header;
+    return vrep_record_check_pieces(&whole->header, whole->words);
+}
+
+int vrep_opener_new(const uint8_t key[VREP_STREAM_KEY_BYTES], const uint8_t stream_id[16],
+                    struct vrep_opener **out)
+{
+    struct vrep_opener *opener = calloc(1, sizeof *opener);
+    int status;
+
+    if (opener == NULL)
+        return VREP_E_NOMEM;
+    memcpy(opener->stream_id, stream_id, sizeof opener->stream_id);
+    status = vrep_cipher_init(&opener->cipher, key, false);
+    if (status == VREP_OK) {
+        opener->unsqueeze = ZSTD_createDCtx();
+        if (opener->unsqueeze == NULL)
+            status = VREP_E_NOMEM;
+    }
+    if (status != VREP_OK) {
+        vrep_opener_free(opener);
+        return status;
+    }
+    *out = opener;
+    return VREP_OK;
+}
+
+void vrep_opener_free(struct vrep_opener *opener)
+{
+    if (opener == NULL)
+        return;
+    vrep_cipher_clear(&opener->cipher);
+    ZSTD_freeDCtx(opener->unsqueeze);
+    OPENSSL_cleanse(opener, sizeof *opener);
+    free(opener);
+}
+
+/* One frame that holds exactly `plain` bytes, whatever its header claims. */
+static int unsqueeze(struct vrep_opener *opener, size_t len, uint8_t *out, size_t plain)
+{
+    size_t frame = ZSTD_findFrameCompressedSize(opener->room, len);
+
+    if (ZSTD_isError(frame) || frame != len ||
+        ZSTD_decompressDCtx(opener->unsqueeze, out, plain, opener->room, len) != plain)
+        return VREP_E_CORRUPT;
+    return VREP_OK;
+}
+
+static int open_piece(struct vrep_opener *opener, const struct vrep_record *header,
+                      const struct vrep_piece *piece, const uint8_t *stored, uint8_t *out)
+{
+    uint32_t len = piece->stored - VREP_TAG_BYTES;
+    bool squeezed = (piece->word & VREP_PIECE_ZSTD) != 0;
+    uint8_t *to = squeezed ? opener->room : out;
+    int status = vrep_cipher_begin(&opener->cipher, false, header, piece->word, piece->index);
+
+    if (status == VREP_OK)
+        status = vrep_cipher_add(&opener->cipher, false, stored, len, to);
+    if (status == VREP_OK)
+        status = vrep_cipher_open_end(&opener->cipher, stored + len);
+    if (status == VREP_OK && squeezed)
+        status = unsqueeze(opener, len, out, piece->plain);
+    if (status != VREP_OK)
+        OPENSSL_cleanse(out, piece->plain); /* nothing unauthentic leaves */
+    return status;
+}
+
+/* Bounds a piece word by its header alone: what a walk over the whole table would find. */
+static int bound_piece(const struct vrep_record *header, uint32_t index, uint32_t word,
+                       struct vrep_piece *piece)
+{
+    bool hashed = (header->flags & VREP_RECORD_HASHED) != 0;
+    struct vrep_piece_walk walk;
+    uint8_t stored_word[4];
+    uint32_t number = index;
+
+    if (index == VREP_PIECE_HASH && hashed)
+        number = header->pieces - 1u;
+    else if (index == VREP_PIECE_TALLY && header->kind == VREP_KIND_TALLY)
+        number = 0;
+    else if (header->kind == VREP_KIND_TALLY || index >= header->pieces - (hashed ? 1u : 0u))
+        return VREP_E_CORRUPT;
+    vrep_le_store_u32(stored_word, word);
+    vrep_piece_walk_one(&walk, header, number, stored_word);
+    return vrep_piece_walk_next(&walk, piece) == 1 ? VREP_OK : VREP_E_CORRUPT;
+}
+
+int vrep_opener_piece(struct vrep_opener *opener, const struct vrep_record *header, uint32_t index,
+                      uint32_t word, const void *stored, size_t stored_len, void *out, size_t cap,
+                      size_t *written)
+{
+    struct vrep_piece piece;
+    int status = vrep_record_check(header);
+
+    if (status != VREP_OK)
+        return status;
+    if (header->pieces == 0)
+        return VREP_E_CORRUPT;
+    status = bound_piece(header, index, word, &piece);
+    if (status != VREP_OK)
+        return status;
+    if (piece.stored != stored_len)
+        return VREP_E_CORRUPT;
+    if (piece.plain > cap)
+        return VREP_E_FULL;
+    status = open_piece(opener, header, &piece, stored, out);
+    if (status == VREP_OK)
+        *written = piece.plain;
+    return status;
+}
+
+int vrep_opener_record(struct vrep_opener *opener, const void *record, size_t len, void *out,
+                       size_t cap, size_t *written)
+{
+    struct vrep_piece_walk walk;
+    struct vrep_piece piece;
+    struct whole whole;
+    size_t total = 0;
+    int status = take(record, len, &whole);
+
+    if (status != VREP_OK)
+        return status;
+    if (whole.header.pieces > 0 && whole.header.length > cap)
+        return VREP_E_FULL;
+    if (whole.header.pieces > 0) {
+        vrep_piece_walk_init(&walk, &whole.header, whole.words);
+        while (status == VREP_OK && vrep_piece_walk_next(&walk, &piece) > 0) {
+            if (piece.index == VREP_PIECE_HASH)
+                break;
+            status = open_piece(opener, &whole.header, &piece, whole.start + piece.at,
+                                (uint8_t *)out + piece.offset);
+            total = (size_t)piece.offset + piece.plain;
+        }
+    }
+    if (status != VREP_OK) {
+        OPENSSL_cleanse(out, total);
+        return status;
+    }
+    *written = total;
+    return VREP_OK;
+}
+
+int vrep_opener_hashes(struct vrep_opener *opener, const void *record, size_t len, void *out,
+                       size_t cap, size_t *written)
+{
+    struct vrep_piece_walk walk;
+    struct vrep_piece piece;
+    struct whole whole;
+    int status = take(record, len, &whole);
+
+    if (status != VREP_OK)
+        return status;
+    if (!(whole.header.flags & VREP_RECORD_HASHED))
+        return VREP_E_NOT_FOUND;
+    vrep_piece_walk_init(&walk, &whole.header, whole.words);
+    while (vrep_piece_walk_next(&walk, &piece) > 0 && piece.index != VREP_PIECE_HASH)
+        ;
+    if (piece.plain > cap)
+        return VREP_E_FULL;
+    status = open_piece(opener, &whole.header, &piece, whole.start + piece.at, out);
+    if (status == VREP_OK)
+        *written = piece.plain;
+    return status;
+}
+
+int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
+                     struct vrep_mark *mark, char label[VREP_LABEL_BYTES_MAX + 1])
+{
+    uint8_t plain[sizeof *mark + VREP_LABEL_BYTES_MAX];
+    size_t got;
+    uint8_t kind;
+    int status = vrep_opener_record(opener, record, len, plain, sizeof plain, &got);
+
+    if (status == VREP_E_FULL)
+        return VREP_E_INVALID; /* not a mark: those fit */
+    if (status != VREP_OK)
+        return status;
+    memcpy(&kind, (const uint8_t *)record + offsetof(struct vrep_record, kind), sizeof kind);
+    if (kind != VREP_KIND_MARK)
+        return VREP_E_INVALID;
+    memcpy(mark, plain, sizeof *mark);
+    if (mark->version != 1)
+        return VREP_E_VERSION;
+    if (mark->flags != 0 || mark->label_bytes != got - sizeof *mark ||
+        memchr(plain + sizeof *mark, 0, mark->label_bytes) != NULL)
+        return VREP_E_CORRUPT;
+    memcpy(label, plain + sizeof *mark, mark->label_bytes);
+    label[mark->label_bytes] = '\0';
+    return VREP_OK;
+}
+
+/* ---- tally --------------------------------------------------------------- */
+
+struct vrep_tally_check {
+    EVP_MD_CTX *running;
+    uint64_t records;
+    uint64_t first_seq;
+};
+
+int vrep_tally_new(struct vrep_tally_check **out)
+{
+    struct vrep_tally_check *check = calloc(1, sizeof *check);
+    int status;
+
+    if (check == NULL)
+        return VREP_E_NOMEM;
+    check->running = EVP_MD_CTX_new();
+    status = check->running == NULL ? VREP_E_NOMEM : vrep_tally_reset(check);
+    if (status != VREP_OK) {
+        vrep_tally_free(check);
+        return status;
+    }
+    *out = check;
+    return VREP_OK;
+}
+
+void vrep_tally_free(struct vrep_tally_check *check)
+{
+    if (check == NULL)
+        return;
+    EVP_MD_CTX_free(check->running);
+    free(check);
+}
+
+int vrep_tally_reset(struct vrep_tally_check *check)
+{
+    check->records = 0;
+    check->first_seq = 0;
+    return EVP_DigestInit_ex(check->running, EVP_sha256(), NULL) == 1 ? VREP_OK : VREP_E_IO;
+}
+
+int vrep_tally_update(struct vrep_tally_check *check, const void *record, size_t len)
+{
+    struct vrep_piece_walk walk;
+    struct vrep_piece piece;
+    struct whole whole;
+    int status = take(record, len, &whole);
+
+    if (status != VREP_OK || vrep_record_is_aside(whole.header.kind))
+        return status;
+    if (EVP_DigestUpdate(check->running, &whole.header, sizeof whole.header) != 1)
+        return VREP_E_IO;
+    vrep_piece_walk_init(&walk, &whole.header, whole.words);
+    while (vrep_piece_walk_next(&walk, &piece) > 0) {
+        const uint8_t *tag = whole.start + piece.at + piece.stored - VREP_TAG_BYTES;
+        if (EVP_DigestUpdate(check->running, tag, VREP_TAG_BYTES) != 1)
+            return VREP_E_IO;
+    }
+    if (check->records++ == 0)
+        check->first_seq = whole.header.seq;
+    return VREP_OK;
+}
+
+int vrep_opener_tally(struct vrep_opener *opener, const void *record, size_t len,
+                      const struct vrep_tally_check *check, struct vrep_tally *out)
+{
+    uint8_t running[32];
+    EVP_MD_CTX *fork;
+    unsigned digest_len;
+    size_t got;
+    uint8_t kind;
+    int done, status = vrep_opener_record(opener, record, len, out, sizeof *out, &got);
+
+    if (status == VREP_E_FULL)
+        return VREP_E_INVALID; /* not a tally: those fit */
+    if (status != VREP_OK)
+        return status;
+    memcpy(&kind, (const uint8_t *)record + offsetof(struct vrep_record, kind), sizeof kind);
+    if (kind != VREP_KIND_TALLY)
+        return VREP_E_INVALID;
+    fork = EVP_MD_CTX_new();
+    if (fork == NULL)
+        return VREP_E_NOMEM;
+    done = EVP_MD_CTX_copy_ex(fork, check->running) == 1 &&
+           EVP_DigestFinal_ex(fork, running, &digest_len) == 1;
+    EVP_MD_CTX_free(fork);
+    if (!done)
+        return VREP_E_IO;
+    if (memcmp(running, out->running, sizeof running) != 0 || out->records != check->records ||
+        out->first_seq != check->first_seq ||
+        memcmp(out->stream_id, opener->stream_id, sizeof out->stream_id) != 0)
+        return VREP_E_CORRUPT;
+    return VREP_OK;
+}
