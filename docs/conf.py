@@ -1,0 +1,19 @@
+"""Sphinx configuration: MyST pages, the API from its docstrings, warnings are errors."""
+
+import vrep
+
+project = "vrep"
+author = "the vrep maintainers"
+project_copyright = "the vrep maintainers"
+version = release = vrep.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "description"
+autodoc_member_order = "bysource"
+
+html_theme = "furo"
+html_title = "vrep"
