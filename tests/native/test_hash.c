@@ -21,7 +21,7 @@ static uint8_t secret[512];
 static uint64_t out[2 * MOST_BLOCKS + 2];
 static uint8_t zeros[MOST_BLOCKS + 1];
 
-/* What goes through our pread below: the library under test binds to it. */
+/* What goes through our pread and lseek below: the library under test binds to them. */
 static struct {
     pthread_mutex_t lock;
     uint64_t bytes;     /* asked for */
@@ -29,6 +29,9 @@ static struct {
     uint64_t most;      /* bytes given per call, 0: all */
     off_t end;          /* nothing from here on, 0: no such end */
     off_t broken;       /* EIO for a read across this offset, 0: none */
+    int seek_error;     /* of SEEK_DATA and SEEK_HOLE, 0: none */
+    off_t seek_shift;   /* added to what they answer */
+    off_t cut;          /* the size told to the first SEEK_END, 0: the true one */
 } reads = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 ssize_t pread(int fd, void *buffer, size_t len, off_t at)
@@ -54,8 +57,29 @@ ssize_t pread(int fd, void *buffer, size_t len, off_t at)
     return syscall(SYS_pread64, fd, buffer, len, at);
 }
 
+off_t lseek(int fd, off_t at, int whence)
+{
+    off_t got;
+
+    if (whence == SEEK_END && reads.cut != 0) {
+        got = reads.cut;
+        reads.cut = 0;
+        return got;
+    }
+    if (whence != SEEK_DATA && whence != SEEK_HOLE)
+        return syscall(SYS_lseek, fd, at, whence);
+    if (reads.seek_error != 0) {
+        errno = reads.seek_error;
+        return -1;
+    }
+    got = syscall(SYS_lseek, fd, at, whence);
+    return got < 0 || got + reads.seek_shift < 0 ? got : got + reads.seek_shift;
+}
+
 static void reads_as_they_are(void)
 {
+    reads.seek_error = 0;
+    reads.seek_shift = reads.cut = 0;
     reads.bytes = reads.interrupt = reads.most = 0;
     reads.end = reads.broken = 0;
 }
@@ -375,6 +399,42 @@ static void holes_are_not_read(void)
     CHECK_EQ(close(fd), 0);
 }
 
+static void file_systems_that_cannot_tell_holes(void)
+{
+    static const int errors[] = {EINVAL, EOPNOTSUPP, ENOTTY, EIO};
+    struct vrep_hash_options o = {.block_size = 4096, .bits = 128, .threads = 2};
+    int fd;
+
+    reads_as_they_are();
+    fill_random(data, ROOM);
+    fd = file_of(ROOM);
+    punch(fd, 40960, 1 << 20);
+    for (unsigned i = 0; i < sizeof errors / sizeof errors[0]; i++) {
+        reads_as_they_are();
+        reads.seek_error = errors[i];
+        soil_results();
+        CHECK_OK(vrep_hash_file(&o, fd, 4096, ROOM - 4096, out, zeros));
+        check_against_oracle(&o, data + 4096, ROOM - 4096);
+        CHECK(reads.bytes >= ROOM - 4096);
+    }
+    /* Data said to begin before the question, then holes before their data. */
+    for (off_t shift = -1; shift >= -(1 << 20); shift *= 2) {
+        reads_as_they_are();
+        reads.seek_shift = shift;
+        soil_results();
+        CHECK_OK(vrep_hash_file(&o, fd, 1 << 20, ROOM - (1 << 20), out, zeros));
+        check_against_oracle(&o, data + (1 << 20), ROOM - (1 << 20));
+        check_nothing_past(&o, ROOM - (1 << 20));
+    }
+    /* The hole to the end is what is left of a file that was cut off meanwhile. */
+    reads_as_they_are();
+    CHECK_EQ(ftruncate(fd, 1 << 20), 0);
+    reads.cut = ROOM;
+    CHECK_STATUS(vrep_hash_file(&o, fd, 0, ROOM, out, zeros), VREP_E_RANGE);
+    reads_as_they_are();
+    CHECK_EQ(close(fd), 0);
+}
+
 static void larger_than_memory(void)
 {
     struct vrep_hash_options o = {.block_size = VREP_HASH_BLOCK_MAX, .bits = 64, .threads = 2};
@@ -494,6 +554,7 @@ int main(void)
     RUN(unlawful_options);
     RUN(file_is_like_the_oracle);
     RUN(holes_are_not_read);
+    RUN(file_systems_that_cannot_tell_holes);
     RUN(larger_than_memory);
     RUN(direct_io);
     RUN(ranges_past_the_end);
