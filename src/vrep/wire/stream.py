@@ -1,0 +1,236 @@
+"""Byte streams under the protocol: a Protocol type, and TLS 1.3 over a socket.
+
+`ByteStream` is what `FrameTransport` needs; a simulator passes its own.
+`TlsStream` is full duplex from two threads: OpenSSL does not allow SSL_read
+and SSL_write on one connection at once, so the socket is non-blocking, each
+call into OpenSSL holds a lock for at most one chunk, and waiting happens in
+poll() outside of the lock.
+
+Sizes are bytes, times seconds.  Nothing here waits without a bound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import select
+import socket
+import ssl
+import threading
+import time
+from typing import Final, Protocol
+
+from vrep.errors import PeerError, TimeLimitError, TrustError, UnreachableError
+
+__all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStream"]
+
+# One SSL_write call: a few TLS records, so that the reader gets its turn.
+WRITE_CHUNK_BYTES: Final = 64 << 10
+
+
+class ConnectionLostError(UnreachableError):
+    """The connection was lost."""
+
+
+class Clock(Protocol):
+    """Time as an argument."""
+
+    def monotonic(self) -> float: ...
+
+    def time_ns(self) -> int: ...
+
+
+class SystemClock:
+    """The host's clocks."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def time_ns(self) -> int:
+        return time.time_ns()
+
+
+class ByteStream(Protocol):
+    """A connected, ordered stream of bytes. One thread may read while another
+    writes; `close` may be called by any thread and ends both."""
+
+    def read_into(self, buffer: memoryview, timeout_s: float) -> int | None:
+        """Read at least one byte. 0 at the end, None when the time is over."""
+
+    def write(self, data: bytes | bytearray | memoryview, stall_s: float) -> None:
+        """Write all. TimeLimitError when nothing moves for `stall_s`."""
+
+    def write_some(self, data: bytes | bytearray | memoryview) -> int:
+        """Write what goes without waiting, perhaps nothing. What is left must
+        be what the next write begins with."""
+
+    def close(self) -> None: ...
+
+
+def tune_socket(sock: socket.socket, dead_after_s: float) -> None:
+    """No delay for small frames, and a dead path is noticed by the kernel too."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probe_s = max(1, int(dead_after_s / 4))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after_s * 1000))
+
+
+class TlsStream:
+    """TLS 1.3 over a connected socket, of which it becomes the owner."""
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, clock: Clock
+    ) -> None:
+        sock.setblocking(False)
+        self._clock = clock
+        # wrap_socket takes the descriptor over, and does not shake hands yet.
+        self._sock = context.wrap_socket(
+            sock, server_side=server_side, do_handshake_on_connect=False
+        )
+        self._fd = self._sock.fileno()
+        self._ssl_lock = threading.Lock()
+        self._gate = threading.Lock()
+        self._users = 0
+        self._closed = False
+
+    # A descriptor is closed only when no thread is inside a call that uses it:
+    # its number could be another file's by then.
+    def __enter__(self) -> None:
+        with self._gate:
+            if self._closed:
+                raise ConnectionLostError("it was closed on this side")
+            self._users += 1
+
+    def __exit__(self, *exc: object) -> None:
+        with self._gate:
+            self._users -= 1
+            if self._closed and not self._users:
+                self._sock.close()
+
+    def close(self) -> None:
+        with self._gate:
+            if self._closed:
+                return
+            self._closed = True
+            # SSLSocket.shutdown would drop TLS and let a reader see raw bytes.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            if not self._users:
+                self._sock.close()
+
+    def _wait(self, events: int, timeout_s: float) -> bool:
+        if timeout_s <= 0:
+            return False
+        poll = select.poll()
+        poll.register(self._fd, events)
+        return bool(poll.poll(max(1, int(timeout_s * 1000))))
+
+    def handshake(self, timeout_s: float) -> None:
+        """Shake hands within a total time."""
+        deadline = self._clock.monotonic() + timeout_s
+        with self:
+            while True:
+                try:
+                    self._sock.do_handshake()
+                    return
+                except ssl.SSLWantReadError:
+                    events = select.POLLIN
+                except ssl.SSLWantWriteError:
+                    events = select.POLLOUT
+                except OSError as error:
+                    raise _translate(error) from None
+                if not self._wait(events, deadline - self._clock.monotonic()):
+                    raise TimeLimitError(f"no TLS handshake within {timeout_s:g} s")
+
+    def peer_certificate_der(self) -> bytes | None:
+        """The peer's certificate; None when it showed none."""
+        return self._sock.getpeercert(binary_form=True)
+
+    def peer_fingerprint(self) -> str | None:
+        der = self.peer_certificate_der()
+        return None if der is None else hashlib.sha256(der).hexdigest()
+
+    def read_into(self, buffer: memoryview, timeout_s: float) -> int | None:
+        with self:
+            deadline: float | None = None
+            while True:
+                try:
+                    with self._ssl_lock:
+                        return self._sock.recv_into(buffer)
+                except ssl.SSLWantReadError:
+                    events = select.POLLIN
+                except ssl.SSLWantWriteError:
+                    events = select.POLLOUT
+                except ssl.SSLZeroReturnError:
+                    return 0
+                except OSError as error:
+                    raise _translate(error) from None
+                now = self._clock.monotonic()
+                if deadline is None:
+                    deadline = now + timeout_s
+                if not self._wait(events, deadline - now):
+                    return None
+
+    def write(self, data: bytes | bytearray | memoryview, stall_s: float) -> None:
+        with self, memoryview(data).cast("B") as view:
+            at, size = 0, view.nbytes
+            while at < size:
+                # After a "want" OpenSSL must be given the same bytes again.
+                chunk = view[at : at + WRITE_CHUNK_BYTES]
+                try:
+                    with self._ssl_lock:
+                        at += self._sock.send(chunk)
+                    continue
+                except ssl.SSLWantWriteError:
+                    events = select.POLLOUT
+                except ssl.SSLWantReadError:
+                    events = select.POLLIN
+                except OSError as error:
+                    raise _translate(error) from None
+                finally:
+                    chunk.release()
+                if not self._wait(events, stall_s):
+                    raise TimeLimitError(f"the peer took no bytes for {stall_s:g} s")
+
+    def write_some(self, data: bytes | bytearray | memoryview) -> int:
+        with self, memoryview(data).cast("B") as view:
+            at = 0
+            while at < view.nbytes:
+                try:
+                    with self._ssl_lock:
+                        at += self._sock.send(view[at : at + WRITE_CHUNK_BYTES])
+                except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                    break
+                except OSError as error:
+                    raise _translate(error) from None
+            return at
+
+
+_DISTRUST: Final = (
+    "CERTIFICATE_VERIFY_FAILED",
+    "ALERT_UNKNOWN_CA",
+    "ALERT_BAD_CERTIFICATE",
+    "ALERT_CERTIFICATE",
+    "ALERT_ACCESS_DENIED",
+)
+
+
+def _translate(error: OSError) -> PeerError:
+    """An error of the socket or of OpenSSL, in our words."""
+    if isinstance(error, ssl.SSLError):
+        reason = error.reason or str(error)
+        if any(word in reason for word in _DISTRUST):
+            if "ALERT" in reason:
+                return TrustError("the peer does not know this site's certificate, or removed it")
+            return TrustError("the peer's certificate is not one that this site trusts")
+        if "PROTOCOL_VERSION" in reason or "UNSUPPORTED_PROTOCOL" in reason:
+            return PeerError("the peer does not speak TLS 1.3")
+        if isinstance(error, ssl.SSLEOFError) or "UNEXPECTED_EOF" in reason:
+            return ConnectionLostError("the peer ended it without a word")
+        return ConnectionLostError(f"TLS failed: {reason.replace('_', ' ').lower()}")
+    return ConnectionLostError(error.strerror or str(error))
