@@ -21,7 +21,7 @@ ROOMS = {
     "ring": CORE,
     "track": CORE,
     "disk": CORE,
-    "seal": CORE,
+    "seal": CORE | {"ring"},  # seals records straight out of the ring, without a copy
     "map": CORE,
     "filter": CORE | {"ring", "track", "disk"},
     "serve": CORE | {"ring", "track", "disk", "filter"},
