@@ -344,7 +344,11 @@ struct vrep_map_header {
     uint64_t gap_seq;  /* of that gap-begin */
     uint32_t open_generation;
     uint32_t unverified; /* reason code, 0 = verified */
-    uint64_t reserved1[5];
+    /* 0, or 0x100 | to << 4 | from: commands of generation `from` count in `to` (a merge whose
+     * owner may have died before it told them) */
+    uint32_t merge;
+    uint32_t reserved1;
+    uint64_t reserved4[4];
     struct vrep_map_generation generation[VREP_GENERATIONS]; /* at 192 */
     uint8_t reserved2[192];
     struct vrep_map_disk disk[VREP_DISKS_MAX]; /* at 512 */

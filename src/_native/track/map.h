@@ -35,7 +35,7 @@ void vrep_map_detach(struct vrep_map *map);
 struct vrep_map_header *vrep_map_header(struct vrep_map *map);
 
 /* Grant: marks the open generation and counts one in flight in it; returns the generation's index.
- */
+ * raise, done and count do nothing for a slot's 0xff: a change that has no mark. */
 uint8_t vrep_map_mark(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
 /* Publish, between stage and commit of the ring: last_seq = max(last_seq, seq). */
 void vrep_map_raise(struct vrep_map *map, uint8_t generation, uint64_t seq);
@@ -51,8 +51,8 @@ void vrep_map_clear_unshipped(struct vrep_map *map, uint16_t disk, uint64_t offs
 bool vrep_map_in_generation(struct vrep_map *map, uint16_t disk, uint64_t offset, uint64_t length);
 
 /* Seals the open generation and opens a free one; when none is free, merges the two oldest sealed
- * ones and tells the caller (moved: from -> to, so that it updates the slots in flight).  False:
- * nothing marked since the last seal, nothing done. */
+ * ones and tells the caller (moved: from -> to, so that it updates the slots in flight, before it
+ * calls anything else here).  False: nothing marked since the last seal, nothing done. */
 struct vrep_map_move {
     bool moved;
     uint8_t from, to;
@@ -62,9 +62,11 @@ bool vrep_map_seal(struct vrep_map *map, uint64_t head, struct vrep_map_move *mo
 uint32_t vrep_map_clear(struct vrep_map *map, uint64_t durable);
 /* Moves everything that generations hold to unshipped (lost ring or spill, power loss). */
 void vrep_map_generations_to_unshipped(struct vrep_map *map);
-/* Restart: in-flight counts to zero; the caller then counts its slots again with vrep_map_count. */
+/* Restart: in-flight counts to zero; the caller then counts its slots again with vrep_map_count,
+ * which returns the generation that now has the command's bits (another one when the owner died
+ * within a merge): the caller stores it in the slot. */
 void vrep_map_reset_inflight(struct vrep_map *map);
-void vrep_map_count(struct vrep_map *map, uint8_t generation);
+uint8_t vrep_map_count(struct vrep_map *map, uint8_t generation);
 
 /* The gap flag (rule 6); set before an unrecorded write is submitted. */
 void vrep_map_set_gap(struct vrep_map *map);
@@ -75,7 +77,8 @@ uint64_t vrep_map_dirty_bits(const struct vrep_map *map);     /* a scan */
 /* Bytes of the disk(s) those bits stand for, the short last bit counted right. */
 uint64_t vrep_map_dirty_bytes(const struct vrep_map *map);
 uint64_t vrep_map_unshipped_bytes(const struct vrep_map *map);
-/* Next run of unshipped bits at or after `from`, at most max_bytes; false at the end of the disk.
+/* Next run of unshipped bits from the bit that holds `from` on, whole bits and at most max_bytes
+ * (but at least one bit); false when there is none.
  */
 bool vrep_map_next_unshipped(const struct vrep_map *map, uint16_t disk, uint64_t from,
                              uint64_t max_bytes, uint64_t *offset, uint64_t *length);
@@ -84,6 +87,11 @@ bool vrep_map_next_run(const struct vrep_map *map, uint16_t disk, uint64_t from,
                        bool *dirty);
 /* Union of the five bitmaps of a disk into words (vrep_map_header()->disk[disk].words of them). */
 void vrep_map_union(const struct vrep_map *map, uint16_t disk, uint64_t *words);
+
+/* The runs of dirty bits of a disk from *from on, as pairs of (offset, length) in bytes; returns
+ * how many, at most max, and moves *from behind the last one. */
+uint64_t vrep_map_runs(const struct vrep_map *map, uint16_t disk, uint64_t *from,
+                       uint64_t (*runs)[2], uint64_t max);
 
 /* Durable checkpoint of the union into the older of two files (prefix + ".0" / ".1"): write,
  * fdatasync. Any thread; allocates nothing after the first call. */
