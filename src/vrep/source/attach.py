@@ -1,0 +1,66 @@
+"""A source's hold on the filter: the ring, the control values, and the filter's calls.
+
+The filter hands out the ring's path and three descriptors over its control socket. When the
+filter restarts, the hold is lost and is taken anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vrep._core.ring import RingReader
+from vrep.control import ControlClient
+
+
+class RingHold:
+    """An attached consumer of one group's ring. Close it when done."""
+
+    def __init__(self, filter_control: ControlClient, group: str, target_id: str) -> None:
+        self._control = filter_control
+        self.group = group
+        result, fds = filter_control.call_fds(
+            "consumer_attach", group=group, role="target", target_id=target_id
+        )
+        try:
+            self.path = Path(result["ring_path"])
+            self.reader = RingReader(self.path, *fds)
+        finally:
+            for fd in fds:
+                os.close(fd)
+        header = self.reader.header()
+        self.first_seq = int(header["first_seq"])
+        self._incarnation = int(header["incarnation"])
+        self._inode = self.path.stat().st_ino
+
+    def alive(self) -> bool:
+        """False once another filter process took the ring over, or made a new one."""
+        try:
+            same = self.path.stat().st_ino == self._inode
+        except FileNotFoundError:
+            return False
+        return same and int(self.reader.header()["incarnation"]) == self._incarnation
+
+    def status(self) -> Mapping[str, Any]:
+        result = self._control.call("status", group=self.group)
+        assert isinstance(result, dict)
+        return result
+
+    def resync(self, allowed: bool, bytes_per_s: int) -> None:
+        """Let the filter copy unshipped blocks, or not."""
+        self._control.call(
+            "resync", group=self.group, allowed=allowed, bytes_per_s=bytes_per_s, all=False
+        )
+
+    def lose_ring(self) -> int:
+        """The target lost what it had acknowledged: a gap begins. Its seq."""
+        result = self._control.call("lose_ring", group=self.group)
+        return int(result["gap_seq"])
+
+    def close(self) -> None:
+        self.reader.close()
+
+
+__all__ = ["RingHold"]

@@ -1,0 +1,128 @@
+"""The source process: one session for each protected group of this site."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Mapping
+from typing import Any, Final
+
+import structlog
+
+from vrep.control import ControlClient, ControlServer
+from vrep.errors import NotFoundError, VrepError
+from vrep.groups import GroupDirectory
+from vrep.keys.identity import SiteIdentity
+from vrep.keys.tenant import TenantKeyring
+from vrep.paths import SitePaths
+from vrep.source.session import GroupSession
+from vrep.wire.peers import PeerRegistry
+from vrep.wire.transport import Timeouts
+
+SCAN_EVERY_S: Final = 1.0
+
+log = structlog.get_logger("vrep.source")
+
+
+class Source:
+    """Runs the sessions of a site; groups that come and go are noticed."""
+
+    def __init__(self, paths: SitePaths, *, timeouts: Timeouts | None = None) -> None:
+        self._paths = paths
+        self._groups = GroupDirectory(paths.root)
+        self._identity = SiteIdentity.load(paths.root)
+        self._peers = PeerRegistry(paths.root)
+        self._keys = TenantKeyring(paths.root)
+        self._timeouts = timeouts
+        self._sessions: dict[str, GroupSession] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._control: ControlServer | None = None
+
+    def start(self) -> None:
+        """Serve the control socket and begin replicating."""
+        run = self._paths.make_run()
+        self._control = ControlServer(
+            run / "source.sock",
+            {
+                "status": self._status,
+                "reload": self._reload,
+                "stop": self._stop_requested,
+            },
+        )
+        self._scan()
+
+    def run(self) -> None:
+        """Until `request_stop`."""
+        while not self._stopping.wait(SCAN_EVERY_S):
+            self._scan()
+
+    def request_stop(self) -> None:
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop every session; the filter goes on recording."""
+        self._stopping.set()
+        with self._lock:
+            sessions = list(self._sessions.values())
+            self._sessions.clear()
+        for session in sessions:
+            session.stop()
+        if self._control is not None:
+            self._control.close()
+
+    def _scan(self) -> None:
+        names = set(self._groups.names())
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            gone = [self._sessions.pop(name) for name in set(self._sessions) - names]
+            for name in sorted(names - set(self._sessions)):
+                self._sessions[name] = self._begin(name)
+        for session in gone:
+            session.stop()
+            log.info("group removed", group=session.name)
+
+    def _begin(self, name: str) -> GroupSession:
+        session = GroupSession(
+            name,
+            self._groups,
+            self._identity,
+            self._peers,
+            self._keys,
+            ControlClient(self._paths.socket("filter")),
+            timeouts=self._timeouts,
+        )
+        session.start()
+        return session
+
+    # ---- control -----------------------------------------------------------------
+
+    def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            wanted = params.get("group")
+            if wanted is not None and wanted not in self._sessions:
+                raise NotFoundError(f"no group {wanted!r} is replicated here")
+            return {
+                name: dataclasses.asdict(session.view)
+                for name, session in self._sessions.items()
+                if wanted is None or name == wanted
+            }
+
+    def _reload(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        try:
+            self._scan()
+        except VrepError as error:
+            log.warning("scan failed", error=str(error))
+        with self._lock:
+            for name, session in self._sessions.items():
+                if params.get("group") in (None, name):
+                    session.reload()
+        return {}
+
+    def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        self._stopping.set()
+        return {}
+
+
+__all__ = ["Source"]

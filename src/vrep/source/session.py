@@ -1,0 +1,454 @@
+"""A group's replication from the source's side: one thread that keeps it going.
+
+It holds the ring, connects to the target, agrees on the position to resume at, opens a new
+stream and lets a `Shipper` run, while this thread takes acknowledgements. Whatever goes wrong
+ends the attempt and begins the next after a backoff; nothing of it reaches the guest.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import structlog
+
+from vrep._core import layout
+from vrep._core.seal import Sealer
+from vrep.control import ControlClient
+from vrep.errors import FencedError, PeerError, StateError, VrepError
+from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
+from vrep.keys.datakey import DataKey, unwrap_data_key
+from vrep.keys.identity import SiteIdentity
+from vrep.keys.tenant import TenantKeyring
+from vrep.source.attach import RingHold
+from vrep.source.ship import Shipper
+from vrep.wire import messages as m
+from vrep.wire.peers import PeerRegistry
+from vrep.wire.site import connect
+from vrep.wire.stream import Clock, SystemClock
+from vrep.wire.transport import FrameTransport, Timeouts
+
+BACKOFF_FIRST_S: Final = 0.2
+BACKOFF_MAX_S: Final = 15.0
+FENCED_RETRY_S: Final = 5.0
+STATUS_EVERY_S: Final = 1.0
+GAP_WAIT_S: Final = 10.0
+CHANNEL: Final = 1
+
+log = structlog.get_logger("vrep.source")
+
+Connect = Callable[..., FrameTransport]
+
+
+class RefusedError(PeerError):
+    """The target refused the group."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(f"{text} ({code})")
+        self.code = code
+
+
+@dataclass
+class SessionView:
+    """What a session shows in the status; replaced field by field, read by any thread."""
+
+    connected: bool = False
+    paused: bool = False
+    fenced: bool = False
+    error: str = ""
+    received_seq: int = 0
+    durable_seq: int = 0
+    bytes_sent: int = 0
+    records_sent: int = 0
+    conditions: list[str] = field(default_factory=list)
+    round_trip_s: float | None = None
+    attempts: int = 0
+
+
+class GroupSession:
+    """Replicates one group until stopped."""
+
+    def __init__(
+        self,
+        name: str,
+        groups: GroupDirectory,
+        identity: SiteIdentity,
+        peers: PeerRegistry,
+        keys: TenantKeyring,
+        filter_control: ControlClient,
+        *,
+        timeouts: Timeouts | None = None,
+        clock: Clock | None = None,
+        connect_peer: Connect = connect,
+    ) -> None:
+        self.name = name
+        self.view = SessionView()
+        self._groups = groups
+        self._identity = identity
+        self._peers = peers
+        self._keys = keys
+        self._filter = filter_control
+        self._timeouts = timeouts
+        self._clock = clock or SystemClock()
+        self._connect = connect_peer
+        self._stopping = threading.Event()
+        self._nudge = threading.Event()
+        self._hold: RingHold | None = None
+        self._transport: FrameTransport | None = None
+        self._bytes_before = 0
+        self._records_before = 0
+        self._thread = threading.Thread(target=self._run, name=f"source:{name}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End the session; the filter goes on recording."""
+        self._stopping.set()
+        self.reload()
+        self._thread.join(timeout_s)
+
+    def reload(self) -> None:
+        """The definition changed, or a retry is wanted at once."""
+        self._nudge.set()
+        transport = self._transport
+        if transport is not None and self._wants_end():
+            transport.close("the group was changed")
+
+    def _wants_end(self) -> bool:
+        if self._stopping.is_set():
+            return True
+        try:
+            return self._groups.load(self.name).paused
+        except VrepError:
+            return True
+
+    # ---- the loop ------------------------------------------------------------
+
+    def _run(self) -> None:
+        backoff = BACKOFF_FIRST_S
+        while not self._stopping.is_set():
+            self._nudge.clear()
+            began = time.monotonic()
+            wait_s = backoff * random.uniform(0.5, 1.0)
+            try:
+                definition = self._groups.load(self.name)
+                self.view.paused = definition.paused
+                if definition.paused:
+                    self._nudge.wait(FENCED_RETRY_S)
+                    continue
+                self.view.attempts += 1
+                self._attempt(definition)
+                wait_s = BACKOFF_FIRST_S
+            except FencedError as error:
+                self._set_fenced(True, str(error))
+                wait_s = FENCED_RETRY_S
+            except (VrepError, OSError) as error:
+                self._failed(error)
+            except Exception as error:
+                log.exception("session failed", group=self.name)
+                self._failed(error)
+            finally:
+                self.view.connected = False
+                self._drop_hold_unless_alive()
+            healthy = time.monotonic() - began > 5 * BACKOFF_MAX_S
+            backoff = BACKOFF_FIRST_S if healthy else min(backoff * 2, BACKOFF_MAX_S)
+            if not self._stopping.is_set():
+                self._nudge.wait(wait_s)
+        self._drop_hold()
+
+    def _failed(self, error: BaseException) -> None:
+        text = str(error) or type(error).__name__
+        if text != self.view.error:
+            log.warning("replication interrupted", group=self.name, error=text)
+        self.view.error = text
+
+    def _set_fenced(self, fenced: bool, text: str) -> None:
+        if fenced != self.view.fenced:
+            log.warning("fenced" if fenced else "no longer fenced", group=self.name, reason=text)
+        self.view.fenced, self.view.error = fenced, text if fenced else ""
+        definition = self._groups.load(self.name)
+        if definition.fenced != fenced:
+            self._groups.store(msgspec.structs.replace(definition, fenced=fenced))
+
+    def _drop_hold_unless_alive(self) -> None:
+        if self._hold is not None and not self._hold.alive():
+            self._drop_hold()
+
+    def _drop_hold(self) -> None:
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+
+    # ---- one attempt -----------------------------------------------------------
+
+    def _attempt(self, definition: GroupDefinition) -> None:
+        data_key = self._open_key(definition)
+        peer = self._peers.get(definition.to_site)
+        if self._hold is None:
+            self._hold = RingHold(self._filter, self.name, peer.site_id)
+        hold = self._hold
+        with self._connect(
+            self._identity, peer, timeouts=self._timeouts, clock=self._clock
+        ) as transport:
+            self._transport = transport
+            try:
+                if self._wants_end():
+                    return
+                opened = self._open(transport, hold, definition)
+                definition = self._adopt_epoch(definition, opened.epoch)
+                self._replicate(transport, hold, definition, data_key, opened)
+            finally:
+                self._transport = None
+
+    def _open_key(self, definition: GroupDefinition) -> DataKey:
+        tenant = self._keys.get(definition.key)
+        blob = base64.b64decode(definition.wrapped_keys[-1])
+        return unwrap_data_key(blob, tenant, group_id=bytes.fromhex(definition.group_id))
+
+    def _open(
+        self, transport: FrameTransport, hold: RingHold, definition: GroupDefinition
+    ) -> m.GroupOpened:
+        parent = definition.parent
+        transport.send(
+            m.OpenGroup(
+                group_id=bytes.fromhex(definition.group_id),
+                name=definition.name,
+                epoch=m.EpochInfo(
+                    counter=definition.epoch,
+                    id=bytes.fromhex(definition.epoch_id),
+                    parent=m.Position(epoch=parent.epoch, lane=parent.lane, seq=parent.seq)
+                    if parent.epoch
+                    else None,
+                ),
+                disks=[
+                    m.DiskInfo(index=disk.index, name=disk.name, size=disk.bytes)
+                    for disk in definition.disks
+                ],
+                lanes=[
+                    m.LaneOffer(
+                        lane=0,
+                        durable_seq=self.view.durable_seq,
+                        oldest_seq=hold.reader.released + 1,
+                        newest_seq=hold.reader.head,
+                    )
+                ],
+                wrapped_keys=[base64.b64decode(blob) for blob in definition.wrapped_keys],
+            ),
+            CHANNEL,
+        )
+        while True:
+            message = transport.expect(transport.timeouts.dead_after_s).message
+            if isinstance(message, m.GroupOpened):
+                return message
+            if isinstance(message, m.Refused):
+                self._refused(message)
+            if isinstance(message, m.Bye):
+                raise PeerError("the target ended the connection")
+
+    @staticmethod
+    def _refused(message: m.Refused) -> None:
+        if message.code == "fenced":
+            raise FencedError(message.text)
+        raise RefusedError(message.code, message.text)
+
+    def _adopt_epoch(self, definition: GroupDefinition, epoch: m.EpochInfo) -> GroupDefinition:
+        """Take over the epoch that the target gave back to this writer after a rollback."""
+        self._set_fenced(False, "the target accepts this writer")
+        definition = self._groups.load(self.name)
+        if (epoch.counter, epoch.id.hex()) == (definition.epoch, definition.epoch_id):
+            return definition
+        if epoch.counter < definition.epoch:
+            raise StateError(
+                f"the target accepts epoch {epoch.counter}, older than {definition.epoch}"
+            )
+        parent = epoch.parent
+        definition = msgspec.structs.replace(
+            definition,
+            epoch=epoch.counter,
+            epoch_id=epoch.id.hex(),
+            parent=ParentPosition(parent.epoch, parent.lane, parent.seq)
+            if parent
+            else ParentPosition(),
+        )
+        self._groups.store(definition)
+        log.info("new epoch", group=self.name, epoch=epoch.counter)
+        return definition
+
+    def _first_seq(self, hold: RingHold, durable_seq: int) -> int:
+        """Where shipping goes on: the record after the durable one, or the gap that stands
+        for what is no longer there."""
+        reader = hold.reader
+        head, released = reader.head, reader.released
+        if durable_seq > head:
+            raise StateError(
+                f"the target holds seq {durable_seq} but this site never wrote past {head}: "
+                "the state of the filter was replaced by an older one"
+            )
+        if durable_seq >= released:
+            return durable_seq + 1
+        if released == hold.first_seq:
+            return released + 1  # a new ring after a power loss: it begins with gap-begin
+        if self._hold_gap(hold) > released:
+            return self._hold_gap(hold)
+        gap_seq = hold.lose_ring()
+        deadline = time.monotonic() + GAP_WAIT_S
+        while reader.head < gap_seq or not gap_seq:
+            if time.monotonic() > deadline:
+                raise StateError("the filter could not begin a gap")
+            self._stopping.wait(0.05)
+            gap_seq = self._hold_gap(hold)
+        log.warning(
+            "the target lost acknowledged records",
+            group=self.name,
+            durable=durable_seq,
+            gap=gap_seq,
+        )
+        return gap_seq
+
+    @staticmethod
+    def _hold_gap(hold: RingHold) -> int:
+        """Seq of an open gap that may be begun anywhere (a jump), 0 if there is none."""
+        status = hold.status()
+        return int(status["gap_seq"]) if status.get("gap_jump") else 0
+
+    def _replicate(
+        self,
+        transport: FrameTransport,
+        hold: RingHold,
+        definition: GroupDefinition,
+        data_key: DataKey,
+        opened: m.GroupOpened,
+    ) -> None:
+        durable = opened.lanes[0].durable.seq
+        first_seq = self._first_seq(hold, durable)
+        stream_id = secrets.token_bytes(16)
+        sealer = Sealer(
+            data_key.stream_key(stream_id),
+            stream_id,
+            epoch=definition.epoch,
+            resume_seq=durable,
+            secret=data_key.hash_secret(),
+            level=definition.options.compression,
+        )
+        transport.send(
+            m.StreamStart(
+                stream_id=stream_id, key_generation=data_key.generation, resume_seq=durable
+            ),
+            CHANNEL,
+        )
+        shipper = Shipper(hold.reader, sealer, transport, CHANNEL, self._clock)
+        shipper.open_stream(self._stream(definition, data_key))
+        hold.reader.set(read=first_seq - 1, received=durable, durable=durable)
+        self.view.durable_seq = self.view.received_seq = durable
+        self.view.conditions = list(opened.conditions)
+        self.view.connected, self.view.error = True, ""
+        hold.resync(True, definition.options.rate_bytes_per_s)
+        log.info("replicating", group=self.name, resume_seq=durable, epoch=definition.epoch)
+        failure: list[BaseException] = []
+        thread = threading.Thread(
+            target=self._ship,
+            args=(shipper, first_seq, transport, failure),
+            name=f"ship:{self.name}",
+            daemon=True,
+        )
+        thread.start()
+        try:
+            self._listen(transport, hold, shipper)
+        except VrepError as error:
+            raise (failure[0] if failure else error) from None
+        finally:
+            shipper.stop()
+            transport.close()
+            thread.join()
+            self._bytes_before += shipper.bytes_sent
+            self._records_before += shipper.records_sent
+            self._stop_resync(hold)
+
+    @staticmethod
+    def _ship(
+        shipper: Shipper, first_seq: int, transport: FrameTransport, failure: list[BaseException]
+    ) -> None:
+        try:
+            shipper.run(first_seq)
+        except BaseException as error:  # noqa: BLE001 - handed to the session, which ends with it
+            failure.append(error)
+            transport.close("shipping failed")
+
+    def _stop_resync(self, hold: RingHold) -> None:
+        """Without a target, copies would only take the ring's room from the guest's writes."""
+        try:
+            hold.resync(False, 0)
+        except VrepError as error:
+            log.debug("filter not reached", group=self.name, error=str(error))
+
+    def _stream(self, definition: GroupDefinition, data_key: DataKey) -> np.ndarray[Any, Any]:
+        stream = np.zeros(1, layout.STREAM)
+        stream["epoch_id"] = np.frombuffer(bytes.fromhex(definition.epoch_id), np.uint8)
+        stream["key_generation"] = data_key.generation
+        stream["wall_ns"] = self._clock.time_ns()
+        stream["parent"]["epoch"] = definition.parent.epoch
+        stream["parent"]["lane"] = definition.parent.lane
+        stream["parent"]["seq"] = definition.parent.seq
+        return stream
+
+    # ---- acknowledgements --------------------------------------------------------
+
+    def _listen(self, transport: FrameTransport, hold: RingHold, shipper: Shipper) -> None:
+        next_status = 0.0
+        while not self._stopping.is_set():
+            event = transport.receive(STATUS_EVERY_S)
+            self.view.bytes_sent = self._bytes_before + shipper.bytes_sent
+            self.view.records_sent = self._records_before + shipper.records_sent
+            self.view.round_trip_s = transport.round_trip_s
+            if event is not None and not self._take(event.message, hold, shipper):
+                return
+            if time.monotonic() >= next_status:
+                next_status = time.monotonic() + STATUS_EVERY_S
+                if not hold.alive():
+                    raise StateError("the filter restarted")
+                transport.post(self._report(hold), CHANNEL)
+
+    def _take(self, message: object, hold: RingHold, shipper: Shipper) -> bool:
+        match message:
+            case m.Ack():
+                self.view.received_seq = message.received_seq
+                self.view.durable_seq = message.durable_seq
+                self.view.conditions = list(message.conditions)
+                head = hold.reader.head
+                if message.received_seq > head:
+                    raise StateError(f"the target acknowledged {message.received_seq}, past {head}")
+                hold.reader.set(received=message.received_seq, durable=message.durable_seq)
+                shipper.credits_changed()
+            case m.Refused():
+                self._refused(message)
+            case m.Error():
+                raise PeerError(f"{message.text} ({message.code})")
+            case m.Bye():
+                return False
+        return True
+
+    def _report(self, hold: RingHold) -> m.Status:
+        status: Mapping[str, Any] = hold.status()
+        return m.Status(
+            time_ns=self._clock.time_ns(),
+            state="gap" if status["gap"] else "replicating",
+            conditions=["unverified"] if status["unverified"] else [],
+            values={
+                "clients": int(status.get("clients", 0)),
+                "head": int(status["head"]),
+                "dirty-bytes": int(status["dirty_bytes"]),
+                "unshipped-bytes": int(status["unshipped_bytes"]),
+            },
+        )
+
+
+__all__ = ["GroupSession", "RefusedError", "SessionView"]

@@ -1,0 +1,111 @@
+"""Shipping: records from the ring, sealed a batch a call, sent as far as credits allow.
+
+One `Shipper` serves one stream: one connection, one group, one lane. It runs on a thread of
+its own; sealing and sending release the GIL. Memory: one buffer that holds the largest record.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Final, Protocol
+
+from vrep._core.seal import Sealer
+from vrep.errors import FullError, StateError
+from vrep.wire.frames import PAYLOAD_BYTES_MAX
+from vrep.wire.stream import Clock
+from vrep.wire.transport import FrameTransport
+
+BATCH_BYTES: Final = 1 << 20
+BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
+"""the largest record sealed: 32 MiB in 256 pieces, their hashes, tags and words"""
+TALLY_BYTES: Final = 256
+IDLE_WAIT_S: Final = 0.2
+CREDIT_WAIT_S: Final = 0.5
+
+
+class Ring(Protocol):
+    """What shipping needs of a ring reader."""
+
+    @property
+    def head(self) -> int: ...
+
+    def wait(self, seq: int, timeout: float) -> bool: ...
+
+    def set(self, *, read: int = ..., received: int = ..., durable: int = ...) -> None: ...
+
+
+class Shipper:
+    """Seals and sends everything after the sealer's seq until stopped."""
+
+    def __init__(
+        self, ring: Ring, sealer: Sealer, transport: FrameTransport, channel: int, clock: Clock
+    ) -> None:
+        self._ring = ring
+        self._sealer = sealer
+        self._transport = transport
+        self._channel = channel
+        self._clock = clock
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._credit = threading.Condition()
+        self._stopping = False
+        self.bytes_sent = 0
+        self.records_sent = 0
+
+    def stop(self) -> None:
+        """Make `run` return soon; from any thread."""
+        with self._credit:
+            self._stopping = True
+            self._credit.notify_all()
+
+    def credits_changed(self) -> None:
+        """The peer granted more, or the channel ended."""
+        with self._credit:
+            self._credit.notify_all()
+
+    def open_stream(self, stream: object) -> None:
+        """Send the STREAM record that opens this stream."""
+        self._send(self._sealer.stream(stream, self._buffer))
+
+    def run(self, first_seq: int) -> None:
+        """Ship from `first_seq` until stopped. Raises what the connection or the ring raise."""
+        seq = first_seq - 1
+        while not self._stopping:
+            if not self._ring.wait(seq, IDLE_WAIT_S):
+                continue
+            seq = self._ship(seq + 1, self._ring.head)
+            self._ring.set(read=seq)
+
+    def _ship(self, first: int, last: int) -> int:
+        """Seal and send one batch; the seq of its last record."""
+        try:
+            room = self._buffer[: BATCH_BYTES - TALLY_BYTES]
+            written, done = self._sealer.seal_ring(self._ring, first, last, room)
+        except FullError:  # one record larger than a batch
+            room = self._buffer[: BUFFER_BYTES - TALLY_BYTES]
+            written, done = self._sealer.seal_ring(self._ring, first, first, room)
+        written += self._sealer.tally(self._buffer[written:], wall_ns=self._clock.time_ns())
+        self.records_sent += done
+        self._send(written)
+        return first + done - 1
+
+    def _send(self, length: int) -> None:
+        """Send the head of the buffer in frames, each within the credit that there is."""
+        at = 0
+        while at < length:
+            count = min(length - at, PAYLOAD_BYTES_MAX, self._wait_credit())
+            more = at + count < length
+            self._transport.send_data(self._channel, [self._buffer[at : at + count]], more=more)
+            at += count
+            self.bytes_sent += count
+
+    def _wait_credit(self) -> int:
+        with self._credit:
+            while not self._stopping:
+                available = self._transport.connection.credit(self._channel)
+                if available > 0:
+                    return available
+                self._credit.wait(CREDIT_WAIT_S)
+        raise StateError("shipping was stopped")
+
+
+__all__ = ["Ring", "Shipper"]
