@@ -1,0 +1,131 @@
+"""Settings of a site: ``config.toml`` in its directory. Every setting has a default.
+
+Sizes are bytes, rates bytes a second, times seconds. The docstring under a field is its
+documentation; the reference is generated from it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from vrep.errors import ConfigError
+
+Port = Annotated[str, Meta(max_length=270)]
+Count = Annotated[int, Meta(ge=1, le=64)]
+Size = Annotated[int, Meta(ge=0, le=1 << 50)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Mode = Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file."""
+
+
+class NetworkConfig(_Section, frozen=True, kw_only=True):
+    """How this site meets others."""
+
+    listen: Port = ""
+    """host:port where other sites connect; empty: what `site init --listen` said"""
+    advertise: Port = ""
+    """host:port that invitations name, when it differs from `listen`"""
+    connect_s: Seconds = 10.0
+    """limit of a connection attempt"""
+    ping_after_s: Seconds = 5.0
+    """silence after which the peer is asked for a sign of life"""
+    dead_after_s: Seconds = 20.0
+    """silence after which the peer counts as dead"""
+
+
+class FilterConfig(_Section, frozen=True, kw_only=True):
+    """The process in the guests' I/O path."""
+
+    shm_dir: str = "/dev/shm"
+    """memory-backed directory of rings and change maps"""
+    ring_bytes: Size = 256 << 20
+    """ring of a new group: what it buffers before writes go unrecorded"""
+    io_threads: Count = 2
+    """threads of a group for I/O that blocks"""
+    socket_mode: Mode = "0600"
+    """of NBD sockets of new groups"""
+    socket_group: str = ""
+    """Unix group that owns NBD sockets of new groups; empty: the user's"""
+
+
+class SourceConfig(_Section, frozen=True, kw_only=True):
+    """The appliance that ships."""
+
+    resync_rate: Size = 0
+    """bytes a second that a first sync or resync may read; 0: unlimited"""
+    compression: Annotated[int, Meta(ge=0, le=19)] = 1
+    """zstd level of new groups; 0: off"""
+
+
+class TargetConfig(_Section, frozen=True, kw_only=True):
+    """The appliance that receives and stores."""
+
+    commit_s: Annotated[float, Meta(gt=0, le=1)] = 0.02
+    """longest time that received records wait for their sync"""
+    segment_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 30)] = 64 << 20
+    """size at which a segment is closed and indexed"""
+    window_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 30)] = 64 << 20
+    """bytes of one group that may be on their way or not yet synced"""
+    reserve_bytes: Size = 64 << 20
+    """space kept back, so that recovery works on a full disk"""
+
+
+class RecoveryConfig(_Section, frozen=True, kw_only=True):
+    """Views of recovered disks."""
+
+    fill_rate: Size = 0
+    """bytes a second of background filling; 0: unlimited"""
+    socket_mode: Mode = "0600"
+    """of NBD sockets of views"""
+
+
+class MetricsConfig(_Section, frozen=True, kw_only=True):
+    """Prometheus."""
+
+    listen: Port = ""
+    """host:port of /metrics; empty: off"""
+
+
+class LogConfig(_Section, frozen=True, kw_only=True):
+    """Logs go to standard error."""
+
+    format: Literal["auto", "json", "text"] = "auto"
+    """auto: text on a terminal, JSON lines elsewhere"""
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """lines below it are dropped"""
+
+
+class Config(_Section, frozen=True, kw_only=True):
+    """All settings."""
+
+    network: NetworkConfig = NetworkConfig()
+    filter: FilterConfig = FilterConfig()
+    source: SourceConfig = SourceConfig()
+    target: TargetConfig = TargetConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
+
+
+def load_config(path: Path) -> Config:
+    """The settings of a file; all defaults when there is none."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return Config()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    try:
+        return msgspec.toml.decode(data, type=Config)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+__all__ = ["Config", "load_config"]

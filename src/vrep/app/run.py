@@ -1,0 +1,136 @@
+"""`vrep run`: everything that a site runs, in the foreground.
+
+The supervisor starts one child process for each role and keeps it running: a role that dies
+is started again, at once the first time, then after a growing pause. SIGTERM and SIGINT stop
+all: the appliances first, so that nothing is shipped past the filter's last word.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+
+from vrep.control import ControlServer
+from vrep.errors import BusyError, UsageError
+from vrep.paths import SitePaths
+
+ROLES: Final = ("filter", "target", "source")
+STOP_ORDER: Final = ("source", "target", "filter")
+PAUSE_FIRST_S: Final = 0.1
+PAUSE_MAX_S: Final = 10.0
+STEADY_S: Final = 30.0
+STOP_S: Final = 30.0
+
+log = structlog.get_logger("vrep.run")
+
+
+@dataclass
+class _Child:
+    """One role's process, and when it may be started again."""
+
+    role: str
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+    not_before: float = 0.0
+    pause_s: float = PAUSE_FIRST_S
+    restarts: int = 0
+    last_exit: int | None = None
+
+
+class Supervisor:
+    """Runs roles until it is told to stop."""
+
+    def __init__(self, paths: SitePaths, roles: tuple[str, ...] = ROLES) -> None:
+        unknown = set(roles) - set(ROLES)
+        if unknown or not roles:
+            raise UsageError(f"roles are {', '.join(ROLES)} or all")
+        self._paths = paths
+        self._children = {role: _Child(role) for role in ROLES if role in roles}
+        self._stopping = threading.Event()
+
+    def run(self) -> int:
+        """Until a signal or `request_stop`; 0 when every role ended cleanly."""
+        run = self._paths.make_run()
+        name = "site" if set(self._children) == set(ROLES) else "site-" + "-".join(self._children)
+        try:
+            server = ControlServer(
+                run / f"{name}.sock",
+                {"status": lambda _p: self.status(), "stop": lambda _p: self.request_stop()},
+            )
+        except BusyError:
+            raise BusyError(f"the site in {self._paths.root} runs already") from None
+        with server:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: self.request_stop())
+            while not self._stopping.is_set():
+                for child in self._children.values():
+                    self._tend(child)
+                self._stopping.wait(0.1)
+            return self._stop()
+
+    def request_stop(self) -> dict[str, bool]:
+        self._stopping.set()
+        return {"stopping": True}
+
+    def status(self) -> dict[str, dict[str, int | float | None]]:
+        """Per role: pid, seconds it runs, restarts, last exit status."""
+        now = time.monotonic()
+        return {
+            role: {
+                "pid": child.process.pid if child.process else None,
+                "running_s": round(now - child.started, 1) if child.process else 0.0,
+                "restarts": child.restarts,
+                "last_exit": child.last_exit,
+            }
+            for role, child in self._children.items()
+        }
+
+    def _tend(self, child: _Child) -> None:
+        now = time.monotonic()
+        if child.process is not None:
+            status = child.process.poll()
+            if status is None:
+                return
+            if now - child.started > STEADY_S:
+                child.pause_s = PAUSE_FIRST_S
+            log.error("role ended", role=child.role, status=status, restart_in_s=child.pause_s)
+            child.process, child.last_exit = None, status
+            child.not_before = now + child.pause_s
+            child.pause_s = min(child.pause_s * 2, PAUSE_MAX_S)
+            child.restarts += 1
+        if now >= child.not_before:
+            child.process = subprocess.Popen(
+                [sys.executable, "-m", "vrep.app.daemon", child.role, str(self._paths.root)],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only
+            )
+            child.started = now
+            log.info("role started", role=child.role, pid=child.process.pid)
+
+    def _stop(self) -> int:
+        """Stop the roles in order; the worst exit status."""
+        worst = 0
+        for role in STOP_ORDER:
+            child = self._children.get(role)
+            if child is None or child.process is None:
+                continue
+            child.process.send_signal(signal.SIGTERM)
+            try:
+                status = child.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                log.error("role does not stop, killing it", role=role)
+                child.process.kill()
+                status = child.process.wait()
+            log.info("role stopped", role=role, status=status)
+            worst = max(worst, abs(status))
+        return min(worst, 1)
+
+
+__all__ = ["ROLES", "Supervisor"]
