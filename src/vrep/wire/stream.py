@@ -21,6 +21,7 @@ import time
 from typing import Final, Protocol
 
 from vrep.errors import PeerError, TimeLimitError, TrustError, UnreachableError
+from vrep.wire.turn import TurnLock
 
 __all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStream"]
 
@@ -93,7 +94,7 @@ class TlsStream:
             sock, server_side=server_side, do_handshake_on_connect=False
         )
         self._fd = self._sock.fileno()
-        self._ssl_lock = threading.Lock()
+        self._ssl_lock = TurnLock()
         self._gate = threading.Lock()
         self._users = 0
         self._closed = False

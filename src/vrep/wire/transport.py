@@ -12,7 +12,6 @@ transport is of no more use and must be closed.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from vrep.wire import messages as m
 from vrep.wire.peers import Peer
 from vrep.wire.protocol import Connection, ConnectionState, Event, Role
 from vrep.wire.stream import ByteStream, Clock, ConnectionLostError, SystemClock
+from vrep.wire.turn import TurnLock
 
 __all__ = ["FrameTransport", "PeerRefusedError", "Timeouts"]
 
@@ -38,6 +38,8 @@ TLS_RECORD_BYTES: Final = 16384
 # AES-GCM keys wear out (RFC 8446, 5.5: 2^24.5 full records); renew well before.
 RENEW_AFTER_BYTES: Final = 200 << 30
 POSTED_MAX: Final = 1024
+CLOSE_WAIT_S: Final = 0.2
+LINGER_S: Final = 1.0
 
 
 class PeerRefusedError(PeerError):
@@ -82,7 +84,7 @@ class FrameTransport:
         self.bytes_sent = 0
         self.bytes_received = 0
         self._clock = clock or SystemClock()
-        self._send_lock = threading.Lock()
+        self._send_lock = TurnLock()
         self._posted: deque[tuple[m.Message, int]] = deque()
         self._unfinished: memoryview | None = None
         self._failure: VrepError | None = None
@@ -109,6 +111,7 @@ class FrameTransport:
         with self._send_lock:
             self._drain_locked()
             self._write_locked(self.connection.send(message, channel))
+        self._flush_posted()
 
     def send_data(
         self,
@@ -138,6 +141,7 @@ class FrameTransport:
                 head += view[whole:]
             if head:
                 self._write_locked(head)
+        self._flush_posted()
 
     def post(self, message: m.Message, channel: int = 0) -> None:
         """Send without ever waiting: now if there is room, else with the next
@@ -148,9 +152,9 @@ class FrameTransport:
         self._flush_posted()
 
     def _flush_posted(self) -> None:
-        # Whoever holds the lock drains first thing; what is posted after that
-        # is taken here, by the next sender, or by the next receive.
-        while (self._posted or self._unfinished) and self._send_lock.acquire(blocking=False):
+        # Whoever holds the lock comes here when it has let go, so nothing that
+        # was posted meanwhile is forgotten.
+        while (self._posted or self._unfinished) and self._send_lock.acquire_within(0):
             try:
                 if not self._push_locked():
                     return
@@ -342,21 +346,40 @@ class FrameTransport:
         """End the connection with an error that the peer can show."""
         try:
             self.send(m.Error(code=code, text=text[:4096]))
+            self._linger()
         except (PeerError, StateError):
             # It cannot be told: the connection failed or has ended already.
             return
+
+    def _linger(self) -> None:
+        """Read on until the peer closes: a socket that is closed with bytes
+        unread is reset, and the peer would lose the words that were for it."""
+        scratch = memoryview(bytearray(TLS_RECORD_BYTES))
+        deadline = self._clock.monotonic() + LINGER_S
+        while (left := deadline - self._clock.monotonic()) > 0:
+            if not self.stream.read_into(scratch, left):
+                return
 
     def close(self, reason: str = "") -> None:
         """Say BYE if that goes without waiting, and close the stream."""
         try:
             if self.connection.state is ConnectionState.READY and self._failure is None:
-                self.post(m.Bye(reason=reason))
+                self._say_bye(reason)
         except (PeerError, StateError):
             # A peer that cannot be told finds the end of the stream instead.
             self._posted.clear()
         finally:
             self._closed = True
             self.stream.close()
+
+    def _say_bye(self, reason: str) -> None:
+        # A writer that is at work gets a moment to end its frame.
+        if self._send_lock.acquire_within(CLOSE_WAIT_S):
+            try:
+                self._posted.append((m.Bye(reason=reason), 0))
+                self._push_locked()
+            finally:
+                self._send_lock.release()
 
     def __enter__(self) -> FrameTransport:
         return self
