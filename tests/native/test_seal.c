@@ -87,11 +87,11 @@ static void what_was_sealed_is_opened(void)
                         fill_random(data, length);
                     else
                         memset(data, kind == 1 ? 0 : 'z', length);
-                    struct iovec iov[3] = {
-                        {data, cut}, {data, 0}, {data + cut, length - cut}};
+                    struct iovec iov[3] = {{data, cut}, {data, 0}, {data + cut, length - cut}};
                     struct vrep_seal_source source =
                         write_of(++seq, check_random_below(1 << 30), iov, 3);
-                    CHECK_OK(vrep_sealer_seal(sealer, &source, 1, sealed, 2 * ROOM, &written, &done));
+                    CHECK_OK(
+                        vrep_sealer_seal(sealer, &source, 1, sealed, 2 * ROOM, &written, &done));
                     CHECK_EQ(done, 1);
                     memset(plain, 0xee, length);
                     CHECK_OK(vrep_opener_record(opener, sealed, written, plain, ROOM, &got));
@@ -99,8 +99,9 @@ static void what_was_sealed_is_opened(void)
                     CHECK_MEM(plain, data, length);
                     CHECK_STATUS(vrep_opener_record(opener, sealed, written - 1, plain, ROOM, &got),
                                  VREP_E_TORN);
-                    CHECK_STATUS(vrep_opener_record(opener, sealed, written, plain, length - 1, &got),
-                                 VREP_E_FULL);
+                    CHECK_STATUS(
+                        vrep_opener_record(opener, sealed, written, plain, length - 1, &got),
+                        VREP_E_FULL);
                 }
             vrep_sealer_free(sealer);
         }
@@ -129,10 +130,12 @@ static void no_seq_is_sealed_twice(void)
         CHECK_EQ(done, steps[i].want == VREP_OK);
     }
     struct vrep_seal_source gap = {.kind = VREP_KIND_GAP_BEGIN, .seq = 20};
-    CHECK_STATUS(vrep_sealer_seal(sealer, &gap, 1, out, sizeof out, &written, &done), VREP_E_INVALID);
+    CHECK_STATUS(vrep_sealer_seal(sealer, &gap, 1, out, sizeof out, &written, &done),
+                 VREP_E_INVALID);
     gap.flags = VREP_RECORD_JUMP;
     gap.seq = 12;
-    CHECK_STATUS(vrep_sealer_seal(sealer, &gap, 1, out, sizeof out, &written, &done), VREP_E_INVALID);
+    CHECK_STATUS(vrep_sealer_seal(sealer, &gap, 1, out, sizeof out, &written, &done),
+                 VREP_E_INVALID);
     gap.seq = 20;
     CHECK_OK(vrep_sealer_seal(sealer, &gap, 1, out, sizeof out, &written, &done));
     CHECK_EQ(vrep_sealer_seq(sealer), 20);
@@ -210,7 +213,8 @@ static void every_changed_byte_is_noticed(void)
         CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
         for (size_t i = 0; i < written; i++) {
             out[i] ^= 0x10;
-            bool data_bad = vrep_opener_record(opener, out, written, plain, sizeof plain, &got) != VREP_OK;
+            bool data_bad =
+                vrep_opener_record(opener, out, written, plain, sizeof plain, &got) != VREP_OK;
             bool hash_bad =
                 vrep_opener_hashes(opener, out, written, hashes, sizeof hashes, &got) != VREP_OK;
             CHECK(data_bad || hash_bad);
@@ -328,9 +332,9 @@ static void pieces_do_not_change_places(void)
     CHECK_STATUS(vrep_opener_piece(opener, &header, VREP_PIECE_HASH, stored, first, stored, plain,
                                    131072, &got),
                  VREP_E_CORRUPT);
-    CHECK_STATUS(vrep_opener_piece(opener, &header, 0, stored - 1, first, stored - 1, plain, 131072,
-                                   &got),
-                 VREP_E_CORRUPT);
+    CHECK_STATUS(
+        vrep_opener_piece(opener, &header, 0, stored - 1, first, stored - 1, plain, 131072, &got),
+        VREP_E_CORRUPT);
     CHECK_STATUS(vrep_opener_piece(opener, &header, 0, stored, first, stored, plain, 131071, &got),
                  VREP_E_FULL);
     vrep_sealer_free(sealer);
@@ -392,7 +396,7 @@ static void marks_carry_their_label(void)
     struct vrep_opener *opener = new_opener();
     struct vrep_mark mark = {.wall_ns = 77, .version = 1, .label_bytes = 6}, got;
     char label[VREP_LABEL_BYTES_MAX + 1];
-    struct iovec iov[2] = {{&mark, sizeof mark}, {(void *)(uintptr_t)"before", 6}};
+    struct iovec iov[2] = {{&mark, sizeof mark}, {(void *)(uintptr_t) "before", 6}};
     uint8_t out[1024];
     size_t written, done;
     struct vrep_seal_source source = write_of(1, 0, iov, 2);
@@ -480,7 +484,8 @@ static void the_ring_is_sealed_in_place(void)
     CHECK_OK(vrep_sealer_seal_ring(sealer, reader, 1, 4, sealed, 10000, &written, &done));
     CHECK_EQ(done, 2);
     size_t first = written;
-    CHECK_OK(vrep_sealer_seal_ring(sealer, reader, 3, 4, sealed + first, ROOM - first, &written, &done));
+    CHECK_OK(
+        vrep_sealer_seal_ring(sealer, reader, 3, 4, sealed + first, ROOM - first, &written, &done));
     CHECK_EQ(done, 2);
     CHECK_STATUS(vrep_sealer_seal_ring(sealer, reader, 5, 5, sealed, ROOM, &got, &done),
                  VREP_E_RANGE);
@@ -490,8 +495,8 @@ static void the_ring_is_sealed_in_place(void)
     CHECK_EQ(consumed, first + written);
     for (unsigned i = 0; i < 3; i++) {
         CHECK_EQ(found[i].header.wall_ns, 50 + i);
-        CHECK_OK(vrep_opener_record(opener, sealed + found[i].position, consumed - found[i].position,
-                                    plain, ROOM, &got));
+        CHECK_OK(vrep_opener_record(opener, sealed + found[i].position,
+                                    consumed - found[i].position, plain, ROOM, &got));
         CHECK_EQ(got, lengths[i]);
         CHECK_MEM(plain, data[i], lengths[i]);
         free(data[i]);

@@ -31,7 +31,8 @@ int vrep_cipher_begin(struct vrep_cipher *cipher, bool sealing, const struct vre
                       uint32_t word, uint32_t index);
 
 /* Adds `len` bytes; in and out may be the same. IO. */
-int vrep_cipher_add(struct vrep_cipher *cipher, bool sealing, const void *in, size_t len, void *out);
+int vrep_cipher_add(struct vrep_cipher *cipher, bool sealing, const void *in, size_t len,
+                    void *out);
 
 /* Ends a piece: writes its tag (IO), or compares it (AUTH). */
 int vrep_cipher_seal_end(struct vrep_cipher *cipher, uint8_t tag[VREP_TAG_BYTES]);

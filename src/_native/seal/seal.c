@@ -38,7 +38,7 @@ struct vrep_sealer {
     uint64_t tallied; /* records when the last tally was made */
     struct vrep_seal_stats stats;
     uint8_t secret[VREP_HASH_SECRET_BYTES];
-    uint8_t hashes[HASHES_BYTES];          /* of the record being sealed */
+    uint8_t hashes[HASHES_BYTES];           /* of the record being sealed */
     uint8_t gathered[VREP_PIECE_BYTES_MAX]; /* a piece that iovecs split */
 };
 

@@ -53,7 +53,7 @@ struct vrep_seal_source {
     uint64_t seq;
     uint64_t offset;
     uint32_t length;
-    uint32_t iovecs; /* 0 for a kind without a body */
+    uint32_t iovecs;         /* 0 for a kind without a body */
     const struct iovec *iov; /* exactly `length` bytes */
     uint64_t wall_ns;
     uint64_t mono_ns;
@@ -91,10 +91,10 @@ int vrep_sealer_tally(struct vrep_sealer *sealer, uint64_t wall_ns, uint64_t mon
 struct vrep_seal_stats {
     uint64_t records;
     uint64_t pieces;
-    uint64_t pieces_tried;  /* handed to zstd */
-    uint64_t pieces_zstd;   /* stored compressed */
+    uint64_t pieces_tried; /* handed to zstd */
+    uint64_t pieces_zstd;  /* stored compressed */
     uint64_t bytes_plain;
-    uint64_t bytes_sealed;  /* whole records */
+    uint64_t bytes_sealed; /* whole records */
 };
 void vrep_sealer_stats(const struct vrep_sealer *sealer, struct vrep_seal_stats *out);
 
