@@ -7,7 +7,7 @@ import sys
 
 import structlog
 
-from vrep.app.config import LogConfig
+from vrep.settings import LogConfig
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 

@@ -128,6 +128,11 @@ def release_key(
     return text
 
 
+def is_release(text: str) -> bool:
+    """Whether a key file was released for one site, rather than exported."""
+    return f"BEGIN {RELEASE_KIND}" in text
+
+
 def open_released(text: str, identity: SiteIdentity) -> TenantKey:
     """Open a key that was released for this identity."""
     block = armor.decode(text, RELEASE_KIND)

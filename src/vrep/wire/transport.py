@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from vrep.errors import (
     PeerError,
@@ -92,6 +92,7 @@ class FrameTransport:
         self._silent_s = 0.0
         self._pinged_at_s = 0.0
         self._ping_id = 0
+        self._request_id = 0
         self._ping_sent: dict[int, float] = {}
 
     @property
@@ -289,6 +290,17 @@ class FrameTransport:
         if event is None:
             raise TimeLimitError(f"no answer of {self.name} within {timeout_s:g} s")
         return event
+
+    def ask(self, method: str, params: dict[str, Any], timeout_s: float = 30.0) -> Any:
+        """The answer to a request, for a connection that does nothing else meanwhile."""
+        self._request_id += 1
+        self.send(m.Request(id=self._request_id, method=method, params=params))
+        while True:
+            message = self.expect(timeout_s).message
+            if isinstance(message, m.Response) and message.id == self._request_id:
+                if message.error is not None:
+                    raise PeerRefusedError(message.error, message.text)
+                return message.result
 
     # ---- beginning and end -----------------------------------------------------
 

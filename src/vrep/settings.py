@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from vrep.durable import write_atomic
 from vrep.errors import ConfigError
 
 Port = Annotated[str, Meta(max_length=270)]
@@ -128,4 +129,12 @@ def load_config(path: Path) -> Config:
         raise ConfigError(f"{path}: {error}") from None
 
 
-__all__ = ["Config", "load_config"]
+def set_listen(path: Path, listen: str) -> None:
+    """Write a new settings file that says where the site listens; an existing one is kept."""
+    if path.exists():
+        raise ConfigError(f"{path} exists: set network.listen there")
+    text = f"[network]\nlisten = {msgspec.json.encode(listen).decode()}\n"
+    write_atomic(path, text.encode(), 0o600)
+
+
+__all__ = ["Config", "LogConfig", "load_config", "set_listen"]

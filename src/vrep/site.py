@@ -1,0 +1,461 @@
+"""`vrep.Site`: everything that the command line does, from Python.
+
+A `Site` is a directory with its identity, peers, keys, groups, store and views. Its methods
+work whether or not the site's processes run: they change durable files and then tell the
+processes that listen. All raise subclasses of `vrep.errors.VrepError`.
+
+    site = vrep.Site("/var/lib/vrep")
+    site.protect("web", {"root": "file:/srv/web.raw"}, to="backup", key="acme")
+    print(site.status("web"))
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.groups import (
+    VERSION,
+    DiskDefinition,
+    GroupDefinition,
+    GroupDirectory,
+    GroupOptions,
+    check_name,
+)
+from vrep.paths import SitePaths
+from vrep.settings import Config, load_config, set_listen
+
+if TYPE_CHECKING:
+    from vrep.keys.identity import SiteIdentity
+    from vrep.keys.tenant import KeyInfo, TenantKeyring
+    from vrep.recovery.export import ExportResult
+    from vrep.recovery.points import PointList
+    from vrep.recovery.view import ViewInfo
+    from vrep.wire.peers import Peer, PeerRegistry
+
+SECTOR_BYTES: Final = 512
+DISKS_MAX: Final = 64
+SERVE_WAIT_S: Final = 15.0
+
+
+class Site:
+    """One site, by its directory (default: ``VREP_DIR``, then /var/lib/vrep)."""
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        self.paths = SitePaths.of(directory)
+
+    # ---- identity and peers --------------------------------------------------
+
+    @classmethod
+    def init(
+        cls,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        name: str,
+        listen: str = "",
+    ) -> Site:
+        """Make a new site. `listen` is the HOST:PORT where other sites connect; without it
+        the site can protect its own disks but receive nothing."""
+        from vrep.keys.identity import SiteIdentity
+        from vrep.wire.address import parse_address
+
+        if listen:
+            parse_address(listen)
+        site = cls(directory)
+        site.paths.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        SiteIdentity.create(site.paths.root, name)
+        if listen:
+            set_listen(site.paths.config, listen)
+        return site
+
+    @property
+    def identity(self) -> SiteIdentity:
+        from vrep.keys.identity import SiteIdentity
+
+        return SiteIdentity.load(self.paths.root)
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.paths.config)
+
+    @property
+    def peers(self) -> PeerRegistry:
+        from vrep.wire.peers import PeerRegistry
+
+        return PeerRegistry(self.paths.root)
+
+    @property
+    def keys(self) -> TenantKeyring:
+        from vrep.keys.tenant import TenantKeyring
+
+        return TenantKeyring(self.paths.root)
+
+    @property
+    def groups(self) -> GroupDirectory:
+        return GroupDirectory(self.paths.root)
+
+    def invite(self, *, lifetime_s: int = 86400) -> str:
+        """A token with which one other site may join, once, within its lifetime."""
+        from vrep.wire.invite import InviteBook, encode_invite
+
+        identity, network = self.identity, self.config.network
+        address = network.advertise or network.listen
+        if not address:
+            raise errors.ConfigError(
+                "this site does not listen: set network.listen in config.toml, or run "
+                "'vrep site init' with --listen"
+            )
+        invite = InviteBook(self.paths.root).create(
+            name=identity.name,
+            address=address,
+            fingerprint=identity.fingerprint,
+            lifetime_s=lifetime_s,
+        )
+        return encode_invite(invite)
+
+    def join(self, token: str) -> Peer:
+        """Use an invitation: both sites trust each other from now on."""
+        from vrep.wire.site import join_site
+
+        network = self.config.network
+        return join_site(
+            self.identity,
+            self.peers,
+            token,
+            listen_address=network.advertise or network.listen,
+        )
+
+    def remove_peer(self, name: str) -> Peer:
+        """Stop trusting a site. Refused while a group is protected to it."""
+        peer = self.peers.get(name)
+        users = [g for g in self.groups.names() if self.groups.load(g).to_site == peer.site_id]
+        if users:
+            raise errors.BusyError(
+                f"{', '.join(users)} replicate to {peer.name!r}: unprotect them first"
+            )
+        removed = self.peers.remove(name)
+        self._tell("target", "reload")
+        return removed
+
+    # ---- protection ------------------------------------------------------------
+
+    def protect(
+        self,
+        group: str,
+        disks: Mapping[str, str],
+        *,
+        to: str,
+        key: str,
+        accept_key_loss: bool = False,
+        options: GroupOptions | None = None,
+    ) -> GroupDefinition:
+        """Replicate disks, as one group, to a site that joined.
+
+        `disks` maps names to backing URIs (``file:`` or ``block:``). The first sync begins
+        when the site's processes run. VMs must use the group's NBD socket from now on: see
+        `nbd_uri`.
+        """
+        from vrep.keys.datakey import DataKey
+
+        check_name(group)
+        if not 1 <= len(disks) <= DISKS_MAX:
+            raise errors.InvalidError(f"a group has 1 to {DISKS_MAX} disks, not {len(disks)}")
+        identity, peer = self.identity, self.peers.get(to)
+        if group in set(self.groups.names()):
+            raise errors.ExistsError(f"group {group!r} is protected already")
+        known = {
+            disk.uri: other
+            for other in self.groups.names()
+            for disk in self.groups.load(other).disks
+        }
+        definitions = []
+        for index, (name, uri) in enumerate(disks.items()):
+            disk = _examine(index, check_name(name, "disk"), uri)
+            if disk.uri in known:
+                raise errors.BusyError(f"{uri} is a disk of group {known[disk.uri]!r}")
+            known[disk.uri] = group
+            definitions.append(disk)
+        info = self.keys.require_verified(key, accept_key_loss=accept_key_loss)
+        group_id = uuid.uuid4()
+        data_key = DataKey.create(group_id.bytes)
+        wrapped = data_key.wrap(self.keys.get(key))
+        config = self.config
+        definition = GroupDefinition(
+            version=VERSION,
+            group_id=group_id.hex,
+            name=group,
+            disks=tuple(definitions),
+            to_site=peer.site_id,
+            key=key,
+            tenant_key_id=info.key_id,
+            epoch=1,
+            epoch_id=uuid.uuid4().hex,
+            wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
+            created=time.time(),
+            options=options
+            or GroupOptions(
+                ring_bytes=config.filter.ring_bytes,
+                threads=config.filter.io_threads,
+                rate_bytes_per_s=config.source.resync_rate,
+                compression=config.source.compression,
+                socket_mode=int(config.filter.socket_mode, 8),
+                socket_group=config.filter.socket_group,
+            ),
+        )
+        assert identity.site_id != peer.site_id
+        self.groups.store(definition)
+        self._tell("filter", "reload")
+        self._tell("source", "reload")
+        return definition
+
+    def unprotect(self, group: str, *, delete_history: bool = False) -> None:
+        """Stop replicating a group and forget it here; its disks stay as they are. With
+        `delete_history` the target deletes what it holds as well; that needs the target."""
+        definition = self.groups.load(group)
+        clients = self._filter_value(group, "clients")
+        if clients:
+            raise errors.BusyError(
+                f"{clients} client(s) use {group!r}: move the VM back to its disks first"
+            )
+        if delete_history:
+            self._ask_target(definition, "group.delete", {})
+        directory = self.groups.path(group)
+        (directory / "group.json").unlink()
+        self._tell("source", "reload")
+        if self._tell("filter", "reload"):
+            self._wait_gone(group)
+        shutil.rmtree(directory)
+        shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
+
+    def pause(self, group: str) -> None:
+        """Stop shipping. Writes stay marked; the ring may overflow into a gap."""
+        self._change(group, paused=True)
+
+    def resume(self, group: str) -> None:
+        """Ship again."""
+        self._change(group, paused=False)
+
+    def resync(self, group: str) -> None:
+        """Copy every block again, as if the target held nothing that can be trusted."""
+        self.groups.load(group)
+        self._filter().call("resync", group=group, allowed=True, bytes_per_s=0, all=True)
+
+    def checkpoint(self, group: str, label: str) -> dict[str, Any]:
+        """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every
+        write that was acknowledged before."""
+        if not 0 < len(label.encode()) <= 255 or not label.isprintable():
+            raise errors.InvalidError("a label has 1 to 255 bytes of printable text")
+        if label == "latest" or label.startswith(("-", "pos:")):
+            raise errors.InvalidError(f"the label {label!r} would read as another kind of point")
+        self.groups.load(group)
+        result = self._filter().call("mark", group=group, label=label)
+        assert isinstance(result, dict)
+        return result
+
+    def nbd_uri(self, group: str, disk: str | None = None) -> str:
+        """Where a VM finds a disk of a protected group (default: the first)."""
+        names = [d.name for d in self.groups.load(group).disks]
+        name = disk or names[0]
+        if name not in names:
+            raise errors.NotFoundError(f"group {group!r} has no disk {name!r}")
+        return f"nbd+unix:///{name}?socket={self.paths.nbd_socket(group)}"
+
+    def wait_served(self, group: str, timeout_s: float = SERVE_WAIT_S) -> None:
+        """Until the filter serves a group's disks."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                self._filter().call("status", group=group)
+                return
+            except errors.VrepError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(0.05)
+
+    # ---- status ------------------------------------------------------------------
+
+    def status(self, group: str | None = None) -> dict[str, Any]:
+        """What design section 12 shows, for all groups or one: a dict for JSON."""
+        from vrep.status import collect
+
+        return collect(self, group)
+
+    # ---- recovery, at the site that holds the history ------------------------------
+
+    def points(self, group: str) -> PointList:
+        """What can be recovered, and what cannot: points, gaps, marks, verdicts."""
+        from vrep.recovery.points import list_points
+
+        return list_points(self.paths, group)
+
+    def test_start(self, group: str, at: str = "latest") -> ViewInfo:
+        """Serve the group's disks as they were, to try them; replication goes on."""
+        from vrep.recovery.view import start_test
+
+        return start_test(self.paths, group, at)
+
+    def tests(self) -> list[ViewInfo]:
+        """Views that are served here."""
+        from vrep.recovery.view import list_views
+
+        return list_views(self.paths)
+
+    def test_stop(self, group: str) -> None:
+        """End a test and delete what it wrote."""
+        from vrep.recovery.view import stop_test
+
+        stop_test(self.paths, group)
+
+    def failover_start(self, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
+        """Take the group over at a point: the old writer is refused from here on. Undo by
+        `failover_rollback`, keep by `failover_commit`."""
+        from vrep.recovery.failover import start
+
+        return start(self.paths, group, at, force=force)
+
+    def failover_commit(self, group: str) -> ViewInfo:
+        from vrep.recovery.failover import commit
+
+        return commit(self.paths, group)
+
+    def failover_rollback(self, group: str) -> None:
+        from vrep.recovery.failover import rollback
+
+        rollback(self.paths, group)
+
+    def export(
+        self, group: str, out: str | os.PathLike[str], *, at: str = "latest", format: str = "raw"
+    ) -> ExportResult:
+        """Write the group's disks at a point into files of a directory."""
+        from vrep.recovery.export import export
+
+        return export(self.paths, group, at, Path(out), format)
+
+    # ---- keys ------------------------------------------------------------------------
+
+    def key_create(self, name: str) -> KeyInfo:
+        return self.keys.create(name)
+
+    def key_export(
+        self, name: str, out: str | os.PathLike[str], passphrase: str | None = None
+    ) -> None:
+        """Write a key into a new file that only its owner can read."""
+        text = self.keys.export(name, passphrase)
+        fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def key_verify(
+        self, name: str, file: str | os.PathLike[str], passphrase: str | None = None
+    ) -> KeyInfo:
+        """Read an export back and compare it with the key held here."""
+        return self.keys.verify(name, Path(file).read_text("ascii"), passphrase)
+
+    def key_import(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        name: str | None = None,
+        passphrase: str | None = None,
+    ) -> KeyInfo:
+        """Take in an exported key, or one that was released to this site."""
+        from vrep.keys.release import is_release, opener
+
+        text = Path(file).read_text("ascii")
+        if is_release(text):
+            return self.keys.import_released(text, opener(self.identity))
+        return self.keys.import_key(text, passphrase, name=name)
+
+    def key_release(
+        self, name: str, to: str, out: str | os.PathLike[str], *, reason: str = ""
+    ) -> None:
+        """Wrap a key for a peer that recovers; only that site can open the file."""
+        text = self.keys.release(name, self.peers.get(to).certificate, reason=reason)
+        Path(out).write_text(text, "ascii")
+
+    # ---- internals ---------------------------------------------------------------------
+
+    def _filter(self) -> ControlClient:
+        return ControlClient(self.paths.socket("filter"))
+
+    def _tell(self, role: str, method: str, **params: Any) -> bool:
+        """Call a process of this site if it runs. False when it does not: then it reads the
+        files when it starts."""
+        try:
+            ControlClient(self.paths.socket(role)).call(method, **params)
+        except errors.UnreachableError:
+            return False
+        return True
+
+    def _filter_value(self, group: str, name: str) -> int:
+        try:
+            return int(self._filter().call("status", group=group).get(name, 0))
+        except (errors.UnreachableError, errors.NotFoundError):
+            return 0
+
+    def _wait_gone(self, group: str) -> None:
+        deadline = time.monotonic() + SERVE_WAIT_S
+        while time.monotonic() < deadline:
+            try:
+                self._filter().call("status", group=group)
+            except (errors.NotFoundError, errors.UnreachableError):
+                return
+            time.sleep(0.05)
+        raise errors.TimeLimitError(f"the filter still serves {group!r}")
+
+    def _change(self, group: str, **changes: Any) -> None:
+        self.groups.store(msgspec.structs.replace(self.groups.load(group), **changes))
+        self._tell("source", "reload", group=group)
+
+    def _ask_target(self, definition: GroupDefinition, method: str, params: dict[str, Any]) -> Any:
+        from vrep.wire.site import connect
+
+        with connect(self.identity, self.peers.get(definition.to_site)) as transport:
+            return transport.ask(method, {"group_id": definition.group_id, **params})
+
+
+def _examine(index: int, name: str, uri: str) -> DiskDefinition:
+    """A disk as it is now; clear errors for what cannot be protected."""
+    scheme, _, where = uri.partition(":")
+    if scheme not in ("file", "block") or not where:
+        known = "file:PATH and block:PATH are supported"
+        raise errors.UnsupportedError(f"the disk URI {uri!r}: {known} in this release")
+    path = Path(where).absolute()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise errors.NotFoundError(f"disk {name!r}: {path}: {error.strerror}") from None
+    if scheme == "file" and not stat.S_ISREG(status.st_mode):
+        raise errors.InvalidError(f"disk {name!r}: {path} is not a regular file")
+    if scheme == "block" and not stat.S_ISBLK(status.st_mode):
+        raise errors.InvalidError(f"disk {name!r}: {path} is not a block device")
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+    if size == 0 or size % SECTOR_BYTES:
+        raise errors.InvalidError(
+            f"disk {name!r}: {path} has {size} bytes; a disk has a multiple of {SECTOR_BYTES}"
+        )
+    return DiskDefinition(name=name, uri=f"{scheme}:{path}", bytes=size, index=index)
+
+
+def utc(seconds: float) -> str:
+    """RFC 3339 text of a time."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+__all__ = ["Site", "utc"]
