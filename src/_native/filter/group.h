@@ -53,6 +53,14 @@ int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **
 /* Drains what is in flight; clean also stores stamps and a clean checkpoint. */
 void vrep_group_close(struct vrep_group *group, bool clean);
 
+/* A kill, for tests: nothing is drained or stored; what the kernel has, ends, then locks and memory
+ * are let go. */
+void vrep_group_abandon(struct vrep_group *group);
+
+/* The thread that polls first owns the group.  When it stops polling it says so, and control
+ * requests run on the threads that make them. */
+void vrep_group_disown(struct vrep_group *group);
+
 int vrep_group_fd(const struct vrep_group *group); /* an epoll fd: readable when poll has work */
 void vrep_group_poll(struct vrep_group *group);    /* completions, consumers, mailbox, timers */
 int vrep_group_timeout_ms(
@@ -66,7 +74,8 @@ uint32_t vrep_group_disks(const struct vrep_group *group);
 const char *vrep_group_disk_name(const struct vrep_group *group, uint32_t disk);
 struct vrep_disk *vrep_group_disk(struct vrep_group *group, uint32_t disk);
 uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk);
-struct vrep_map *vrep_group_map(struct vrep_group *group); /* NULL without tap */
+struct vrep_map *vrep_group_map(struct vrep_group *group);   /* NULL without tap */
+struct vrep_ring *vrep_group_ring(struct vrep_group *group); /* NULL without tap */
 
 /* ---- control, from any thread ---------------------------------------------- */
 /* Runs fn(group, argument) on the group's thread and waits for it. GONE after close. */
@@ -91,7 +100,7 @@ int vrep_group_lose_ring(struct vrep_group *group);
 struct vrep_group_status {
     uint64_t head, released, durable, received, read;
     uint64_t ring_free_bytes, ring_bytes;
-    uint64_t dirty_bytes, unshipped_bytes, total_bytes;
+    uint64_t unshipped_bytes, total_bytes;
     uint64_t gap_seq;    /* 0: none open */
     uint32_t gap;        /* 1: in a gap */
     uint32_t unverified; /* reason code */
@@ -99,7 +108,8 @@ struct vrep_group_status {
     uint32_t replayed;   /* slots replayed at open */
     uint32_t inflight;
     uint32_t consumers;
-    uint64_t oldest_ns; /* CLOCK_REALTIME of the oldest record not durable, 0: none */
+    uint64_t oldest_ns; /* CLOCK_REALTIME of the oldest change not durable (in a gap: its begin), 0:
+                           none */
     uint64_t writes, write_bytes, reads, read_bytes, flushes, zeroes, zero_bytes; /* of the guest */
     uint64_t unrecorded;   /* writes that found no room */
     uint64_t gaps;         /* begun since open */
@@ -115,7 +125,18 @@ enum vrep_opened {
     VREP_OPENED_POWER_LOSS,
     VREP_OPENED_UNEXPLAINED
 };
+/* Why a group is unverified: no recovery point is offered until everything was sent or compared
+ * again. */
+enum vrep_unverified {
+    VREP_UNVERIFIED_STAMPS = 1, /* the disk changed after a clean close */
+    VREP_UNVERIFIED_SIZE,       /* its size did, or the group's disks */
+    VREP_UNVERIFIED_STATE,      /* durable state is damaged */
+    VREP_UNVERIFIED_INTENT,     /* no write-intent or checkpoint after an unclean end */
+    VREP_UNVERIFIED_FLUSH,      /* a flush failed */
+};
 int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
+/* Any thread, and slow for a large map: the union of generations and unshipped, in bytes. */
+uint64_t vrep_group_dirty_bytes(const struct vrep_group *group);
 
 /* ---- views: the miss queue --------------------------------------------------- */
 /* A read or partial write of absent blocks waits while a miss is fetched by another thread. */

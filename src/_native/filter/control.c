@@ -1,0 +1,141 @@
+/* Control: what other threads ask of a group: status, marks, resync. */
+#include <string.h>
+#include <time.h>
+
+#include "filter/internal.h"
+
+uint32_t vrep_group_disks(const struct vrep_group *group)
+{
+    return group->disks_count;
+}
+
+const char *vrep_group_disk_name(const struct vrep_group *group, uint32_t disk)
+{
+    return disk < group->disks_count ? group->disks[disk].name : NULL;
+}
+
+struct vrep_disk *vrep_group_disk(struct vrep_group *group, uint32_t disk)
+{
+    return disk < group->disks_count ? group->disks[disk].disk : NULL;
+}
+
+uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk)
+{
+    return disk < group->disks_count ? group->disks[disk].info.bytes : 0;
+}
+
+struct vrep_map *vrep_group_map(struct vrep_group *group)
+{
+    return group->map;
+}
+
+struct vrep_ring *vrep_group_ring(struct vrep_group *group)
+{
+    return group->ring;
+}
+
+int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
+                    uint64_t *seq)
+{
+    if (!group->tap)
+        return VREP_E_UNSUPPORTED;
+    if (label_bytes > 255)
+        return VREP_E_INVALID;
+    if (vrep_map_gap(group->map))
+        return VREP_E_GONE;
+    if (vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
+        return VREP_E_FULL;
+    struct vrep_mark mark = {
+        .wall_ns = vrep_clock_ns(CLOCK_REALTIME), .version = 1, .label_bytes = label_bytes};
+    uint32_t bytes = (uint32_t)sizeof mark + label_bytes;
+    struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, bytes);
+    if (slot == NULL)
+        return VREP_E_FULL;
+    struct iovec iov[2];
+    /* Less than one chunk, so one piece. */
+    if (vrep_ring_iov(group->ring, slot, 0, bytes, iov, 2) != 1) {
+        vrep_ring_cancel(group->ring, slot);
+        return VREP_E_CORRUPT;
+    }
+    memcpy(iov[0].iov_base, &mark, sizeof mark);
+    if (label_bytes > 0)
+        memcpy((uint8_t *)iov[0].iov_base + sizeof mark, label, label_bytes);
+    slot->kind = VREP_KIND_MARK;
+    slot->generation = NO_GENERATION;
+    slot->disk = 0;
+    slot->offset = 0;
+    slot->length = bytes;
+    slot->flags = 0;
+    slot->lane = 0;
+    *seq = vrep_tap_publish(group, slot);
+    return VREP_OK;
+}
+
+int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all)
+{
+    if (!group->tap)
+        return VREP_E_UNSUPPORTED;
+    if (all) {
+        vrep_map_mark_all_unshipped(group->map);
+        vrep_gap_enter(group);
+        group->dirtied++;
+        vrep_maintain_checkpoint(group);
+    }
+    if (all || (allowed && !group->resync_allowed))
+        group->count.resync_bytes = 0;
+    group->resync_allowed = allowed;
+    group->resync_rate = bytes_per_s;
+    group->resync_filled_ns = group->now_ns;
+    group->resync_budget = 0;
+    group->resync_again = allowed;
+    return VREP_OK;
+}
+
+int vrep_group_lose_ring(struct vrep_group *group)
+{
+    return group->tap ? vrep_gap_lose_ring(group) : VREP_E_UNSUPPORTED;
+}
+
+static uint64_t oldest_ns(const struct vrep_group *group)
+{
+    uint64_t oldest = vrep_map_gap(group->map) ? group->gap_wall_ns : 0;
+    const struct vrep_ring_desc *first = vrep_group_desc(group, group->durable + 1);
+    if (first != NULL && (oldest == 0 || first->wall_ns < oldest))
+        oldest = first->wall_ns;
+    return oldest;
+}
+
+int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
+{
+    *out = group->count;
+    out->inflight = group->inflight;
+    out->flush_failed = group->flush_failed;
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        out->total_bytes += group->disks[i].info.bytes;
+    if (!group->tap)
+        return VREP_OK;
+    const struct vrep_map_header *header = vrep_map_header(group->map);
+    out->head = vrep_ring_head(group->ring);
+    out->released = vrep_ring_released(group->ring);
+    out->durable = group->durable;
+    out->received = group->received;
+    out->read = group->read;
+    out->ring_free_bytes = vrep_ring_free_bytes(group->ring);
+    out->ring_bytes = vrep_ring_payload_bytes(group->ring);
+    out->unshipped_bytes =
+        vrep_map_unshipped_bits(group->map) == 0 ? 0 : vrep_map_unshipped_bytes(group->map);
+    out->gap = vrep_map_gap(group->map);
+    out->gap_seq = out->gap ? header->gap_seq : 0;
+    out->unverified = header->unverified;
+    out->opened_as = group->opened_as;
+    out->replayed = group->replayed;
+    out->consumers = group->consumers_count;
+    out->oldest_ns = oldest_ns(group);
+    out->resync_allowed = group->resync_allowed;
+    return VREP_OK;
+}
+
+uint64_t vrep_group_dirty_bytes(const struct vrep_group *group)
+{
+    return group->map == NULL ? 0 : vrep_map_dirty_bytes(group->map);
+}

@@ -1,0 +1,25 @@
+/* Fault: named points at which a crash test kills the process or fails a call.
+ *
+ * VREP_FAULT="name:count:action[,name:count:action...]" arms points when the
+ * first group opens: at the count-th pass (from 1) of the point `name` the
+ * process kills itself with SIGKILL (action "kill"), or the point reports
+ * VREP_E_IO once ("io") or from then on ("io+").  Unarmed, a point costs one
+ * load and one branch that is never taken, so that tests kill the very binary
+ * that ships.  Threading: any thread; arming happens once, before threads
+ * start.
+ */
+#ifndef VREP_FILTER_FAULT_H
+#define VREP_FILTER_FAULT_H
+
+#include <stdbool.h>
+
+extern bool vrep_fault_armed;
+
+/* Reads VREP_FAULT; a malformed value arms nothing and is logged. */
+void vrep_fault_prepare(void);
+int vrep_fault_hit(const char *name);
+
+/* 0, or the status that the point must report instead of doing its work. */
+#define vrep_fault(name) (__builtin_expect(vrep_fault_armed, 0) ? vrep_fault_hit(name) : 0)
+
+#endif

@@ -1,0 +1,458 @@
+/* Recover: what happened to a group since it was served last, and what follows
+ * from it (the design's section on the change map, rules 7 to 9, and on writes
+ * past the filter).  Runs once, at open, on one thread, before any client.
+ *
+ *   state      shared memory   found as      what becomes unshipped
+ *   absent     -               NEW           everything
+ *   closed     whole           CLEAN         nothing more
+ *   closed     gone            CLEAN         the clean checkpoint's bits
+ *   open       whole           KILLED        nothing; the in-flight table is replayed
+ *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
+ *   anything that these do not explain: UNEXPLAINED, everything, with a reason */
+#include <limits.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+
+#include "base/atomic.h"
+#include "base/log.h"
+#include "filter/fault.h"
+#include "filter/internal.h"
+
+struct finding {
+    enum vrep_opened how;
+    uint32_t reason; /* VREP_UNVERIFIED_* */
+    bool shared;     /* ring and map were attached */
+    uint64_t first_seq;
+    uint64_t disk_bytes[VREP_DISKS_MAX];
+    char ring[PATH_MAX], map[PATH_MAX], intent[PATH_MAX], state[PATH_MAX], checkpoint[PATH_MAX];
+};
+
+static int join(char out[PATH_MAX], const char *directory, const char *name)
+{
+    int length = snprintf(out, PATH_MAX, "%s/%s", directory, name);
+    return length > 0 && length < PATH_MAX - 8 ? VREP_OK : VREP_E_RANGE;
+}
+
+static int name_files(const struct vrep_group *group, struct finding *found)
+{
+    const char *shm = group->config.shm_dir, *state = group->config.state_dir;
+    if (join(found->ring, shm, "ring") != VREP_OK || join(found->map, shm, "map") != VREP_OK ||
+        join(found->intent, state, "intent") != VREP_OK ||
+        join(found->state, state, "state") != VREP_OK ||
+        join(found->checkpoint, state, "map") != VREP_OK)
+        return VREP_E_RANGE;
+    return VREP_OK;
+}
+
+/* ---- finding out ---------------------------------------------------------------- */
+
+static bool sizes_match(const struct vrep_group *group)
+{
+    if (group->state.disks != group->disks_count)
+        return false;
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        if (group->state.disk[i].bytes != group->disks[i].info.bytes)
+            return false;
+    return true;
+}
+
+static bool stamps_match(const struct vrep_group *group)
+{
+    for (uint32_t i = 0; i < group->disks_count; i++) {
+        const struct vrep_state_disk *before = &group->state.disk[i];
+        const struct vrep_disk_info *now = &group->disks[i].info;
+        /* A device node is made anew at each boot, and its times say nothing of its content. */
+        if (!now->block_device &&
+            (before->inode != now->inode || before->mtime_ns != now->mtime_ns ||
+             before->ctime_ns != now->ctime_ns))
+            return false;
+    }
+    return true;
+}
+
+static void attach_shared(struct vrep_group *group, struct finding *found, int *status)
+{
+    const struct vrep_group_config *config = &group->config;
+    *status = vrep_ring_attach(found->ring, config->group_id, &group->ring);
+    if (*status != VREP_OK) {
+        group->ring = NULL;
+        return;
+    }
+    *status = vrep_map_attach(found->map, config->group_id, config->target_id, found->disk_bytes,
+                              group->disks_count, &group->map);
+    const struct vrep_ring_header *header = vrep_ring_header(group->ring);
+    bool same_epoch =
+        header->epoch == config->epoch && memcmp(header->epoch_id, config->epoch_id, 16) == 0;
+    if (*status == VREP_OK && same_epoch) {
+        found->shared = true;
+        return;
+    }
+    if (*status == VREP_OK)
+        vrep_map_detach(group->map);
+    vrep_ring_detach(group->ring, false);
+    group->map = NULL;
+    group->ring = NULL;
+}
+
+static int find_out(struct vrep_group *group, struct finding *found)
+{
+    const struct vrep_group_config *config = &group->config;
+    int shared_status;
+    int status = vrep_state_load(found->state, config->group_id, &group->state);
+    if (status != VREP_OK && status != VREP_E_NOT_FOUND && status != VREP_E_CORRUPT)
+        return status;
+    if (status == VREP_OK && group->state.epoch > config->epoch)
+        return VREP_E_FENCED;
+    attach_shared(group, found, &shared_status);
+    if (shared_status == VREP_E_BUSY)
+        return VREP_E_LOCKED;
+
+    bool other_epoch =
+        status == VREP_OK && (group->state.epoch != config->epoch ||
+                              memcmp(group->state.epoch_id, config->epoch_id, 16) != 0);
+    if (status == VREP_E_NOT_FOUND || other_epoch) {
+        found->how = VREP_OPENED_NEW;
+        found->first_seq = other_epoch ? group->state.seq_limit : 0;
+        if (!other_epoch)
+            memset(&group->state, 0, sizeof group->state);
+        return VREP_OK;
+    }
+    if (status == VREP_E_CORRUPT) {
+        /* The high-water mark is lost with it: seconds times 2^24 lie above any seq that counting
+         * reaches. */
+        memset(&group->state, 0, sizeof group->state);
+        found->how = VREP_OPENED_UNEXPLAINED;
+        found->reason = VREP_UNVERIFIED_STATE;
+        found->first_seq = vrep_clock_ns(CLOCK_REALTIME) / NS_PER_S << 24;
+        return VREP_OK;
+    }
+    found->first_seq = group->state.seq_limit;
+    found->reason = group->state.unverified;
+    bool open = (group->state.flags & VREP_STATE_OPEN) != 0;
+    if (!sizes_match(group)) {
+        found->how = VREP_OPENED_UNEXPLAINED;
+        found->reason = VREP_UNVERIFIED_SIZE;
+    } else if (!open && !stamps_match(group)) {
+        found->how = VREP_OPENED_UNEXPLAINED;
+        found->reason = VREP_UNVERIFIED_STAMPS;
+    } else if (!open) {
+        found->how = VREP_OPENED_CLEAN;
+    } else {
+        found->how = found->shared ? VREP_OPENED_KILLED : VREP_OPENED_POWER_LOSS;
+    }
+    return VREP_OK;
+}
+
+/* ---- shared memory made anew -------------------------------------------------------- */
+
+static int make_shared(struct vrep_group *group, const struct finding *found)
+{
+    const struct vrep_group_config *config = &group->config;
+    struct vrep_ring_config ring = {
+        .epoch = config->epoch,
+        .lane = 0,
+        .descriptors = config->ring_descriptors,
+        .slots = config->slots + SLOTS_OWN,
+        .payload_bytes = config->ring_bytes,
+        .first_seq = found->first_seq,
+        .mode = 0640,
+    };
+    memcpy(ring.group_id, config->group_id, 16);
+    memcpy(ring.epoch_id, config->epoch_id, 16);
+    int status = vrep_map_create(found->map, config->group_id, config->target_id, found->disk_bytes,
+                                 group->disks_count, config->bit_bytes, &group->map);
+    if (status == VREP_OK)
+        status = vrep_ring_create(found->ring, &ring, &group->ring);
+    return status;
+}
+
+static void hot_to_unshipped(struct vrep_group *group)
+{
+    for (uint16_t disk = 0; disk < group->disks_count; disk++) {
+        uint64_t from = 0, offset, length;
+        while (vrep_intent_next(group->intent, disk, from, &offset, &length)) {
+            vrep_map_mark_unshipped(group->map, disk, offset, length);
+            from = offset + length;
+        }
+    }
+}
+
+/* Opens the write-intent, or makes a new one; *whole says whether the old one can be believed. */
+static int open_intent(struct vrep_group *group, const struct finding *found, bool *whole)
+{
+    const uint8_t *id = group->config.group_id;
+    *whole = false;
+    if (found->how != VREP_OPENED_NEW && found->reason != VREP_UNVERIFIED_SIZE) {
+        int status = vrep_intent_open(found->intent, id, found->disk_bytes, group->disks_count,
+                                      &group->intent);
+        *whole = status == VREP_OK;
+        if (status == VREP_OK)
+            return status;
+        if (status != VREP_E_NOT_FOUND && status != VREP_E_CORRUPT && status != VREP_E_INVALID)
+            return status;
+    }
+    return vrep_intent_create(found->intent, id, found->disk_bytes, group->disks_count,
+                              &group->intent);
+}
+
+/* After this the map says what may differ; *jump: the ring begins with a gap that breaks seq. */
+static int settle_map(struct vrep_group *group, struct finding *found, bool intent_whole,
+                      bool *jump)
+{
+    bool all = found->how == VREP_OPENED_NEW || found->how == VREP_OPENED_UNEXPLAINED;
+    *jump = false;
+    if (!found->shared || found->how == VREP_OPENED_NEW) {
+        if (found->shared) { /* of an epoch or group that ended */
+            vrep_map_detach(group->map);
+            vrep_ring_detach(group->ring, false);
+            group->map = NULL;
+            group->ring = NULL;
+            found->shared = false;
+        }
+        int status = make_shared(group, found);
+        if (status != VREP_OK)
+            return status;
+        *jump = found->first_seq != 0;
+        if (!all) {
+            bool clean;
+            status = vrep_checkpoint_load(found->checkpoint, group->map, &clean);
+            bool believed =
+                status == VREP_OK && (found->how == VREP_OPENED_CLEAN ? clean : intent_whole);
+            if (status != VREP_OK && status != VREP_E_NOT_FOUND && status != VREP_E_CORRUPT &&
+                status != VREP_E_INVALID)
+                return status;
+            if (!believed) {
+                found->how = VREP_OPENED_UNEXPLAINED;
+                found->reason = VREP_UNVERIFIED_INTENT;
+                all = true;
+            } else if (found->how == VREP_OPENED_POWER_LOSS) {
+                hot_to_unshipped(group);
+            }
+        }
+        /* Closed cleanly, all delivered, nothing dirty: order goes on as if nothing had been. */
+        if (found->how == VREP_OPENED_CLEAN && vrep_map_unshipped_bits(group->map) == 0 &&
+            group->state.durable_seq == found->first_seq &&
+            (group->state.flags & VREP_STATE_GAP) == 0)
+            *jump = false;
+    }
+    if (all)
+        vrep_map_mark_all_unshipped(group->map);
+    return VREP_OK;
+}
+
+/* ---- replay (rule 7) -------------------------------------------------------------------- */
+
+struct waited {
+    bool done;
+};
+
+static void waited_done(struct vrep_io *io)
+{
+    ((struct waited *)io->owner)->done = true;
+}
+
+int vrep_backing_sync_io(struct vrep_group *group, uint32_t disk, struct vrep_io *io)
+{
+    struct waited waited = {false};
+    io->done = waited_done;
+    io->owner = &waited;
+    vrep_disk_submit(group->disks[disk].disk, io);
+    while (!io->inline_done && !waited.done) {
+        struct pollfd engine = {.fd = vrep_engine_fd(group->engine), .events = POLLIN};
+        poll(&engine, 1, 1000);
+        vrep_engine_reap(group->engine);
+    }
+    return io->status;
+}
+
+static bool slot_sane(const struct vrep_group *group, const struct vrep_ring_slot *slot)
+{
+    return slot->disk < group->disks_count && slot->length > 0 &&
+           slot->offset <= group->disks[slot->disk].info.bytes &&
+           slot->length <= group->disks[slot->disk].info.bytes - slot->offset;
+}
+
+static bool reads_zero(struct vrep_group *group, const struct vrep_ring_slot *slot)
+{
+    uint64_t at = slot->offset, stop = slot->offset + slot->length;
+    while (at < stop) {
+        uint64_t length;
+        bool hole;
+        if (vrep_disk_extent(group->disks[slot->disk].disk, at, stop - at, &length, &hole) !=
+                VREP_OK ||
+            length == 0)
+            return false;
+        if (!hole) { /* any private memory will do: no client is served yet */
+            if (length > group->private_bytes)
+                length = group->private_bytes;
+            if (length > VREP_WRITE_BYTES_MAX)
+                length = VREP_WRITE_BYTES_MAX;
+            struct iovec whole = {.iov_base = group->private_memory, .iov_len = length};
+            struct iovec used = whole;
+            struct vrep_io io = {
+                .op = VREP_IO_READ, .offset = at, .length = length, .iov = &used, .iovcnt = 1};
+            if (vrep_backing_sync_io(group, slot->disk, &io) != VREP_OK ||
+                !vrep_sync_all_zero(&whole, 1))
+                return false;
+        }
+        at += length;
+    }
+    return true;
+}
+
+/* What the backing holds now goes into the descriptor that the dead process had reserved. */
+static bool reread(struct vrep_group *group, struct vrep_ring_slot *slot)
+{
+    if (slot->chunk == VREP_NO_CHUNK) {
+        slot->kind = VREP_KIND_SYNC_ZEROES;
+        return reads_zero(group, slot);
+    }
+    int max = (int)(VREP_WRITE_BYTES_MAX / VREP_CHUNK_BYTES + 2);
+    struct iovec *iov = group->room;
+    int count = vrep_ring_iov(group->ring, slot, 0, slot->length, iov, max);
+    if (count < 0)
+        return false;
+    struct vrep_io io = {.op = VREP_IO_READ,
+                         .offset = slot->offset,
+                         .length = slot->length,
+                         .iov = iov,
+                         .iovcnt = count};
+    slot->kind = VREP_KIND_SYNC;
+    return vrep_backing_sync_io(group, slot->disk, &io) == VREP_OK;
+}
+
+static void replay(struct vrep_group *group)
+{
+    struct vrep_map *map = group->map;
+    vrep_map_reset_inflight(map);
+    vrep_ring_judge(group->ring);
+    uint32_t slots = vrep_ring_slots(group->ring);
+    /* All are counted before the first is published: a later kill must find every mark. */
+    for (uint32_t i = 0; i < slots; i++) {
+        struct vrep_ring_slot *slot = vrep_ring_slot_at(group->ring, i);
+        if (slot->state != VREP_SLOT_GRANTED || !slot_sane(group, slot))
+            continue;
+        slot->generation = vrep_map_mark(map, slot->disk, slot->offset, slot->length);
+    }
+    for (uint32_t i = 0; i < slots; i++) {
+        struct vrep_ring_slot *slot = vrep_ring_slot_at(group->ring, i);
+        if (slot->state == VREP_SLOT_FREE)
+            continue;
+        if (!slot_sane(group,
+                       slot)) { /* an entry that was being filled: nothing was submitted for it */
+            vrep_ring_cancel(group->ring, slot);
+            continue;
+        }
+        uint8_t generation = slot->generation;
+        bool granted = slot->state == VREP_SLOT_GRANTED;
+        vrep_fault("recover.replay");
+        if (granted && reread(group, slot)) {
+            slot->flags |= VREP_RECORD_REPLAY;
+            vrep_tap_publish(group, slot);
+            group->replayed++;
+        } else {
+            vrep_map_mark_unshipped(map, slot->disk, slot->offset, slot->length);
+            vrep_gap_enter(group);
+            vrep_ring_cancel(group->ring, slot);
+        }
+        if (granted)
+            vrep_map_done(map, generation);
+    }
+}
+
+/* The record at head tells which half of a gap's begin or end the dead process had done. */
+static void settle_gap(struct vrep_group *group)
+{
+    struct vrep_map_header *header = vrep_map_header(group->map);
+    const struct vrep_ring_desc *last = vrep_group_desc(group, vrep_ring_head(group->ring));
+    if (last == NULL || header->gap == 0)
+        return;
+    if (header->gap_open == 0 && last->kind == VREP_KIND_GAP_BEGIN) {
+        header->gap_seq = last->seq;
+        vrep_store_release_u32(&header->gap_open, 1);
+    } else if (header->gap_open != 0 && last->kind == VREP_KIND_GAP_END) {
+        vrep_store_release_u32(&header->gap_open, 0);
+        vrep_store_release_u32(&header->gap, 0);
+        header->unverified = 0;
+    }
+}
+
+/* ---- all of it --------------------------------------------------------------------------- */
+
+static int store_state(struct vrep_group *group, const struct finding *found)
+{
+    struct vrep_state *state = &group->state;
+    memcpy(state->group_id, group->config.group_id, 16);
+    memcpy(state->epoch_id, group->config.epoch_id, 16);
+    state->epoch = group->config.epoch;
+    state->lane = 0;
+    state->flags |= VREP_STATE_OPEN;
+    state->flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED);
+    if (vrep_map_gap(group->map))
+        state->flags |= VREP_STATE_GAP;
+    if (found->reason != 0)
+        state->flags |= VREP_STATE_UNVERIFIED;
+    state->unverified = found->reason;
+    state->seq_limit = vrep_ring_head(group->ring) + SEQ_AHEAD;
+    vrep_state_stamp(group);
+    int status = vrep_state_write(&group->state_file, state);
+    if (status == VREP_OK)
+        group->seq_limit = state->seq_limit;
+    return status;
+}
+
+int vrep_recover(struct vrep_group *group)
+{
+    struct finding found = {.how = VREP_OPENED_NEW};
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        found.disk_bytes[i] = group->disks[i].info.bytes;
+    int status = name_files(group, &found);
+    if (status == VREP_OK)
+        status = find_out(group, &found);
+    bool intent_whole = false, jump = false;
+    if (status == VREP_OK)
+        status = open_intent(group, &found, &intent_whole);
+    if (status == VREP_OK)
+        status = settle_map(group, &found, intent_whole, &jump);
+    if (status == VREP_OK)
+        status = vrep_checkpoint_open(found.checkpoint, group->map, &group->checkpoint);
+    if (status == VREP_OK)
+        status = vrep_state_open(found.state, &group->state_file);
+    if (status != VREP_OK)
+        return status;
+
+    vrep_map_header(group->map)->unverified = found.reason;
+    bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
+    if (found.shared)
+        settle_gap(group);
+    if (gap)
+        vrep_map_set_gap(group->map);
+    group->durable = vrep_ring_released(group->ring);
+    /* Before the state says open, what a power loss would need is on disk. */
+    if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole)
+        status = vrep_checkpoint_write(group->checkpoint, vrep_ring_head(group->ring), false);
+    if (status == VREP_OK)
+        status = store_state(group, &found);
+    if (status != VREP_OK)
+        return status;
+    vrep_fault("recover.after_state");
+
+    if (found.shared)
+        replay(group);
+    if (gap)
+        status = vrep_gap_restart(group, jump);
+    else if (vrep_map_gap(group->map))
+        vrep_gap_enter(group);
+    if (status == VREP_OK && vrep_map_header(group->map)->gap_open == 0 && !vrep_gap_reserve(group))
+        status = VREP_E_FULL;
+    group->opened_as = (uint32_t)found.how;
+    group->count.gaps = 0;
+    if (found.reason != 0)
+        VREP_WARN("filter",
+                  "the disks are unverified (reason %u): everything is compared or sent again",
+                  found.reason);
+    return status;
+}

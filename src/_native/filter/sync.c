@@ -1,0 +1,335 @@
+/* Sync: re-reads unshipped blocks while the guest runs, as records in the same
+ * order (rules 4 and 10).
+ *
+ * A copy takes its slot before its range, never from the last half of the
+ * ring; it holds whole bits, marks the open generation, publishes, then clears
+ * unshipped, then releases the range.  Holes and zero data become SYNC_ZEROES;
+ * nothing is passed over without a record.  One copy at a time while the guest
+ * has commands in flight, COPIES otherwise.  When the guest's own records keep
+ * the ring more than half full, copies are owed room: until they had it, the
+ * guest's changes are unrecorded, so that every resync ends. */
+#include <string.h>
+
+#include "filter/fault.h"
+#include "filter/internal.h"
+
+#define STARVED_NS (50 * NS_PER_MS)
+#define RETRY_NS NS_PER_S
+
+bool vrep_sync_all_zero(const struct iovec *iov, int count)
+{
+    for (int i = 0; i < count; i++) {
+        const uint8_t *at = iov[i].iov_base;
+        size_t bytes = iov[i].iov_len;
+        /* Equal to itself shifted by one and zero at the start: memcmp is the fastest scan at hand.
+         */
+        if (bytes > 0 && (at[0] != 0 || memcmp(at, at + 1, bytes - 1) != 0))
+            return false;
+    }
+    return true;
+}
+
+bool vrep_sync_target_attached(const struct vrep_group *group)
+{
+    for (uint32_t i = 0; i < group->consumers_count; i++)
+        if (group->consumers[i].role == VREP_CONTROL_TARGET)
+            return true;
+    return false;
+}
+
+static void end(struct vrep_group *group, struct command *copy)
+{
+    if (copy->marked)
+        vrep_map_done(group->map, copy->generation);
+    if (copy->slot != NULL)
+        vrep_ring_cancel(group->ring, copy->slot);
+    copy->slot = NULL;
+    copy->marked = false;
+    if (copy->ranged)
+        vrep_overlap_release(group->overlap, &copy->range, vrep_tap_granted, group);
+    copy->ranged = copy->in_use = false;
+    group->copies_inflight--;
+    vrep_tap_drain(group);
+}
+
+static void publish(struct vrep_group *group, struct command *copy)
+{
+    vrep_tap_publish(group, copy->slot);
+    copy->slot = NULL;
+    vrep_fault("sync.after_publish");
+    vrep_map_clear_unshipped(group->map, copy->base.disk, copy->at, copy->bytes);
+    vrep_fault("sync.after_clear");
+    group->count.resync_bytes += copy->bytes;
+}
+
+static void copied(struct command *copy)
+{
+    struct vrep_group *group = copy->base.group;
+    if (copy->io.status != VREP_OK) {
+        /* The block stays unshipped; others go first. */
+        group->count.errors++;
+        group->resync_retry_ns = group->now_ns + RETRY_NS;
+    } else {
+        int count = vrep_payload_iov(group, copy);
+        if (vrep_sync_all_zero(copy->room, count)) {
+            vrep_ring_drop_payload(group->ring, copy->slot);
+            copy->slot->kind = VREP_KIND_SYNC_ZEROES;
+        }
+        publish(group, copy);
+    }
+    end(group, copy);
+}
+
+/* ---- holes -------------------------------------------------------------------- */
+
+/* On the worker, while the range is held: nobody can write what is being proven. */
+static int prove_hole(struct vrep_job *job)
+{
+    struct command *copy = job->owner;
+    struct vrep_disk *disk = disk_of(copy->base.group, copy)->disk;
+    uint64_t at = copy->at, stop = copy->at + copy->bytes;
+    while (at < stop) {
+        uint64_t length;
+        bool hole;
+        int status = vrep_disk_extent(disk, at, stop - at, &length, &hole);
+        if (status != VREP_OK)
+            return status;
+        if (!hole || length == 0)
+            return VREP_E_NOT_FOUND;
+        at += length;
+    }
+    return VREP_OK;
+}
+
+static void hole_proven(struct vrep_job *job)
+{
+    struct command *copy = job->owner;
+    struct vrep_group *group = copy->base.group;
+    if (job->status == VREP_OK) {
+        vrep_tap_grant(group, copy, VREP_KIND_SYNC_ZEROES);
+        publish(group, copy);
+    } else {
+        group->probe.valid = true;
+        group->probe.disk = copy->base.disk;
+        group->probe.offset = copy->at;
+        group->probe.length = vrep_map_header(group->map)->bit_bytes;
+        group->probe.hole = false;
+        group->cursor_disk = copy->base.disk;
+        group->cursor = copy->at;
+    }
+    end(group, copy);
+}
+
+void vrep_sync_granted(struct command *copy)
+{
+    struct vrep_group *group = copy->base.group;
+    if (copy->hole) {
+        copy->job.run = prove_hole;
+        copy->job.done = hole_proven;
+        copy->job.owner = copy;
+        vrep_worker_post(group->slow, &copy->job);
+        return;
+    }
+    vrep_tap_grant(group, copy, VREP_KIND_SYNC);
+    vrep_fault("sync.after_grant");
+    int count = vrep_payload_iov(group, copy);
+    vrep_backing_start(copy, VREP_IO_READ, 0, copy->at, copy->bytes, copy->room, count, copied);
+}
+
+static int probe_run(struct vrep_job *job)
+{
+    struct vrep_group *group = job->owner;
+    return vrep_disk_extent(group->disks[group->probe.disk].disk, group->probe.offset,
+                            HOLE_BYTES_MAX, &group->probe.length, &group->probe.hole);
+}
+
+static void probe_done(struct vrep_job *job)
+{
+    struct vrep_group *group = job->owner;
+    if (job->status != VREP_OK) { /* it is read as data then, and that finds the error */
+        group->probe.hole = false;
+        group->probe.length = vrep_map_header(group->map)->bit_bytes;
+    }
+    group->probe.valid = group->probe.length > 0;
+    group->resync_again = true;
+}
+
+void vrep_sync_init(struct vrep_group *group)
+{
+    group->probe_job = (struct vrep_job){.run = probe_run, .done = probe_done, .owner = group};
+}
+
+/* ---- choosing ------------------------------------------------------------------- */
+
+static bool budget_left(struct vrep_group *group)
+{
+    if (group->resync_rate == 0)
+        return true;
+    uint64_t passed = group->now_ns - group->resync_filled_ns;
+    int64_t most = (int64_t)(group->resync_rate / 4 > COPY_BYTES_MAX ? group->resync_rate / 4
+                                                                     : COPY_BYTES_MAX);
+    group->resync_filled_ns = group->now_ns;
+    double more = (double)passed / (double)NS_PER_S * (double)group->resync_rate;
+    group->resync_budget += more > (double)most ? most : (int64_t)more;
+    if (group->resync_budget > most)
+        group->resync_budget = most;
+    return group->resync_budget > 0;
+}
+
+static bool room_left(struct vrep_group *group)
+{
+    if (vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
+        return false;
+    if (!vrep_ring_half_full(group->ring))
+        return true;
+    if (group->resync_starved_ns == 0)
+        group->resync_starved_ns = group->now_ns;
+    else if (group->now_ns - group->resync_starved_ns > STARVED_NS && group->resync_owed <= 0)
+        group->resync_owed = (int64_t)(vrep_ring_payload_bytes(group->ring) / 8);
+    return false;
+}
+
+/* The next unshipped run from the cursor on; around the end only when no copy is in flight, so that
+ * none is copied twice. */
+static bool next_run(struct vrep_group *group, uint64_t *offset, uint64_t *length)
+{
+    bool wrapped = false;
+    for (;;) {
+        if (group->cursor < group->disks[group->cursor_disk].info.bytes &&
+            vrep_map_next_unshipped(group->map, group->cursor_disk, group->cursor, HOLE_BYTES_MAX,
+                                    offset, length)) {
+            group->cursor = *offset;
+            return true;
+        }
+        group->cursor = 0;
+        if (group->cursor_disk + 1u < group->disks_count) {
+            group->cursor_disk++;
+            continue;
+        }
+        if (wrapped || group->copies_inflight > 0) {
+            group->cursor = group->disks[group->cursor_disk].info.bytes; /* stay at the end */
+            return false;
+        }
+        group->cursor_disk = 0;
+        wrapped = true;
+    }
+}
+
+static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bool hole)
+{
+    struct command *copy = NULL;
+    for (uint32_t i = 0; i < COPIES && copy == NULL; i++)
+        if (!group->copies[i].in_use)
+            copy = &group->copies[i];
+    if (copy == NULL)
+        return false;
+    struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, hole ? 0 : length);
+    if (slot == NULL)
+        return false;
+    copy->in_use = true;
+    copy->slot = slot;
+    copy->hole = hole;
+    copy->marked = false;
+    copy->generation = NO_GENERATION;
+    copy->base.disk = group->cursor_disk;
+    copy->base.op = VREP_OP_READ;
+    copy->base.flags = 0;
+    copy->base.offset = copy->at = offset;
+    copy->base.length = copy->bytes = length;
+    copy->range.disk = group->cursor_disk;
+    copy->range.offset = offset;
+    copy->range.length = length;
+    copy->ranged = true;
+    group->copies_inflight++;
+    group->cursor = offset + length;
+    if (!hole)
+        group->resync_budget -= (int64_t)length;
+    group->resync_owed -= group->resync_owed > 0 ? (int64_t)length : 0;
+    group->resync_starved_ns = 0;
+    if (vrep_overlap_acquire(group->overlap, &copy->range))
+        list_push(&group->ready, copy);
+    vrep_tap_drain(group);
+    return true;
+}
+
+/* Absent blocks of a view are fetched first; the run is cut before them. */
+static bool cut_absent(struct vrep_group *group, uint64_t offset, uint64_t *length)
+{
+    const struct disk *disk = &group->disks[group->cursor_disk];
+    uint64_t absent, absent_length, bit = vrep_map_header(group->map)->bit_bytes;
+    if (!disk->overlay ||
+        !vrep_overlay_absent(disk->disk, offset, *length, &absent, &absent_length))
+        return true;
+    uint64_t whole = absent <= offset ? 0 : (absent - offset) / bit * bit;
+    if (whole == 0) {
+        vrep_miss_prefetch(group, group->cursor_disk, absent, absent_length);
+        return false;
+    }
+    *length = whole;
+    return true;
+}
+
+static bool start_next(struct vrep_group *group)
+{
+    uint64_t offset, length, bit = vrep_map_header(group->map)->bit_bytes;
+    if (!budget_left(group) || !room_left(group) || !next_run(group, &offset, &length) ||
+        !cut_absent(group, offset, &length))
+        return false;
+    bool probed = group->probe.valid && group->probe.disk == group->cursor_disk &&
+                  group->probe.offset <= offset &&
+                  offset - group->probe.offset < group->probe.length;
+    if (!probed) {
+        if (!group->probe_job.busy) {
+            group->probe.valid = false;
+            group->probe.disk = group->cursor_disk;
+            group->probe.offset = offset;
+            vrep_worker_post(group->slow, &group->probe_job);
+        }
+        return false;
+    }
+    uint64_t known = group->probe.offset + group->probe.length - offset;
+    uint64_t run = known < length ? known : length;
+    if (group->probe.hole) {
+        bool to_end = offset + run == group->disks[group->cursor_disk].info.bytes;
+        uint64_t whole = to_end ? run : run / bit * bit;
+        if (whole > 0)
+            return start(group, offset, whole, true);
+    }
+    run = (run + bit - 1) / bit * bit;
+    if (run > COPY_BYTES_MAX)
+        run = COPY_BYTES_MAX;
+    return start(group, offset, run < length ? run : length, false);
+}
+
+void vrep_sync_pump(struct vrep_group *group)
+{
+    group->resync_again = false;
+    if (!group->tap || group->closing)
+        return;
+    vrep_gap_try_end(group);
+    if (!group->resync_allowed || group->lose_wanted || vrep_map_unshipped_bits(group->map) == 0 ||
+        !vrep_sync_target_attached(group)) {
+        group->resync_owed = 0;
+        group->resync_starved_ns = 0;
+        return;
+    }
+    if (group->now_ns < group->resync_retry_ns)
+        return;
+    uint32_t limit = group->inflight > 0 ? 1 : COPIES;
+    uint32_t started = 0;
+    while (started < COPIES && group->copies_inflight < limit && start_next(group))
+        started++;
+    group->resync_again = started > 0 && group->copies_inflight < limit;
+    vrep_gap_try_end(group);
+}
+
+int vrep_sync_timeout_ms(const struct vrep_group *group)
+{
+    if (!group->tap || group->closing)
+        return -1;
+    if (group->resync_again)
+        return 0;
+    bool wanted = group->resync_allowed && vrep_map_unshipped_bits(group->map) > 0 &&
+                  vrep_sync_target_attached(group);
+    return wanted && group->copies_inflight == 0 && !group->probe_job.busy ? 5 : -1;
+}

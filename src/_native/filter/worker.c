@@ -1,0 +1,121 @@
+#include "filter/worker.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "base/atomic.h"
+#include "base/status.h"
+
+struct vrep_worker {
+    pthread_mutex_t lock; /* held for list operations only */
+    pthread_cond_t wake;
+    struct vrep_job *first, **last; /* posted */
+    struct vrep_job *finished, **finished_last;
+    uint32_t finished_count; /* atomic: lets collect look without the lock */
+    bool stop;
+    int notify_fd;
+    pthread_t thread;
+};
+
+static void *work(void *argument)
+{
+    struct vrep_worker *worker = argument;
+    pthread_mutex_lock(&worker->lock);
+    for (;;) {
+        while (worker->first == NULL && !worker->stop)
+            pthread_cond_wait(&worker->wake, &worker->lock);
+        struct vrep_job *job = worker->first;
+        if (job == NULL)
+            break;
+        worker->first = job->next;
+        if (worker->first == NULL)
+            worker->last = &worker->first;
+        pthread_mutex_unlock(&worker->lock);
+        job->status = job->run(job);
+        pthread_mutex_lock(&worker->lock);
+        job->next = NULL;
+        *worker->finished_last = job;
+        worker->finished_last = &job->next;
+        vrep_fetch_add_u32(&worker->finished_count, 1);
+        uint64_t one = 1;
+        /* The counter cannot overflow, and the flag above is what collect reads. */
+        if (write(worker->notify_fd, &one, sizeof one) != (ssize_t)sizeof one)
+            continue;
+    }
+    pthread_mutex_unlock(&worker->lock);
+    return NULL;
+}
+
+int vrep_worker_create(int notify_fd, struct vrep_worker **out)
+{
+    struct vrep_worker *worker = calloc(1, sizeof *worker);
+    if (worker == NULL)
+        return VREP_E_NOMEM;
+    worker->last = &worker->first;
+    worker->finished_last = &worker->finished;
+    worker->notify_fd = notify_fd;
+    pthread_mutex_init(&worker->lock, NULL);
+    pthread_cond_init(&worker->wake, NULL);
+    /* Signals belong to the process's main thread. */
+    sigset_t all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    int error = pthread_create(&worker->thread, NULL, work, worker);
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    if (error != 0) {
+        pthread_cond_destroy(&worker->wake);
+        pthread_mutex_destroy(&worker->lock);
+        free(worker);
+        return vrep_status_from_errno(error);
+    }
+    *out = worker;
+    return VREP_OK;
+}
+
+void vrep_worker_destroy(struct vrep_worker *worker)
+{
+    if (worker == NULL)
+        return;
+    pthread_mutex_lock(&worker->lock);
+    worker->stop = true;
+    pthread_cond_signal(&worker->wake);
+    pthread_mutex_unlock(&worker->lock);
+    pthread_join(worker->thread, NULL);
+    pthread_cond_destroy(&worker->wake);
+    pthread_mutex_destroy(&worker->lock);
+    free(worker);
+}
+
+void vrep_worker_post(struct vrep_worker *worker, struct vrep_job *job)
+{
+    job->busy = true;
+    job->next = NULL;
+    pthread_mutex_lock(&worker->lock);
+    *worker->last = job;
+    worker->last = &job->next;
+    pthread_cond_signal(&worker->wake);
+    pthread_mutex_unlock(&worker->lock);
+}
+
+uint32_t vrep_worker_collect(struct vrep_worker *worker)
+{
+    if (vrep_load_acquire_u32(&worker->finished_count) == 0)
+        return 0;
+    pthread_mutex_lock(&worker->lock);
+    struct vrep_job *job = worker->finished;
+    worker->finished = NULL;
+    worker->finished_last = &worker->finished;
+    vrep_store_release_u32(&worker->finished_count, 0);
+    pthread_mutex_unlock(&worker->lock);
+    uint32_t count = 0;
+    while (job != NULL) {
+        struct vrep_job *next = job->next;
+        job->busy = false;
+        job->done(job);
+        job = next;
+        count++;
+    }
+    return count;
+}

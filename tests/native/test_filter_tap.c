@@ -1,0 +1,162 @@
+/* What the tap promises for each command: order, marks, records, gaps. */
+#include "filter_rig.h"
+
+static struct rig rig;
+
+static void first_sync_ends_the_gap(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.opened_as, VREP_OPENED_NEW);
+    CHECK_EQ(status.gap, 1);
+    CHECK_EQ(status.head, 1);
+    CHECK_EQ(status.unshipped_bytes, RIG_BYTES);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 100000, 70001, 0x5a));
+    rig_sync(&rig);
+    CHECK(rig.seen_begin && rig.seen_end);
+    CHECK(rig.kinds[VREP_KIND_SYNC_ZEROES] >= 1);
+    CHECK(rig.kinds[VREP_KIND_SYNC] >= 1);
+    rig_compare(&rig);
+    CHECK_EQ(rig_status(&rig).unshipped_bytes, 0);
+    rig_free(&rig);
+}
+
+static void changes_arrive_in_order(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    rig_sync(&rig);
+    check_seed(7);
+    for (int i = 0; i < 400; i++) {
+        uint64_t length = 1 + check_random_below(100000);
+        uint64_t offset = check_random_below(RIG_BYTES - length);
+        uint64_t dice = check_random_below(10);
+        uint8_t op = dice < 7 ? VREP_OP_WRITE : dice < 9 ? VREP_OP_ZERO : VREP_OP_DISCARD;
+        CHECK_OK(rig_run(&rig, op, i % 5 == 0 ? VREP_COMMAND_FUA : 0, offset, length, i));
+        if (i % 7 == 0)
+            rig_apply(&rig, true);
+        if (i % 50 == 0) {
+            rig_check_dirty(&rig);
+            CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
+        }
+    }
+    rig_settle(&rig);
+    rig_compare(&rig);
+    CHECK_EQ(rig_status(&rig).unrecorded, 0);
+    for (int i = 0; i < 300 && vrep_group_dirty_bytes(rig.group) > 0; i++) {
+        usleep(1000);
+        vrep_group_poll(rig.group);
+    }
+    CHECK_EQ(vrep_group_dirty_bytes(rig.group), 0);
+    rig_free(&rig);
+}
+
+static void overlapping_commands_take_turns(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    rig_sync(&rig);
+    enum { N = 60 };
+    struct vrep_command *commands[N];
+    static bool done[N];
+    for (int round = 0; round < 20; round++) {
+        for (int i = 0; i < N; i++)
+            commands[i] = rig_prepare(&rig, i % 7 == 3 ? VREP_OP_ZERO : VREP_OP_WRITE, 0,
+                                      (uint64_t)i * 3000, 300000, round * N + i, &done[i]);
+        for (int i = 0; i < N; i++)
+            vrep_command_submit(commands[i]);
+        for (int i = 0; i < N; i++) {
+            while (!done[i])
+                vrep_group_poll(rig.group);
+            CHECK_OK(commands[i]->status);
+            vrep_command_put(commands[i]);
+        }
+        rig_apply(&rig, true);
+    }
+    rig_settle(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void full_ring_never_stalls_the_guest(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    rig_sync(&rig);
+    rig.seen_begin = rig.seen_end = false;
+    for (int i = 0; i < 500; i++)
+        CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (uint64_t)(i % 60) * 65536 + 17, 65000, i));
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK(status.unrecorded > 300);
+    CHECK_EQ(status.gap, 1);
+    CHECK_EQ(status.gaps, 1);
+    CHECK(status.unshipped_bytes > 0);
+    rig_check_dirty(&rig);
+    rig_settle(&rig);
+    CHECK(rig.seen_begin && rig.seen_end);
+    rig_compare(&rig);
+    uint64_t seq;
+    CHECK_OK(vrep_group_mark(rig.group, "after", 5, &seq));
+    CHECK_EQ(seq, rig_status(&rig).head);
+    rig_free(&rig);
+}
+
+static void bounds_are_checked(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    struct vrep_command *command = vrep_command_get(rig.group);
+    command->op = VREP_OP_WRITE;
+    command->disk = 0;
+    command->offset = RIG_BYTES - 10;
+    command->length = 11;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_RANGE);
+    command->offset = UINT64_MAX - 3;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_RANGE);
+    command->disk = 1;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_INVALID);
+    command->disk = 0;
+    command->op = 77;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_UNSUPPORTED);
+    command->op = VREP_OP_READ;
+    command->offset = 0;
+    command->length = 0;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_INVALID);
+    command->flags = 0x80;
+    CHECK_STATUS(vrep_command_prepare(command), VREP_E_INVALID);
+    vrep_command_put(command);
+    rig_free(&rig);
+}
+
+static void marks_have_a_place_in_the_order(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    uint64_t seq;
+    CHECK_STATUS(vrep_group_mark(rig.group, "x", 1, &seq), VREP_E_GONE);
+    rig_sync(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 4096, 1));
+    CHECK_OK(vrep_group_mark(rig.group, "label", 5, &seq));
+    CHECK_EQ(seq, rig_status(&rig).head);
+    struct vrep_ring_desc desc;
+    CHECK_OK(vrep_ring_reader_desc(rig.reader, seq, &desc));
+    CHECK_EQ(desc.kind, VREP_KIND_MARK);
+    CHECK_EQ(desc.length, sizeof(struct vrep_mark) + 5);
+    struct iovec iov[4];
+    int count;
+    CHECK_OK(vrep_ring_reader_iov(rig.reader, &desc, iov, 4, &count));
+    CHECK_MEM((const char *)iov[0].iov_base + sizeof(struct vrep_mark), "label", 5);
+    rig_free(&rig);
+}
+
+int main(void)
+{
+    RUN(first_sync_ends_the_gap);
+    RUN(changes_arrive_in_order);
+    RUN(overlapping_commands_take_turns);
+    RUN(full_ring_never_stalls_the_guest);
+    RUN(bounds_are_checked);
+    RUN(marks_have_a_place_in_the_order);
+    return check_report();
+}
