@@ -173,7 +173,7 @@ def test_a_stalled_write_is_the_end() -> None:
 @pytest.mark.parametrize(
     "sizes", [[1], [16352], [16353], [70000], [5, 16384, 3, 40000], [16384 * 4], [1] * 50]
 )
-def test_data_is_written_in_full_tls_records(sizes: list[int]) -> None:
+def test_data_is_written_in_few_tls_records(sizes: list[int]) -> None:
     clock = ManualClock()
     stream = Recorder(clock)
     client, server = ready(stream, clock)
@@ -200,7 +200,8 @@ def test_data_is_written_in_full_tls_records(sizes: list[int]) -> None:
     frames(server, stream)
     buffers = [bytes([number]) * size for number, size in enumerate(sizes)]
     client.send_data(1, buffers)
-    assert all(len(write) % TLS_RECORD_BYTES == 0 for write in stream.writes[:-1])
+    records = sum(-(-len(write) // TLS_RECORD_BYTES) for write in stream.writes)
+    assert records <= sum(sizes) // TLS_RECORD_BYTES + 2
     (data,) = frames(server, stream)
     assert isinstance(data, m.Data)
     assert data.payload == b"".join(buffers)

@@ -26,7 +26,7 @@ from vrep.wire.turn import TurnLock
 __all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStream"]
 
 # One SSL_write call: a few TLS records, so that the reader gets its turn.
-WRITE_CHUNK_BYTES: Final = 64 << 10
+WRITE_CHUNK_BYTES: Final = 256 << 10
 
 
 class ConnectionLostError(UnreachableError):
@@ -98,6 +98,12 @@ class TlsStream:
         self._gate = threading.Lock()
         self._users = 0
         self._closed = False
+        self._pollers: dict[int, select.poll] = {}
+        for events in (select.POLLIN, select.POLLOUT):
+            self._pollers[events] = select.poll()
+            self._pollers[events].register(self._fd, events)
+        # Of the reading thread: what the last SSL_read lacked; 0: nothing.
+        self._read_waits_for = 0
 
     # A descriptor is closed only when no thread is inside a call that uses it:
     # its number could be another file's by then.
@@ -127,9 +133,16 @@ class TlsStream:
     def _wait(self, events: int, timeout_s: float) -> bool:
         if timeout_s <= 0:
             return False
-        poll = select.poll()
-        poll.register(self._fd, events)
-        return bool(poll.poll(max(1, int(timeout_s * 1000))))
+        # A poll object serves one thread at a time: reading and writing wait
+        # for their own, and in the rare crossed case for a new one.
+        poller = self._pollers.pop(events, None)
+        if poller is None:
+            poller = select.poll()
+            poller.register(self._fd, events)
+        try:
+            return bool(poller.poll(max(1, int(timeout_s * 1000))))
+        finally:
+            self._pollers[events] = poller
 
     def handshake(self, timeout_s: float) -> None:
         """Shake hands within a total time."""
@@ -158,24 +171,33 @@ class TlsStream:
 
     def read_into(self, buffer: memoryview, timeout_s: float) -> int | None:
         with self:
-            deadline: float | None = None
+            filled, deadline = 0, 0.0
             while True:
-                try:
-                    with self._ssl_lock:
-                        return self._sock.recv_into(buffer)
-                except ssl.SSLWantReadError:
-                    events = select.POLLIN
-                except ssl.SSLWantWriteError:
-                    events = select.POLLOUT
-                except ssl.SSLZeroReturnError:
-                    return 0
-                except OSError as error:
-                    raise _translate(error) from None
+                # OpenSSL hands out one record of a call: take all that is there.
+                while self._read_waits_for == 0:
+                    try:
+                        with self._ssl_lock:
+                            count = self._sock.recv_into(buffer[filled:])
+                    except ssl.SSLWantReadError:
+                        self._read_waits_for = select.POLLIN
+                        break
+                    except ssl.SSLWantWriteError:
+                        self._read_waits_for = select.POLLOUT
+                        break
+                    except ssl.SSLZeroReturnError:
+                        count = 0
+                    except OSError as error:
+                        raise _translate(error) from None
+                    filled += count
+                    if count == 0 or filled == len(buffer):
+                        return filled
+                if filled:
+                    return filled
                 now = self._clock.monotonic()
-                if deadline is None:
-                    deadline = now + timeout_s
-                if not self._wait(events, deadline - now):
+                deadline = deadline or now + timeout_s
+                if not self._wait(self._read_waits_for, deadline - now):
                     return None
+                self._read_waits_for = 0
 
     def write(self, data: bytes | bytearray | memoryview, stall_s: float) -> None:
         with self, memoryview(data).cast("B") as view:

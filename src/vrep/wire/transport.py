@@ -127,6 +127,9 @@ class FrameTransport:
         with self._send_lock:
             self._drain_locked()
             head = bytearray(self.connection.send_data(channel, buffers, more=more))
+            if len(buffers) == 1:
+                self._write_one_locked(head, memoryview(buffers[0]).cast("B"))
+                buffers, head = (), bytearray()
             for buffer in buffers:
                 view = memoryview(buffer).cast("B")
                 if head:
@@ -143,6 +146,17 @@ class FrameTransport:
             if head:
                 self._write_locked(head)
         self._flush_posted()
+
+    def _write_one_locked(self, head: bytearray, view: memoryview) -> None:
+        # The odd bytes go in front, with the header: then the rest is full
+        # records, written at once, and no small record trails behind.
+        odd = len(view) % TLS_RECORD_BYTES
+        if odd + len(head) > TLS_RECORD_BYTES:
+            odd = TLS_RECORD_BYTES - len(head)
+        head += view[:odd]
+        self._write_locked(head)
+        if odd < len(view):
+            self._write_locked(view[odd:])
 
     def post(self, message: m.Message, channel: int = 0) -> None:
         """Send without ever waiting: now if there is room, else with the next
