@@ -22,6 +22,7 @@ struct vrep_ring_reader {
     struct vrep_shared shared; /* empty when the mapping is the producer's */
     struct vrep_ring_region region;
     struct vrep_ring_control *control; /* NULL: nobody knows of this reader */
+    bool control_mapped;               /* by us */
     int data_fd, space_fd;
     uint32_t ticket;
 };
@@ -64,8 +65,10 @@ static int attach_control(struct vrep_ring_reader *reader, int control_fd, int d
     int status = copy_fd(data_fd, &reader->data_fd);
     if (status == VREP_OK)
         status = copy_fd(space_fd, &reader->space_fd);
-    if (status == VREP_OK && control_fd >= 0)
+    if (status == VREP_OK && control_fd >= 0) {
         status = map_control(control_fd, &reader->control);
+        reader->control_mapped = reader->control != NULL;
+    }
     if (status == VREP_OK && reader->control != NULL) {
         vrep_store_relaxed_u64(&reader->control->pid, (uint64_t)getpid());
         /* A consumer that took over the control file goes on from its predecessor's ticket. */
@@ -101,7 +104,7 @@ int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, in
     return VREP_OK;
 }
 
-int vrep_ring_reader_within(struct vrep_ring *ring, const struct vrep_ring_consumer *consumer,
+int vrep_ring_reader_within(struct vrep_ring *ring, struct vrep_ring_consumer *consumer,
                             struct vrep_ring_reader **out)
 {
     struct vrep_ring_reader *reader = new_reader();
@@ -109,9 +112,15 @@ int vrep_ring_reader_within(struct vrep_ring *ring, const struct vrep_ring_consu
     if (reader == NULL)
         return VREP_E_NOMEM;
     reader->region = *vrep_ring_region(ring);
-    if (consumer != NULL)
-        status =
-            attach_control(reader, consumer->control_fd, consumer->data_fd, consumer->space_fd);
+    if (consumer != NULL) {
+        struct vrep_ring_control *control = (void *)(uintptr_t)consumer->control;
+        if (mprotect(control, sizeof *control, PROT_READ | PROT_WRITE) != 0)
+            status = vrep_status_from_errno(errno);
+        else
+            reader->control = control;
+        if (status == VREP_OK)
+            status = attach_control(reader, -1, consumer->data_fd, consumer->space_fd);
+    }
     if (status != VREP_OK) {
         vrep_ring_reader_close(reader);
         return status;
@@ -126,7 +135,8 @@ void vrep_ring_reader_close(struct vrep_ring_reader *reader)
         return;
     if (reader->control != NULL) {
         vrep_store_release_u32(&reader->control->waiting, 0);
-        munmap(reader->control, sizeof *reader->control);
+        if (reader->control_mapped)
+            munmap(reader->control, sizeof *reader->control);
     }
     if (reader->data_fd >= 0)
         close(reader->data_fd);

@@ -132,9 +132,9 @@ struct vrep_ring_reader;
  * or control), IO. */
 int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, int space_fd,
                           struct vrep_ring_reader **out);
-/* The same over the producer's own mapping, for a consumer on another thread of its process; the
- * ring must outlive it, consumer may be NULL. */
-int vrep_ring_reader_within(struct vrep_ring *ring, const struct vrep_ring_consumer *consumer,
+/* The same over the producer's own mappings (that of the control file becomes writable), for a
+ * consumer on another thread of its process; both must outlive it, consumer may be NULL. */
+int vrep_ring_reader_within(struct vrep_ring *ring, struct vrep_ring_consumer *consumer,
                             struct vrep_ring_reader **out);
 void vrep_ring_reader_close(struct vrep_ring_reader *reader);
 const struct vrep_ring_header *vrep_ring_reader_header(const struct vrep_ring_reader *reader);
