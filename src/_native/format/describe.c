@@ -94,7 +94,8 @@ FIELDS(vrep_map_header, FIELD(vrep_map_header, magic), FIELD(vrep_map_header, ve
        FIELD(vrep_map_header, checksum), FIELD(vrep_map_header, gap),
        FIELD(vrep_map_header, gap_open), FIELD(vrep_map_header, gap_seq),
        FIELD(vrep_map_header, open_generation), FIELD(vrep_map_header, unverified),
-       FIELD(vrep_map_header, reserved1), FIELD(vrep_map_header, generation),
+       FIELD(vrep_map_header, merge), FIELD(vrep_map_header, reserved1),
+       FIELD(vrep_map_header, reserved4), FIELD(vrep_map_header, generation),
        FIELD(vrep_map_header, reserved2), FIELD(vrep_map_header, disk),
        FIELD(vrep_map_header, reserved3));
 FIELDS(vrep_checkpoint_header, FIELD(vrep_checkpoint_header, magic),

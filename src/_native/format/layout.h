@@ -276,7 +276,7 @@ VREP_AT(struct vrep_ring_header, incarnation, 640);
 
 /* A consumer's control file, 4096 bytes, written by the consumer, read by the
  * filter: each value copied once, checked monotonic and <= head. */
-#define VREP_CONTROL_MAGIC 0x4c54434745525056ull
+#define VREP_CONTROL_MAGIC 0x4c54435250455256ull /* "VREPRCTL" */
 #define VREP_CONTROL_VERSION 1u
 #define VREP_CONTROL_OBSERVER 1u /* never holds release */
 #define VREP_CONTROL_TARGET 2u
