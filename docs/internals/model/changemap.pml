@@ -306,11 +306,6 @@ inline overflow() {
 #endif
 }
 
-#ifdef LOOSEN_1a
-#define SUBMARK(e) if :: kd[e] == KU -> skip :: else -> skip fi
-#else
-#define SUBMARK(e) skip
-#endif
 #ifdef POWER
 #ifdef LOOSEN_9a
 #define INTENT(b) skip
@@ -329,7 +324,7 @@ inline overflow() {
 
 #define COMMAND(e) \
 	:: d_step { up && st[e] == MARK -> st[e] = SUBM; INTENT(bl[e]) } \
-	:: d_step { up && st[e] == SUBM -> src[bl[e]] = va[e]; st[e] = DONE; wrote(bl[e]); LATEMARK(e) } \
+	:: d_step { up && st[e] == SUBM -> src[bl[e]] = va[e]; st[e] = DONE; wrote(bl[e]); } \
 	:: d_step { up && st[e] == SUBM && fails > 0 -> fails--; st[e] = FAIL } \
 	:: d_step { up && st[e] == SUBM && fails > 0 -> fails--; st[e] = FAIL; src[bl[e]] = va[e] - 1; wrote(bl[e]) } \
 	REREAD(e) \
@@ -349,11 +344,6 @@ inline overflow() {
 #define GAPOK || 1
 #else
 #define GAPOK
-#endif
-#ifdef LOOSEN_1a
-#define LATEMARK(e) skip
-#else
-#define LATEMARK(e) skip
 #endif
 #ifdef LOOSEN_2b
 #define RAISE(e, q) skip
@@ -662,6 +652,9 @@ init {
 #endif
 			skip }
 
+#ifdef CANARY_cycle
+		:: d_step { up && begun -> skip }
+#endif
 		/* generations */
 		:: d_step { up && !BUSY && gen[op] != 0 && gen[1 - op] == 0 -> op = 1 - op; lastq[op] = 0 }
 		CLEAR(0) CLEAR(1)
