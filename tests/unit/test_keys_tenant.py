@@ -26,6 +26,7 @@ from vrep.keys import (
     read_log,
     tenant_key_id,
 )
+from vrep.keys.release import is_release
 from vrep.keys.tenant import export_text, import_text
 
 COST = 1 << 10
@@ -221,6 +222,8 @@ def test_release_reaches_one_host_and_is_logged(tmp_path: Path) -> None:
     third = SiteIdentity.create(tmp_path / "third", "third")
     text = keys.release("acme", target.certificate_pem, reason="site lost")
     assert keys.get("acme").secret.hex() not in text
+    assert is_release(text)
+    assert not is_release(keys.export("acme"))
     there = ring(tmp_path, "target")
     info = there.import_released(text, opener(target))
     assert info.origin == "released"

@@ -241,6 +241,35 @@ def test_an_error_of_the_peer_is_raised_with_its_words() -> None:
         server.send(m.Status(time_ns=0, state="x"))
 
 
+def test_ask_takes_its_own_answer() -> None:
+    client, server = greeted()
+
+    def answer() -> None:
+        first = server.expect(WAIT_S).message
+        assert isinstance(first, m.Request)
+        server.send(m.Status(time_ns=0, state="x"))
+        server.send(m.Response(id=first.id, result=first.params))
+        second = server.expect(WAIT_S).message
+        assert isinstance(second, m.Request)
+        server.send(m.Response(id=second.id, error="unknown", text="no such group"))
+        server.expect(WAIT_S)
+        server.close("gone")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert client.ask("echo", {"x": b"y"}) == {"x": b"y"}
+    with pytest.raises(PeerRefusedError, match="no such group"):
+        client.ask("points.list")
+    with pytest.raises(ConnectionLostError, match="gone"):
+        client.ask("points.list")
+    thread.join(WAIT_S)
+    client.close()
+    clock = ManualClock()
+    silent, _ = ready(Recorder(clock), clock)
+    with pytest.raises(TimeLimitError, match="'state' within 3 s"):
+        silent.ask("state", timeout_s=3)
+
+
 def test_two_ends_that_only_ask_do_not_block_each_other() -> None:
     # Each direction holds less than one question's answer; both ends answer
     # hundreds while both go on asking.

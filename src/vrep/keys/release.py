@@ -33,7 +33,7 @@ from vrep.keys.errors import IdentityError, KeyFileError, TenantKeyError
 from vrep.keys.identity import SiteIdentity, certificate_fingerprint, check_name, load_certificate
 from vrep.keys.tenant import KEY_BYTES, TenantKey, tenant_key_id
 
-__all__ = ["ReleaseEntry", "open_released", "opener", "read_log", "release_key"]
+__all__ = ["ReleaseEntry", "is_release", "open_released", "opener", "read_log", "release_key"]
 
 RELEASE_KIND = "VREP RELEASED TENANT KEY"
 _POINT_BYTES = 65  # uncompressed P-256 point
@@ -131,6 +131,11 @@ def release_key(
 def is_release(text: str) -> bool:
     """Whether a key file was released for one site, rather than exported."""
     return f"BEGIN {RELEASE_KIND}" in text
+
+
+def is_release(text: str) -> bool:
+    """Whether a file holds a released key, and not an exported one."""
+    return f"-----BEGIN {RELEASE_KIND}-----" in text
 
 
 def open_released(text: str, identity: SiteIdentity) -> TenantKey:

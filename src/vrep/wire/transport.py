@@ -13,7 +13,7 @@ transport is of no more use and must be closed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -92,6 +92,7 @@ class FrameTransport:
         self._silent_s = 0.0
         self._pinged_at_s = 0.0
         self._ping_id = 0
+        self._request_id = 0
         self._request_id = 0
         self._ping_sent: dict[int, float] = {}
 
@@ -315,6 +316,26 @@ class FrameTransport:
                 if message.error is not None:
                     raise PeerRefusedError(message.error, message.text)
                 return message.result
+
+    def ask(
+        self, method: str, params: Mapping[str, Any] | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """Send a question and wait for its answer: for an owner that has no
+        other thread receiving. PeerRefusedError when the answer is an error."""
+        self._request_id += 1
+        number = self._request_id
+        self.send(m.Request(id=number, method=method, params=dict(params or {})))
+        limit = self.timeouts.dead_after_s if timeout_s is None else timeout_s
+        deadline = self._clock.monotonic() + limit
+        while (event := self.receive(max(0.0, deadline - self._clock.monotonic()))) is not None:
+            message = event.message
+            if isinstance(message, m.Bye) and event.channel == 0:
+                raise ConnectionLostError(f"{self.name} said good-bye: {message.reason}")
+            if isinstance(message, m.Response) and message.id == number:
+                if message.error is not None:
+                    raise PeerRefusedError(message.error, message.text)
+                return message.result
+        raise TimeLimitError(f"no answer of {self.name} to {method!r} within {limit:g} s")
 
     # ---- beginning and end -----------------------------------------------------
 
