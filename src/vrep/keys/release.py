@@ -129,11 +129,6 @@ def release_key(
 
 
 def is_release(text: str) -> bool:
-    """Whether a key file was released for one site, rather than exported."""
-    return f"BEGIN {RELEASE_KIND}" in text
-
-
-def is_release(text: str) -> bool:
     """Whether a file holds a released key, and not an exported one."""
     return f"-----BEGIN {RELEASE_KIND}-----" in text
 

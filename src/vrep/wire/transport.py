@@ -93,7 +93,6 @@ class FrameTransport:
         self._pinged_at_s = 0.0
         self._ping_id = 0
         self._request_id = 0
-        self._request_id = 0
         self._ping_sent: dict[int, float] = {}
 
     @property
@@ -305,17 +304,6 @@ class FrameTransport:
         if event is None:
             raise TimeLimitError(f"no answer of {self.name} within {timeout_s:g} s")
         return event
-
-    def ask(self, method: str, params: dict[str, Any], timeout_s: float = 30.0) -> Any:
-        """The answer to a request, for a connection that does nothing else meanwhile."""
-        self._request_id += 1
-        self.send(m.Request(id=self._request_id, method=method, params=params))
-        while True:
-            message = self.expect(timeout_s).message
-            if isinstance(message, m.Response) and message.id == self._request_id:
-                if message.error is not None:
-                    raise PeerRefusedError(message.error, message.text)
-                return message.result
 
     def ask(
         self, method: str, params: Mapping[str, Any] | None = None, timeout_s: float | None = None
