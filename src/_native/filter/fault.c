@@ -44,12 +44,14 @@ static bool parse(const char *text, struct point *point)
     return true;
 }
 
-void vrep_fault_prepare(void)
+/* A constructor, because each extension module holds its own copy of this room and must arm it. */
+__attribute__((constructor)) void vrep_fault_prepare(void)
 {
     const char *text = getenv("VREP_FAULT");
-    if (text == NULL || vrep_fault_armed)
-        return;
+    vrep_fault_armed = false;
     points_count = 0;
+    if (text == NULL)
+        return;
     while (*text != '\0' && points_count < POINTS_MAX) {
         if (!parse(text, &points[points_count])) {
             VREP_ERROR("fault", "VREP_FAULT is malformed at \"%.60s\": nothing is armed", text);

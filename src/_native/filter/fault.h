@@ -1,7 +1,7 @@
 /* Fault: named points at which a crash test kills the process or fails a call.
  *
  * VREP_FAULT="name:count:action[,name:count:action...]" arms points when the
- * first group opens: at the count-th pass (from 1) of the point `name` the
+ * program starts: at the count-th pass (from 1) of the point `name` the
  * process kills itself with SIGKILL (action "kill"), or the point reports
  * VREP_E_IO once ("io") or from then on ("io+").  Unarmed, a point costs one
  * load and one branch that is never taken, so that tests kill the very binary
@@ -15,7 +15,8 @@
 
 extern bool vrep_fault_armed;
 
-/* Reads VREP_FAULT; a malformed value arms nothing and is logged. */
+/* Reads VREP_FAULT again, for tests, while no group is open; a malformed value arms nothing and is
+ * logged. */
 void vrep_fault_prepare(void);
 int vrep_fault_hit(const char *name);
 

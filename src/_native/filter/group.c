@@ -163,7 +163,6 @@ int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **
     int status = check_config(config);
     if (status != VREP_OK)
         return status;
-    vrep_fault_prepare();
     struct vrep_group *group = calloc(1, sizeof *group);
     if (group == NULL)
         return VREP_E_NOMEM;
@@ -345,6 +344,14 @@ bool vrep_group_drives_itself(struct vrep_group *group)
     bool self = !group->owned || pthread_equal(group->owner, pthread_self());
     pthread_mutex_unlock(&group->mail_lock);
     return self;
+}
+
+bool vrep_group_is_owned(struct vrep_group *group)
+{
+    pthread_mutex_lock(&group->mail_lock);
+    bool owned = group->owned;
+    pthread_mutex_unlock(&group->mail_lock);
+    return owned;
 }
 
 void vrep_group_disown(struct vrep_group *group)

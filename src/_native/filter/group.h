@@ -150,6 +150,9 @@ struct vrep_miss {
  * vrep_group_fill_next); returns how many were stored in out. */
 uint32_t vrep_group_misses(struct vrep_group *group, struct vrep_miss *out, uint32_t max,
                            int timeout_ms);
+/* Any thread: vrep_group_misses returns 0 at once from now on, so that its thread can end before
+ * close. */
+void vrep_group_stop_misses(struct vrep_group *group);
 /* Ends a miss with data (length of the miss), or with a status: then the waiting commands fail.
  * data may be NULL: zeroes.  Presence is rechecked under the range: newer guest data are never
  * overwritten. */

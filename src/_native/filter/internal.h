@@ -299,6 +299,7 @@ const struct vrep_ring_desc *vrep_group_desc(const struct vrep_group *group, uin
 /* group.c */
 /* True on the thread that polls, or when no thread does. */
 bool vrep_group_drives_itself(struct vrep_group *group);
+bool vrep_group_is_owned(struct vrep_group *group);
 /* One turn of the loop: waits for work, then polls. */
 void vrep_group_wait(struct vrep_group *group, int timeout_ms);
 

@@ -262,22 +262,27 @@ static int fill_begin(struct vrep_group *group, void *argument)
     return VREP_OK;
 }
 
+/* Nobody else polls: this thread does, until its fill has ended. */
+static void drive(struct vrep_group *group, const bool *filled)
+{
+    bool owned = vrep_group_is_owned(group);
+    while (!*filled)
+        vrep_group_wait(group, 10);
+    if (!owned)
+        vrep_group_disown(group);
+}
+
 int vrep_group_fill(struct vrep_group *group, uint64_t ticket, const void *data, int status)
 {
     struct fill_request request = {.ticket = ticket, .data = data, .status = status};
     int begun = vrep_group_call(group, fill_begin, &request);
     if (begun != VREP_OK)
         return begun;
+    if (vrep_group_drives_itself(group))
+        drive(group, &request.filled);
     pthread_mutex_lock(&group->miss_lock);
-    while (!request.filled) {
-        if (vrep_group_drives_itself(group)) {
-            pthread_mutex_unlock(&group->miss_lock);
-            vrep_group_wait(group, 10);
-            pthread_mutex_lock(&group->miss_lock);
-        } else {
-            pthread_cond_wait(&group->fill_wake, &group->miss_lock);
-        }
-    }
+    while (!request.filled)
+        pthread_cond_wait(&group->fill_wake, &group->miss_lock);
     pthread_mutex_unlock(&group->miss_lock);
     return status != VREP_OK ? VREP_OK : request.filled_status;
 }
@@ -359,13 +364,18 @@ int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from,
     return vrep_group_call(group, next_absent, &request);
 }
 
-/* Nobody fetches any more: what waits fails, so that the group can drain. */
-void vrep_miss_close(struct vrep_group *group)
+void vrep_group_stop_misses(struct vrep_group *group)
 {
     pthread_mutex_lock(&group->miss_lock);
     group->misses_closed = true;
     pthread_cond_broadcast(&group->miss_wake);
     pthread_mutex_unlock(&group->miss_lock);
+}
+
+/* Nobody fetches any more: what waits fails, so that the group can drain. */
+void vrep_miss_close(struct vrep_group *group)
+{
+    vrep_group_stop_misses(group);
     for (uint32_t i = 0; i < MISSES; i++)
         if (group->misses[i].state == MISS_QUEUED || group->misses[i].state == MISS_TAKEN)
             end_miss(group, &group->misses[i], VREP_E_GONE);

@@ -1,0 +1,145 @@
+# The filter room for other extension modules: serve polls a group and submits to it.
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "filter/command.h" nogil:
+    enum:
+        VREP_OP_READ
+        VREP_OP_WRITE
+        VREP_OP_FLUSH
+        VREP_OP_DISCARD
+        VREP_OP_ZERO
+        VREP_COMMAND_FUA
+        VREP_COMMAND_NO_HOLE
+        VREP_COMMAND_FAST
+    struct vrep_command:
+        uint8_t op
+        uint8_t flags
+        uint16_t disk
+        uint64_t offset
+        uint64_t length
+        iovec *iov
+        int iovcnt
+        int status
+        void (*done)(vrep_command *command) noexcept nogil
+        void *owner
+        uint64_t tag
+        vrep_command *next
+    vrep_command *vrep_command_get(vrep_group *group)
+    void vrep_command_put(vrep_command *command)
+    int vrep_command_prepare(vrep_command *command)
+    void vrep_command_submit(vrep_command *command)
+
+cdef extern from "filter/group.h" nogil:
+    enum:
+        VREP_GROUP_TAP
+        VREP_GROUP_READ_ONLY
+        VREP_GROUP_DIRECT
+    struct vrep_group:
+        pass
+    struct vrep_map:
+        pass
+    struct vrep_group_disk:
+        const char *name
+        const char *uri
+        uint64_t bytes
+    struct vrep_group_config:
+        uint8_t group_id[16]
+        uint8_t target_id[16]
+        uint8_t epoch_id[16]
+        uint32_t epoch
+        uint32_t flags
+        const vrep_group_disk *disks
+        uint32_t disks_count
+        const char *shm_dir
+        const char *state_dir
+        uint64_t ring_bytes
+        uint32_t ring_descriptors
+        uint32_t slots
+        uint32_t bit_bytes
+        uint32_t threads
+        uint64_t private_bytes
+        uint64_t resync_bytes_per_s
+        uint64_t checkpoint_ns
+    struct vrep_group_status:
+        uint64_t head
+        uint64_t released
+        uint64_t durable
+        uint64_t received
+        uint64_t read
+        uint64_t ring_free_bytes
+        uint64_t ring_bytes
+        uint64_t unshipped_bytes
+        uint64_t total_bytes
+        uint64_t gap_seq
+        uint32_t gap
+        uint32_t unverified
+        uint32_t opened_as
+        uint32_t replayed
+        uint32_t inflight
+        uint32_t consumers
+        uint64_t oldest_ns
+        uint64_t writes
+        uint64_t write_bytes
+        uint64_t reads
+        uint64_t read_bytes
+        uint64_t flushes
+        uint64_t zeroes
+        uint64_t zero_bytes
+        uint64_t unrecorded
+        uint64_t gaps
+        uint64_t resync_bytes
+        uint64_t errors
+        uint32_t flush_failed
+        uint32_t resync_allowed
+    struct vrep_miss:
+        uint64_t ticket
+        uint64_t offset
+        uint64_t length
+        uint16_t disk
+    int vrep_group_open(const vrep_group_config *config, vrep_group **out)
+    void vrep_group_close(vrep_group *group, bint clean)
+    void vrep_group_abandon(vrep_group *group)
+    void vrep_group_disown(vrep_group *group)
+    int vrep_group_fd(const vrep_group *group)
+    void vrep_group_poll(vrep_group *group)
+    int vrep_group_timeout_ms(const vrep_group *group)
+    void vrep_group_flush_wakeups(vrep_group *group)
+    uint32_t vrep_group_disks(const vrep_group *group)
+    const char *vrep_group_disk_name(const vrep_group *group, uint32_t disk)
+    uint64_t vrep_group_disk_bytes(const vrep_group *group, uint32_t disk)
+    vrep_map *vrep_group_map(vrep_group *group)
+    int vrep_group_call(vrep_group *group,
+                        int (*fn)(vrep_group *group, void *argument) noexcept nogil,
+                        void *argument)
+    int vrep_group_consumer_attach(vrep_group *group, uint32_t role, const uint8_t *target_id,
+                                   uint64_t durable, int *fds)
+    int vrep_group_consumer_detach(vrep_group *group, uint32_t role)
+    int vrep_group_mark(vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq)
+    int vrep_group_resync(vrep_group *group, bint allowed, uint64_t bytes_per_s, bint all)
+    int vrep_group_lose_ring(vrep_group *group)
+    int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
+    uint64_t vrep_group_dirty_bytes(const vrep_group *group)
+    uint32_t vrep_group_misses(vrep_group *group, vrep_miss *out, uint32_t max, int timeout_ms)
+    void vrep_group_stop_misses(vrep_group *group)
+    int vrep_group_fill(vrep_group *group, uint64_t ticket, const void *data, int status)
+    int vrep_group_fill_next(vrep_group *group, uint16_t disk, uint64_t start, uint64_t most,
+                             vrep_miss *out)
+
+
+cdef class Group:
+    # NULL after close. A module that runs the group's loop counts itself in `users`:
+    # close() is refused while it is there.
+    cdef vrep_group *handle
+    cdef int users
+    cdef int calls
+    cdef bint closing
+    cdef vrep_group *enter(self) except NULL
+    cdef void leave(self) noexcept
+    cdef call(self, int (*fn)(vrep_group *group, void *argument) noexcept nogil, void *argument)
+    cdef end_miss(self, uint64_t ticket, const void *data, int outcome)

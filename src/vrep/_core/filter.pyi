@@ -1,0 +1,105 @@
+from collections.abc import Iterable
+from os import PathLike
+from types import TracebackType
+from typing import Literal, NamedTuple, Self, TypedDict
+
+from typing_extensions import Buffer
+
+MISSES_MAX: int
+OPENED: dict[int, str]
+ROLES: dict[str, int]
+UNVERIFIED: dict[int, str]
+
+_Role = Literal["target", "observer"]
+
+class Disk(NamedTuple):
+    name: str
+    uri: str
+    size: int = 0
+
+class Miss(NamedTuple):
+    ticket: int
+    disk: int
+    offset: int
+    length: int
+
+class GroupStatus(TypedDict):
+    head: int
+    released: int
+    durable: int
+    received: int
+    read: int
+    ring_free_bytes: int
+    ring_bytes: int
+    dirty_bytes: int
+    unshipped_bytes: int
+    total_bytes: int
+    gap_seq: int
+    gap: bool
+    unverified: str
+    opened_as: str
+    replayed: int
+    inflight: int
+    consumers: int
+    oldest_ns: int
+    writes: int
+    write_bytes: int
+    reads: int
+    read_bytes: int
+    flushes: int
+    zeroes: int
+    zero_bytes: int
+    unrecorded: int
+    gaps: int
+    resync_bytes: int
+    errors: int
+    flush_failed: bool
+    resync_allowed: bool
+
+class Group:
+    def __init__(
+        self,
+        disks: Iterable[Disk | tuple[str, str] | tuple[str, str, int]],
+        *,
+        group_id: bytes,
+        target_id: bytes = ...,
+        epoch_id: bytes = ...,
+        epoch: int = 1,
+        shm_dir: str | PathLike[str] | None = None,
+        state_dir: str | PathLike[str] | None = None,
+        tap: bool = True,
+        read_only: bool = False,
+        direct: bool = False,
+        ring_bytes: int = ...,
+        ring_descriptors: int = ...,
+        slots: int = 256,
+        bit_bytes: int = 65536,
+        threads: int = 4,
+        private_bytes: int = ...,
+        resync_bytes_per_s: int = 0,
+        checkpoint_ms: int = 5000,
+    ) -> None: ...
+    @property
+    def disks(self) -> list[tuple[str, int]]: ...
+    def status(self) -> GroupStatus: ...
+    def mark(self, label: str = "") -> int: ...
+    def resync(
+        self, allowed: bool = True, *, bytes_per_s: int = 0, everything: bool = False
+    ) -> None: ...
+    def consumer_attach(
+        self, role: _Role, target_id: bytes = ..., durable: int = 0
+    ) -> tuple[int, int, int]: ...
+    def consumer_detach(self, role: _Role) -> None: ...
+    def lose_ring(self) -> None: ...
+    def misses(self, most: int = ..., timeout: float | None = None) -> list[Miss]: ...
+    def fill(self, miss: Miss, data: Buffer | None = None) -> None: ...
+    def fail(self, miss: Miss) -> None: ...
+    def fill_next(self, disk: int, start: int = 0, most: int = ...) -> Miss | None: ...
+    def close(self, clean: bool = True) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,342 @@
+"""Filter: a protection group as its host serves it, for the process that holds it.
+
+A ``Group`` opens disks, ring, change map and durable state. The event loop that
+polls it runs elsewhere; every method here may be called from any thread and lets
+the interpreter run meanwhile.
+"""
+
+import time
+from typing import NamedTuple
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy
+
+from vrep._core._status cimport check
+from vrep.errors import AgainError, BusyError, GoneError, InvalidError
+
+cdef extern from "base/status.h":
+    enum:
+        VREP_OK
+        VREP_E_IO
+        VREP_E_NOT_FOUND
+
+cdef extern from "format/layout.h":
+    enum:
+        VREP_CONTROL_OBSERVER
+        VREP_CONTROL_TARGET
+
+OPENED = {1: "new", 2: "clean", 3: "killed", 4: "power-loss", 5: "unexplained"}
+UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush"}
+ROLES = {"observer": VREP_CONTROL_OBSERVER, "target": VREP_CONTROL_TARGET}
+MISSES_MAX = 64
+
+
+class Disk(NamedTuple):
+    """A disk to open: ``uri`` is ``file:``, ``block:`` or ``view:``; ``size`` only for a view."""
+
+    name: str
+    uri: str
+    size: int = 0
+
+
+class Miss(NamedTuple):
+    """Absent blocks of a view that a command waits for."""
+
+    ticket: int
+    disk: int
+    offset: int
+    length: int
+
+
+cdef struct mark_request:
+    const char *label
+    uint16_t label_bytes
+    uint64_t seq
+
+cdef struct resync_request:
+    bint allowed
+    bint everything
+    uint64_t bytes_per_s
+
+cdef struct attach_request:
+    uint32_t role
+    const uint8_t *target_id
+    uint64_t durable
+    int fds[3]
+
+
+cdef int run_status(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_status_of(group, <vrep_group_status *>argument)
+
+
+cdef int run_mark(vrep_group *group, void *argument) noexcept nogil:
+    cdef mark_request *request = <mark_request *>argument
+    return vrep_group_mark(group, request.label, request.label_bytes, &request.seq)
+
+
+cdef int run_resync(vrep_group *group, void *argument) noexcept nogil:
+    cdef resync_request *request = <resync_request *>argument
+    return vrep_group_resync(group, request.allowed, request.bytes_per_s, request.everything)
+
+
+cdef int run_attach(vrep_group *group, void *argument) noexcept nogil:
+    cdef attach_request *request = <attach_request *>argument
+    return vrep_group_consumer_attach(group, request.role, request.target_id, request.durable,
+                                      request.fds)
+
+
+cdef int run_detach(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_consumer_detach(group, (<uint32_t *>argument)[0])
+
+
+cdef int run_lose(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_lose_ring(group)
+
+
+cdef uint32_t role_of(object role) except 0:
+    try:
+        return ROLES[role]
+    except KeyError:
+        raise InvalidError(f"role {role!r}: use 'target' or 'observer'") from None
+
+
+cdef class Group:
+    """A protection group: its disks, and when it is tapped its ring, map and state."""
+
+    def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
+                  bytes epoch_id=bytes(16), uint32_t epoch=1, shm_dir=None, state_dir=None,
+                  bint tap=True, bint read_only=False, bint direct=False,
+                  uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
+                  uint32_t slots=256, uint32_t bit_bytes=65536, uint32_t threads=4,
+                  uint64_t private_bytes=64 << 20, uint64_t resync_bytes_per_s=0,
+                  uint32_t checkpoint_ms=5000):
+        cdef vrep_group_config config
+        cdef vrep_group_disk *array
+        cdef int status
+        disks = [Disk(*disk) for disk in disks]
+        if not disks:
+            raise InvalidError("a group needs a disk")
+        for name, value in (("group_id", group_id), ("target_id", target_id),
+                            ("epoch_id", epoch_id)):
+            if len(value) != 16:
+                raise InvalidError(f"{name} is not 16 bytes")
+        kept = [(disk.name.encode(), disk.uri.encode()) for disk in disks]
+        shm = None if shm_dir is None else str(shm_dir).encode()
+        state = None if state_dir is None else str(state_dir).encode()
+        array = <vrep_group_disk *>calloc(len(disks), sizeof(vrep_group_disk))
+        if array == NULL:
+            raise MemoryError
+        try:
+            for i, (name, uri) in enumerate(kept):
+                array[i].name = <const char *>name
+                array[i].uri = <const char *>uri
+                array[i].bytes = disks[i].size
+            memcpy(config.group_id, <const char *>group_id, 16)
+            memcpy(config.target_id, <const char *>target_id, 16)
+            memcpy(config.epoch_id, <const char *>epoch_id, 16)
+            config.epoch = epoch
+            config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
+                            | (VREP_GROUP_READ_ONLY if read_only else 0))
+            config.disks = array
+            config.disks_count = <uint32_t>len(disks)
+            config.shm_dir = NULL if shm is None else <const char *>shm
+            config.state_dir = NULL if state is None else <const char *>state
+            config.ring_bytes = ring_bytes
+            config.ring_descriptors = ring_descriptors
+            config.slots = slots
+            config.bit_bytes = bit_bytes
+            config.threads = threads
+            config.private_bytes = private_bytes
+            config.resync_bytes_per_s = resync_bytes_per_s
+            config.checkpoint_ns = checkpoint_ms * <uint64_t>1000000
+            with nogil:
+                status = vrep_group_open(&config, &self.handle)
+            check(status)
+        finally:
+            free(array)
+
+    def __dealloc__(self):
+        # Whoever forgets to close leaves what a killed process leaves.
+        if self.handle != NULL:
+            vrep_group_abandon(self.handle)
+
+    cdef vrep_group *enter(self) except NULL:
+        if self.handle == NULL or self.closing:
+            raise GoneError("the group is closed")
+        self.calls += 1
+        return self.handle
+
+    cdef void leave(self) noexcept:
+        self.calls -= 1
+
+    cdef call(self, int (*fn)(vrep_group *group, void *argument) noexcept nogil, void *argument):
+        cdef int status
+        cdef vrep_group *group = self.enter()
+        try:
+            with nogil:
+                status = vrep_group_call(group, fn, argument)
+        finally:
+            self.leave()
+        check(status)
+
+    @property
+    def disks(self):
+        """Names and sizes, in order of their numbers."""
+        cdef vrep_group *group = self.enter()
+        try:
+            return [(vrep_group_disk_name(group, i).decode(), vrep_group_disk_bytes(group, i))
+                    for i in range(vrep_group_disks(group))]
+        finally:
+            self.leave()
+
+    def status(self):
+        """What the group counts and knows, by name."""
+        cdef vrep_group_status status
+        cdef uint64_t dirty
+        cdef vrep_group *group
+        self.call(run_status, &status)
+        group = self.enter()
+        try:
+            with nogil:
+                dirty = vrep_group_dirty_bytes(group)
+        finally:
+            self.leave()
+        result = dict(status)
+        result["dirty_bytes"] = dirty
+        for flag in ("gap", "flush_failed", "resync_allowed"):
+            result[flag] = bool(result[flag])
+        result["opened_as"] = OPENED.get(status.opened_as, "")
+        result["unverified"] = UNVERIFIED[status.unverified]
+        return result
+
+    def mark(self, str label=""):
+        """Put a mark behind everything acknowledged so far; return its seq."""
+        cdef mark_request request
+        text = label.encode()
+        if len(text) > 255:
+            raise InvalidError("a label has at most 255 bytes")
+        request.label = <const char *>text
+        request.label_bytes = <uint16_t>len(text)
+        self.call(run_mark, &request)
+        return request.seq
+
+    def resync(self, bint allowed=True, *, uint64_t bytes_per_s=0, bint everything=False):
+        """Let sync copies run, or stop them; ``everything`` makes all blocks unshipped first."""
+        cdef resync_request request
+        request.allowed = allowed
+        request.bytes_per_s = bytes_per_s
+        request.everything = everything
+        self.call(run_resync, &request)
+
+    def consumer_attach(self, role, bytes target_id=bytes(16), uint64_t durable=0):
+        """Admit a consumer; return its control file and two eventfds (data, space).
+
+        GoneError: the ring no longer holds what follows ``durable``.
+        """
+        cdef attach_request request
+        if len(target_id) != 16:
+            raise InvalidError("target_id is not 16 bytes")
+        request.role = role_of(role)
+        request.target_id = <const uint8_t *><const char *>target_id
+        request.durable = durable
+        self.call(run_attach, &request)
+        return request.fds[0], request.fds[1], request.fds[2]
+
+    def consumer_detach(self, role):
+        """Forget a consumer of this role; NotFoundError when there is none."""
+        cdef uint32_t number = role_of(role)
+        self.call(run_detach, &number)
+
+    def lose_ring(self):
+        """Give up what the ring holds: it becomes unshipped, and a gap that may jump begins."""
+        while True:
+            try:
+                self.call(run_lose, NULL)
+            except AgainError:
+                time.sleep(0.001)  # a sync copy in flight ends first
+            else:
+                return
+
+    def misses(self, uint32_t most=MISSES_MAX, timeout=None):
+        """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""
+        cdef vrep_miss found[64]
+        cdef uint32_t count
+        cdef int timeout_ms = -1 if timeout is None else int(timeout * 1000)
+        cdef vrep_group *group = self.enter()
+        most = min(most, MISSES_MAX)
+        try:
+            with nogil:
+                count = vrep_group_misses(group, found, most, timeout_ms)
+        finally:
+            self.leave()
+        return [Miss(found[i].ticket, found[i].disk, found[i].offset, found[i].length)
+                for i in range(count)]
+
+    def fill(self, miss, data=None):
+        """End a miss with its bytes, or with zeroes; newer data of the guest stay."""
+        cdef Py_buffer view
+        cdef int status
+        cdef uint64_t ticket = miss.ticket
+        cdef vrep_group *group
+        if data is None:
+            self.end_miss(ticket, NULL, VREP_OK)
+            return
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if <uint64_t>view.len != <uint64_t>miss.length:
+                raise InvalidError(f"a fill of {view.len} bytes for a miss of {miss.length}")
+            self.end_miss(ticket, view.buf, VREP_OK)
+        finally:
+            PyBuffer_Release(&view)
+
+    def fail(self, miss):
+        """End a miss that could not be fetched: what waits for it fails with an I/O error."""
+        self.end_miss(miss.ticket, NULL, VREP_E_IO)
+
+    cdef end_miss(self, uint64_t ticket, const void *data, int outcome):
+        cdef int status
+        cdef vrep_group *group = self.enter()
+        try:
+            with nogil:
+                status = vrep_group_fill(group, ticket, data, outcome)
+        finally:
+            self.leave()
+        check(status)
+
+    def fill_next(self, uint16_t disk, uint64_t start=0, uint64_t most=1 << 20):
+        """The next absent range of a view as a miss to fill; None when the disk is whole."""
+        cdef vrep_miss miss
+        cdef int status
+        cdef vrep_group *group = self.enter()
+        try:
+            with nogil:
+                status = vrep_group_fill_next(group, disk, start, most, &miss)
+        finally:
+            self.leave()
+        if status == VREP_E_NOT_FOUND:
+            return None
+        check(status)
+        return Miss(miss.ticket, miss.disk, miss.offset, miss.length)
+
+    def close(self, bint clean=True):
+        """Drain and close; ``clean`` stores what lets the next open go on without a resync."""
+        cdef vrep_group *group = self.handle
+        if group == NULL:
+            return
+        if self.users:
+            raise BusyError("the group is being served")
+        self.closing = True
+        vrep_group_stop_misses(group)
+        while self.calls:
+            time.sleep(0.001)
+        self.handle = NULL
+        with nogil:
+            vrep_group_close(group, clean)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
