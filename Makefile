@@ -36,7 +36,7 @@ mutants: setup ## break each invariant in turn, its test must turn red (build/mu
 	.venv/bin/python tests/mutants/run.py
 
 fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each
-	@scripts/fuzz.sh $(FUZZ_SECONDS)
+	@SECONDS=$(FUZZ_SECONDS) tests/fuzz/run
 
 sim: ## the whole system in simulated time
 	@scripts/not-yet.sh $@ "the deterministic simulator is not built in this release"

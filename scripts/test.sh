@@ -16,9 +16,9 @@ stage lint scripts/lint.sh
 stage native scripts/native.sh native
 stage asan scripts/native.sh asan
 stage tsan scripts/native.sh tsan
-stage model docs/internals/model/check.sh
+stage model docs/internals/model/check
 stage docs scripts/docs.sh
-stage fuzz scripts/fuzz.sh "${VREP_FUZZ_SECONDS:-30}"
+stage fuzz env SECONDS="${VREP_FUZZ_SECONDS:-30}" tests/fuzz/run
 
 echo "== pytest"
 export VREP_FAILED_STAGES
