@@ -227,6 +227,19 @@ int vrep_ring_reader_desc(const struct vrep_ring_reader *reader, uint64_t seq,
     return out->seq == seq ? VREP_OK : VREP_E_CORRUPT;
 }
 
+int vrep_ring_reader_run(const struct vrep_ring_reader *reader, uint64_t from, uint64_t to,
+                         const struct vrep_ring_desc **at, uint32_t *n)
+{
+    const struct vrep_ring_region *region = &reader->region;
+    if (from == 0 || from > to || to > vrep_ring_reader_head(reader) ||
+        from <= vrep_ring_reader_released(reader))
+        return VREP_E_RANGE;
+    uint64_t first = from & (region->descs_count - 1), count = to - from + 1;
+    *at = &region->descs[first];
+    *n = (uint32_t)(count < region->descs_count - first ? count : region->descs_count - first);
+    return VREP_OK;
+}
+
 int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vrep_ring_desc *desc,
                          struct iovec *iov, int max, int *n)
 {

@@ -146,6 +146,10 @@ int vrep_ring_reader_wait(struct vrep_ring_reader *reader, uint64_t seq, int tim
  * holds another seq. */
 int vrep_ring_reader_desc(const struct vrep_ring_reader *reader, uint64_t seq,
                           struct vrep_ring_desc *out);
+/* The descriptors from..to in the mapping, as far as they stand side by side (*n <= to - from + 1;
+ * the table wraps): for a consumer that holds release, or looks with still afterwards. RANGE. */
+int vrep_ring_reader_run(const struct vrep_ring_reader *reader, uint64_t from, uint64_t to,
+                         const struct vrep_ring_desc **at, uint32_t *n);
 /* Payload as iovecs into the read-only mapping; every link is bounded before use (CORRUPT). Returns
  * the number in *n. */
 int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vrep_ring_desc *desc,
