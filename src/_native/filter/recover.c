@@ -424,7 +424,11 @@ int vrep_recover(struct vrep_group *group)
     if (status != VREP_OK)
         return status;
 
-    vrep_map_header(group->map)->unverified = found.reason;
+    struct vrep_map_header *header = vrep_map_header(group->map);
+    if (found.shared && found.reason == 0)
+        found.reason = header->unverified; /* raised so late that the state does not know it */
+    header->unverified = found.reason;
+    group->flush_failed = found.reason == VREP_UNVERIFIED_FLUSH;
     bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
     if (found.shared)
         settle_gap(group);

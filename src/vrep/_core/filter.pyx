@@ -277,9 +277,7 @@ cdef class Group:
     def fill(self, miss, data=None):
         """End a miss with its bytes, or with zeroes; newer data of the guest stay."""
         cdef Py_buffer view
-        cdef int status
         cdef uint64_t ticket = miss.ticket
-        cdef vrep_group *group
         if data is None:
             self.end_miss(ticket, NULL, VREP_OK)
             return

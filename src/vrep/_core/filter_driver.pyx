@@ -148,7 +148,7 @@ cdef class GroupDriver(Group):
             self.leave()
 
     def result(self, Pending pending):
-        """Turn the loop until it is done; the bytes of a read. Raises what the command failed of."""
+        """Turn the loop until it is done; the bytes of a read."""
         cdef int status
         while not pending.done:
             self.poll()
@@ -198,7 +198,7 @@ cdef class GroupDriver(Group):
             self.leave()
 
     def kill(self):
-        """End as a killed process does: nothing is drained or stored, memory and locks are let go."""
+        """End as a killed process does: nothing is drained or stored."""
         cdef vrep_group *group = self.handle
         self.handle = NULL
         if group != NULL:

@@ -1,0 +1,193 @@
+/* Backing stores that fail: rules 3 and 10, invariant 6, and the state file. */
+#include "filter/fault.h"
+#include "filter/state.h"
+#include "filter_rig.h"
+
+static struct rig rig;
+
+static void arm(const char *fault)
+{
+    if (fault != NULL)
+        setenv("VREP_FAULT", fault, 1);
+    else
+        unsetenv("VREP_FAULT");
+    vrep_fault_prepare();
+}
+
+static void synced(void)
+{
+    arm(NULL);
+    rig_init(&rig);
+    rig_open(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 300000, 7));
+    rig_sync(&rig);
+    rig.seen_begin = rig.seen_end = false;
+    memset(rig.kinds, 0, sizeof rig.kinds);
+}
+
+static void failed_write_ships_what_is_there(void)
+{
+    synced();
+    arm("backing.write:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_WRITE, 0, 1000, 5000, 9), VREP_E_IO);
+    rig_apply(&rig, true);
+    CHECK_EQ(rig.kinds[VREP_KIND_SYNC], 1);
+    CHECK_EQ(rig.kinds[VREP_KIND_WRITE], 0);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    CHECK_EQ(rig_status(&rig).errors, 1);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void failed_write_that_cannot_be_read_is_a_gap(void)
+{
+    synced();
+    arm("backing.write:1:io,backing.read:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_WRITE, 0, 1000, 5000, 9), VREP_E_IO);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    CHECK(rig_status(&rig).unshipped_bytes >= RIG_BIT || rig_status(&rig).resync_bytes > 0);
+    rig_settle(&rig);
+    CHECK(rig.seen_begin && rig.seen_end);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void failed_zero_is_a_gap(void)
+{
+    synced();
+    arm("backing.zero:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_ZERO, 0, 1000, 100000, 0), VREP_E_IO);
+    rig_settle(&rig);
+    CHECK(rig.seen_begin && rig.seen_end);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void failed_flush_is_not_retried_into_success(void)
+{
+    synced();
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 65536, 65536, 1));
+    CHECK_OK(vrep_group_resync(rig.group, false, 0, false));
+    arm("backing.flush:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.flush_failed, 1);
+    CHECK_EQ(status.unverified, VREP_UNVERIFIED_FLUSH);
+    CHECK_EQ(status.gap, 1);
+    CHECK(status.unshipped_bytes >= RIG_BIT);
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    /* A stop in this state is not clean. */
+    rig_close(&rig, true);
+    rig_open(&rig);
+    status = rig_status(&rig);
+    CHECK_EQ(status.opened_as, VREP_OPENED_KILLED);
+    CHECK_EQ(status.unverified, VREP_UNVERIFIED_FLUSH);
+    CHECK_EQ(status.flush_failed, 1);
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    rig_sync(&rig);
+    CHECK_EQ(rig_status(&rig).unverified, 0);
+    CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void failed_copy_leaves_the_block_unshipped(void)
+{
+    arm(NULL);
+    rig_init(&rig);
+    rig_open(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 300000, 7));
+    arm("backing.read:1:io");
+    rig_attach(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    rig_settle(&rig);
+    CHECK(rig_status(&rig).errors >= 1);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void cold_writes_wait_for_the_intent(void)
+{
+    arm(NULL);
+    rig_init(&rig);
+    arm("intent.write:1:io");
+    rig_open(&rig);
+    bool done;
+    struct vrep_command *command = rig_prepare(&rig, VREP_OP_WRITE, 0, 0, 4096, 1, &done);
+    vrep_command_submit(command);
+    for (int i = 0; i < 50; i++) {
+        vrep_group_poll(rig.group);
+        usleep(1000);
+    }
+    CHECK(!done); /* the first sync failed: nothing may reach the disk before the second */
+    uint8_t byte;
+    int fd = open(rig.disk, O_RDONLY);
+    CHECK(fd >= 0 && pread(fd, &byte, 1, 0) == 1);
+    close(fd);
+    CHECK_EQ(byte, 0);
+    for (int i = 0; i < 3000 && !done; i++) {
+        vrep_group_poll(rig.group);
+        usleep(1000);
+    }
+    CHECK(done);
+    CHECK_OK(command->status);
+    vrep_command_put(command);
+    rig_free(&rig);
+}
+
+static void state_survives_a_torn_write(void)
+{
+    arm(NULL);
+    rig_init(&rig);
+    char path[128];
+    snprintf(path, sizeof path, "%s/state", rig.state);
+    struct vrep_state_file file;
+    struct vrep_state state = {.disks = 1, .group_id = {1}}, loaded;
+    CHECK_STATUS(vrep_state_load(path, state.group_id, &loaded), VREP_E_NOT_FOUND);
+    CHECK_OK(vrep_state_open(path, &file));
+    CHECK_STATUS(vrep_state_load(path, state.group_id, &loaded), VREP_E_CORRUPT);
+    for (uint64_t i = 1; i <= 5; i++) {
+        state.seq_limit = i;
+        CHECK_OK(vrep_state_write(&file, &state));
+    }
+    vrep_state_close(&file);
+    CHECK_OK(vrep_state_load(path, state.group_id, &loaded));
+    CHECK_EQ(loaded.seq_limit, 5);
+    /* The newest slot is torn: the one before it counts. */
+    int fd = open(path, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, "torn", 4, (off_t)(loaded.counter % 2) * 8192 + 4000) == 4);
+    close(fd);
+    CHECK_OK(vrep_state_load(path, state.group_id, &loaded));
+    CHECK_EQ(loaded.seq_limit, 4);
+    uint8_t other[16] = {2};
+    CHECK_STATUS(vrep_state_load(path, other, &loaded), VREP_E_INVALID);
+    rig_shell("rm -rf %s", rig.root);
+}
+
+static void misspelt_faults_arm_nothing(void)
+{
+    arm("tap.after_stage:kill");
+    CHECK(!vrep_fault_armed);
+    arm("a.point:2:io");
+    CHECK(vrep_fault_armed);
+    CHECK_OK(vrep_fault("a.point"));
+    CHECK_OK(vrep_fault("another"));
+    CHECK_STATUS(vrep_fault("a.point"), VREP_E_IO);
+    CHECK_OK(vrep_fault("a.point"));
+    arm(NULL);
+    CHECK(!vrep_fault_armed);
+}
+
+int main(void)
+{
+    RUN(failed_write_ships_what_is_there);
+    RUN(failed_write_that_cannot_be_read_is_a_gap);
+    RUN(failed_zero_is_a_gap);
+    RUN(failed_flush_is_not_retried_into_success);
+    RUN(failed_copy_leaves_the_block_unshipped);
+    RUN(cold_writes_wait_for_the_intent);
+    RUN(state_survives_a_torn_write);
+    RUN(misspelt_faults_arm_nothing);
+    return check_report();
+}

@@ -1,0 +1,321 @@
+/* What each end of a filter leaves, and what the next start makes of it. */
+#include <signal.h>
+#include <sys/wait.h>
+
+#include "filter/fault.h"
+#include "filter_rig.h"
+
+static struct rig rig;
+
+/* The open generation is sealed, and cleared by what is durable. */
+static void quiet(void)
+{
+    for (int i = 0; i < 1000 && vrep_group_dirty_bytes(rig.group) > 0; i++) {
+        usleep(1000);
+        vrep_group_poll(rig.group);
+    }
+    CHECK_EQ(vrep_group_dirty_bytes(rig.group), 0);
+}
+
+static void synced(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 200000, 7));
+    rig_sync(&rig);
+    rig_compare(&rig);
+    quiet();
+}
+
+static void write_some(int from, int count)
+{
+    for (int i = from; i < from + count; i++)
+        CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (uint64_t)(i % 40) * 100000 + 11, 9000, i));
+}
+
+static void clean_stop_goes_on(void)
+{
+    synced();
+    write_some(1, 20);
+    rig_close(&rig, true);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_CLEAN);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    write_some(50, 5);
+    rig.seen_begin = false;
+    rig_sync(&rig);
+    CHECK(!rig.seen_begin);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void clean_reboot_without_backlog_has_no_gap(void)
+{
+    synced();
+    write_some(1, 20);
+    rig_settle(&rig);
+    quiet();
+    uint64_t head = rig_status(&rig).head;
+    rig_close(&rig, true);
+    rig_shell("rm -f %s/*", rig.shm);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_CLEAN);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    CHECK_EQ(rig_status(&rig).head, head);
+    rig.seen_begin = false;
+    write_some(3, 3);
+    rig_sync(&rig);
+    CHECK(!rig.seen_begin);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void clean_reboot_with_backlog_is_a_gap(void)
+{
+    synced();
+    write_some(1, 20);
+    uint64_t head = rig_status(&rig).head;
+    rig_close(&rig, true);
+    rig_shell("rm -f %s/*", rig.shm);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_CLEAN);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    CHECK_EQ(rig_status(&rig).head, head + 1);
+    CHECK(rig_status(&rig).unshipped_bytes < RIG_BYTES);
+    CHECK(rig_check_dirty(&rig) > 0);
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void kill_resyncs_nothing_but_the_table(void)
+{
+    synced();
+    write_some(1, 20);
+    enum { N = 8 };
+    bool done[N];
+    struct vrep_command *commands[N];
+    for (int i = 0; i < N; i++)
+        commands[i] = rig_prepare(&rig, VREP_OP_WRITE, VREP_COMMAND_FUA, (uint64_t)i * 400000,
+                                  50000, i, &done[i]);
+    for (int i = 0; i < N; i++)
+        vrep_command_submit(commands[i]); /* by a pool thread, and never seen to complete */
+    struct vrep_ring_slot *torn = NULL;
+    struct vrep_ring *ring = vrep_group_ring(rig.group);
+    uint32_t granted = 0;
+    for (uint32_t i = 0; i < vrep_ring_slots(ring); i++) {
+        torn = vrep_ring_slot_at(ring, i);
+        granted += torn->state == VREP_SLOT_GRANTED;
+    }
+    CHECK_EQ(granted, N);
+    rig_kill(&rig);
+    rig_open(&rig);
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.opened_as, VREP_OPENED_KILLED);
+    CHECK_EQ(status.replayed, N);
+    CHECK_EQ(status.gap, 0);
+    CHECK_EQ(status.unshipped_bytes, 0);
+    rig_check_dirty(&rig);
+    rig.seen_begin = false;
+    rig_sync(&rig);
+    CHECK(!rig.seen_begin);
+    CHECK(rig.last_flags & VREP_RECORD_REPLAY);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void power_loss_resyncs_extents_and_checkpoint(void)
+{
+    synced();
+    write_some(1, 3);
+    uint64_t head = rig_status(&rig).head;
+    rig_power_loss(&rig);
+    rig_open(&rig);
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.opened_as, VREP_OPENED_POWER_LOSS);
+    CHECK_EQ(status.unverified, 0);
+    CHECK_EQ(status.gap, 1);
+    CHECK(status.head > head);
+    rig_check_dirty(&rig);
+    rig_attach(&rig);
+    struct vrep_ring_desc desc;
+    CHECK_OK(vrep_ring_reader_desc(rig.reader, status.head, &desc));
+    CHECK_EQ(desc.kind, VREP_KIND_GAP_BEGIN);
+    CHECK(desc.flags & VREP_RECORD_JUMP);
+    rig_detach_reader(&rig);
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void writes_past_the_filter_make_it_unverified(void)
+{
+    synced();
+    rig_close(&rig, true);
+    int fd = open(rig.disk, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, "stranger", 8, 3000000) == 8);
+    close(fd);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_UNEXPLAINED);
+    CHECK_EQ(rig_status(&rig).unverified, VREP_UNVERIFIED_STAMPS);
+    CHECK_EQ(rig_status(&rig).unshipped_bytes, RIG_BYTES);
+    rig_sync(&rig);
+    CHECK_EQ(rig_status(&rig).unverified, 0);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void lost_state_makes_it_unverified(void)
+{
+    synced();
+    uint64_t head = rig_status(&rig).head;
+    rig_power_loss(&rig);
+    rig_shell("rm %s/intent", rig.state);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).unverified, VREP_UNVERIFIED_INTENT);
+    rig_kill(&rig);
+    rig_shell("dd if=/dev/zero of=%s/state bs=16384 count=1 2>/dev/null", rig.state);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).unverified, VREP_UNVERIFIED_STATE);
+    CHECK(rig_status(&rig).head > head);
+    rig_sync(&rig);
+    CHECK_EQ(rig_status(&rig).unverified, 0);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void target_that_lost_history_needs_a_new_beginning(void)
+{
+    synced();
+    write_some(1, 20);
+    rig_settle(&rig);
+    rig_detach_reader(&rig);
+    int fds[3];
+    CHECK_STATUS(
+        vrep_group_consumer_attach(rig.group, VREP_CONTROL_TARGET, rig.config.target_id, 2, fds),
+        VREP_E_GONE);
+    CHECK_STATUS(vrep_group_consumer_attach(rig.group, VREP_CONTROL_TARGET, rig.config.target_id,
+                                            1u << 30, fds),
+                 VREP_E_INVALID);
+    CHECK_OK(vrep_group_lose_ring(rig.group));
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
+    memset(rig.shadow, 0xcc, RIG_BYTES);
+    rig.applied = 2;
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void only_one_process_opens_a_group(void)
+{
+    synced();
+    struct vrep_group *second;
+    pid_t child = fork();
+    if (child == 0)
+        _exit(vrep_group_open(&rig.config, &second) == VREP_E_LOCKED ? 0 : 1);
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK_EQ(status, 0);
+    rig_free(&rig);
+}
+
+static void older_epoch_is_fenced(void)
+{
+    synced();
+    rig_close(&rig, true);
+    rig.config.epoch = 2;
+    rig.config.epoch_id[0] = 9;
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_NEW);
+    rig_close(&rig, true);
+    rig.config.epoch = 1;
+    CHECK_STATUS(vrep_group_open(&rig.config, &rig.group), VREP_E_FENCED);
+    rig.group = NULL;
+    rig_free(&rig);
+}
+
+/* ---- kills at named points ------------------------------------------------------ */
+
+static void child_writes(const char *fault)
+{
+    setenv("VREP_FAULT", fault, 1);
+    vrep_fault_prepare();
+    CHECK_OK(vrep_group_open(&rig.config, &rig.group));
+    rig.reader = NULL;
+    rig_attach(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    for (int i = 0; i < 3000; i++) {
+        uint64_t length = 1 + check_random_below(60000);
+        uint64_t offset = check_random_below(RIG_BYTES - length);
+        uint8_t op = i % 9 == 4 ? VREP_OP_ZERO : VREP_OP_WRITE;
+        CHECK_OK(rig_run(&rig, op, 0, offset, length, i));
+        if (i > 400 && i % 3 == 0)
+            rig_apply(&rig, true); /* late: the ring overflows first */
+    }
+    _exit(3); /* the point was never passed */
+}
+
+static const char *const points[] = {
+    "tap.after_grant:40:kill",  "tap.after_stage:41:kill",     "tap.after_raise:42:kill",
+    "tap.after_commit:43:kill", "tap.before_done:44:kill",     "gap.after_flag:1:kill",
+    "gap.after_stage:1:kill",   "gap.after_commit:1:kill",     "gap.after_stage:2:kill",
+    "gap.after_commit:2:kill",  "sync.after_grant:3:kill",     "sync.after_publish:3:kill",
+    "sync.after_clear:3:kill",  "consumer.after_clear:3:kill", "intent.write:1:kill",
+    "tap.after_stage:700:kill", "tap.after_grant:900:kill",    "state.write:2:kill",
+};
+
+static void kills_at_every_point_lose_nothing(void)
+{
+    for (unsigned p = 0; p < sizeof points / sizeof *points; p++) {
+        for (int power = 0; power < 2; power++) {
+            synced();
+            rig_close(&rig, true);
+            /* Without the child's reader the parent knows what the target had: nothing new. */
+            uint64_t applied = rig.applied;
+            pid_t child = fork();
+            if (child == 0) {
+                check_seed(1000 + p);
+                child_writes(points[p]);
+            }
+            int status;
+            CHECK(waitpid(child, &status, 0) == child);
+            if (!WIFSIGNALED(status)) {
+                fprintf(stderr, "%s: status %d\n", points[p], status);
+                CHECK(WIFSIGNALED(status));
+            }
+            CHECK_EQ(WTERMSIG(status), SIGKILL);
+            if (power)
+                rig_shell("rm -f %s/*", rig.shm);
+            rig_open(&rig);
+            CHECK_EQ(rig_status(&rig).opened_as,
+                     power ? VREP_OPENED_POWER_LOSS : VREP_OPENED_KILLED);
+            CHECK_EQ(rig_status(&rig).unverified, 0);
+            uint64_t released = rig_status(&rig).released;
+            if (released > applied) { /* the child's own target had it; here it starts anew */
+                CHECK_OK(vrep_group_lose_ring(rig.group));
+                CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
+            } else {
+                rig_check_dirty(&rig);
+            }
+            rig_sync(&rig);
+            rig_compare(&rig);
+            rig_free(&rig);
+        }
+    }
+}
+
+int main(void)
+{
+    RUN(clean_stop_goes_on);
+    RUN(clean_reboot_without_backlog_has_no_gap);
+    RUN(clean_reboot_with_backlog_is_a_gap);
+    RUN(kill_resyncs_nothing_but_the_table);
+    RUN(power_loss_resyncs_extents_and_checkpoint);
+    RUN(writes_past_the_filter_make_it_unverified);
+    RUN(lost_state_makes_it_unverified);
+    RUN(target_that_lost_history_needs_a_new_beginning);
+    RUN(only_one_process_opens_a_group);
+    RUN(older_epoch_is_fenced);
+    RUN(kills_at_every_point_lose_nothing);
+    return check_report();
+}
