@@ -1,0 +1,54 @@
+from os import PathLike
+from types import TracebackType
+from typing import Self, TypedDict
+
+from vrep._core.filter import Group
+
+CONNECTIONS_MAX: int
+
+class Client(TypedDict):
+    address: str
+    disk: str
+    connected_at: float
+    requests: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+
+class Stats(TypedDict):
+    connections: int
+    accepted: int
+    refused: int
+    fenced: int
+    requests: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+    stalls: int
+
+class Server:
+    def __init__(
+        self,
+        group: Group,
+        unix_path: str | PathLike[str] | None = None,
+        mode: int = 0o600,
+        socket_gid: int | None = None,
+        tcp: tuple[str, int] | None = None,
+        connections: int = 0,
+    ) -> None: ...
+    @property
+    def group(self) -> Group: ...
+    @property
+    def port(self) -> int: ...
+    @property
+    def stats(self) -> Stats: ...
+    def start(self) -> None: ...
+    def stop(self, drain: bool = True, timeout_ms: int = 10000) -> None: ...
+    def clients(self) -> list[Client]: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,214 @@
+"""Serve: the disks of a group over NBD, on a thread of their own.
+
+The thread is C from end to end: it never takes the GIL, and neither Python's
+garbage collector nor a busy interpreter can delay a guest.
+"""
+
+import os
+
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+
+from vrep._core._status cimport check
+from vrep._core.filter cimport Group, vrep_group
+from vrep.errors import BusyError, GoneError, InvalidError, VrepError
+
+cdef extern from "serve/loop.h" nogil:
+    struct vrep_loop:
+        pass
+    int vrep_loop_create(vrep_group *group, vrep_loop **out)
+    int vrep_loop_start(vrep_loop *loop)
+    int vrep_loop_stop(vrep_loop *loop, bint drain, uint32_t timeout_ms)
+    void vrep_loop_destroy(vrep_loop *loop)
+
+cdef extern from "serve/nbd.h" nogil:
+    enum:
+        VREP_NBD_CONNECTIONS_MAX
+    struct vrep_nbd_server:
+        pass
+    struct vrep_nbd_config:
+        const char *unix_path
+        uint32_t unix_mode
+        int64_t unix_group
+        const char *tcp_host
+        uint16_t tcp_port
+        uint16_t connections
+    struct vrep_nbd_client:
+        char address[64]
+        char export_name "export"[64]
+        uint64_t connected_ns
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+    struct vrep_nbd_stats:
+        uint64_t accepted
+        uint64_t refused
+        uint64_t fenced
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+        uint64_t stalls
+        uint32_t connections
+    int vrep_nbd_create(vrep_loop *loop, const vrep_nbd_config *config, vrep_nbd_server **out)
+    uint16_t vrep_nbd_port(const vrep_nbd_server *server)
+    void vrep_nbd_destroy(vrep_nbd_server *server)
+    uint32_t vrep_nbd_clients(vrep_nbd_server *server, vrep_nbd_client *out, uint32_t most)
+    void vrep_nbd_stats_of "vrep_nbd_stats"(vrep_nbd_server *server, vrep_nbd_stats *out)
+
+CONNECTIONS_MAX = VREP_NBD_CONNECTIONS_MAX
+
+
+cdef class Server:
+    """Serves a group until ``stop``. Bound and listening once made, answering once started.
+
+    :param group: an open group; it cannot be closed while it is served.
+    :param unix_path: a Unix socket; a stale one there is replaced, a live one refused.
+    :param mode: of the socket.
+    :param socket_gid: group that owns the socket; ``None`` leaves it.
+    :param tcp: ``(host, port)``, a loopback address; port 0 takes any (see ``port``).
+    :param connections: how many at a time; 0 is the most, ``CONNECTIONS_MAX``.
+    """
+
+    cdef readonly Group group
+    cdef vrep_loop *loop
+    cdef vrep_nbd_server *server
+    cdef bint running, counted, stuck
+
+    def __cinit__(self, Group group not None, unix_path=None, mode=0o600, socket_gid=None,
+                  tcp=None, connections=0):
+        cdef vrep_nbd_config config
+        if unix_path is None and tcp is None:
+            raise InvalidError("neither unix_path nor tcp is given")
+        if not 0 <= mode <= 0o777:
+            raise InvalidError(f"mode is {mode:o}: 0 to 777")
+        if not 0 <= connections <= CONNECTIONS_MAX:
+            raise InvalidError(f"connections is {connections}: 0 to {CONNECTIONS_MAX}")
+        self.group = group
+        if group.handle == NULL:
+            raise GoneError("the group is closed")
+        if group.users:
+            raise BusyError("the group is served already")
+        path = None if unix_path is None else os.fsencode(unix_path)
+        host = None if tcp is None else tcp[0].encode()
+        config.unix_path = NULL
+        if path is not None:
+            config.unix_path = path
+        config.unix_mode = mode
+        config.unix_group = -1 if socket_gid is None else socket_gid
+        config.tcp_host = NULL
+        config.tcp_port = 0
+        if tcp is not None:
+            config.tcp_host = host
+            config.tcp_port = tcp[1]
+        config.connections = connections
+        try:
+            check(vrep_loop_create(group.handle, &self.loop))
+            check(vrep_nbd_create(self.loop, &config, &self.server))
+        except VrepError as error:
+            error.add_note(f"while listening on {unix_path if tcp is None else tcp}")
+            raise
+        group.users += 1
+        self.counted = True
+
+    def __dealloc__(self):
+        if self.running:
+            with nogil:
+                self.stuck = vrep_loop_stop(self.loop, False, 1000) < 0
+        if self.counted:
+            self.group.users -= 1
+        if self.stuck and self.group.handle != NULL:
+            return  # the group still holds commands that name this memory: it is left to it
+        vrep_nbd_destroy(self.server)
+        vrep_loop_destroy(self.loop)
+
+    def start(self):
+        """Answer clients, on a new thread."""
+        if not self.counted:
+            raise GoneError("the server was stopped")
+        if self.running:
+            raise BusyError("the server runs already")
+        check(vrep_loop_start(self.loop))
+        self.running = True
+
+    def stop(self, bint drain=True, uint32_t timeout_ms=10000):
+        """Refuse new work; answer what was submitted (``drain``) or cut; end the thread.
+
+        TimeLimitError: commands were still in flight, such as reads of a view that nobody
+        fills. The thread has ended all the same, and the group may be closed.
+        """
+        cdef int status = 0
+        if not self.counted:
+            return
+        if self.running:
+            self.running = False
+            with nogil:
+                status = vrep_loop_stop(self.loop, drain, timeout_ms)
+        self.group.users -= 1
+        self.counted = False
+        self.stuck = status < 0
+        if not self.stuck:
+            with nogil:
+                vrep_nbd_destroy(self.server)
+                vrep_loop_destroy(self.loop)
+            self.server = NULL
+            self.loop = NULL
+        check(status)
+
+    @property
+    def port(self):
+        """The TCP port, 0 without one."""
+        return 0 if self.server == NULL else vrep_nbd_port(self.server)
+
+    def clients(self):
+        """Those connected now, each a dict."""
+        cdef vrep_nbd_client *found
+        cdef uint32_t count
+        if self.server == NULL:
+            return []
+        found = <vrep_nbd_client *>PyMem_Malloc(CONNECTIONS_MAX * sizeof(vrep_nbd_client))
+        if found == NULL:
+            raise MemoryError
+        try:
+            count = vrep_nbd_clients(self.server, found, CONNECTIONS_MAX)
+            return [
+                {
+                    "address": found[i].address.decode("ascii", "replace"),
+                    "disk": found[i].export_name.decode("utf-8", "replace"),
+                    "connected_at": found[i].connected_ns / 1e9,
+                    "requests": found[i].requests,
+                    "read_bytes": found[i].read_bytes,
+                    "written_bytes": found[i].written_bytes,
+                    "errors": found[i].errors,
+                }
+                for i in range(count)
+            ]
+        finally:
+            PyMem_Free(found)
+
+    @property
+    def stats(self):
+        """Counters since the server was made, those of ended connections included."""
+        cdef vrep_nbd_stats stats
+        if self.server == NULL:
+            raise GoneError("the server was stopped")
+        vrep_nbd_stats_of(self.server, &stats)
+        return {
+            "connections": stats.connections,
+            "accepted": stats.accepted,
+            "refused": stats.refused,
+            "fenced": stats.fenced,
+            "requests": stats.requests,
+            "read_bytes": stats.read_bytes,
+            "written_bytes": stats.written_bytes,
+            "errors": stats.errors,
+            "stalls": stats.stalls,
+        }
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *exception):
+        self.stop()
