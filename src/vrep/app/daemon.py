@@ -1,0 +1,86 @@
+"""A role's process: ``python -m vrep.app.daemon ROLE DIR``. `vrep run` starts these."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from vrep.app.log import setup_logs
+from vrep.errors import UsageError, VrepError
+from vrep.paths import SitePaths
+from vrep.settings import Config, load_config
+from vrep.wire.transport import Timeouts
+
+log = structlog.get_logger("vrep.daemon")
+
+
+class Role(Protocol):
+    """What each role is to this process."""
+
+    def start(self) -> None: ...
+
+    def run(self) -> None: ...
+
+    def request_stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def timeouts(config: Config) -> Timeouts:
+    """The limits of the network, from the settings."""
+    network = config.network
+    return Timeouts(
+        connect_s=network.connect_s,
+        handshake_s=network.connect_s,
+        ping_after_s=network.ping_after_s,
+        dead_after_s=network.dead_after_s,
+    )
+
+
+def build(role: str, paths: SitePaths, config: Config) -> Role:
+    """The object that does a role's work; only that role's code is imported."""
+    if role == "filter":
+        from vrep.app.filterd import FilterHost
+
+        return FilterHost(paths, config)
+    if role == "source":
+        from vrep.source.daemon import Source
+
+        return Source(paths, timeouts=timeouts(config))
+    if role == "target":
+        from vrep.target.daemon import Target
+
+        return Target(paths, config, timeouts=timeouts(config))
+    raise UsageError(f"no role {role!r}")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one role until SIGTERM; its exit code."""
+    role, directory = arguments
+    paths = SitePaths(Path(directory))
+    config = load_config(paths.config)
+    setup_logs(config.log, role)
+    worker = build(role, paths, config)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.request_stop())
+    try:
+        worker.start()
+        worker.run()
+    finally:
+        worker.close()
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except VrepError as error:
+        log.error("cannot run", error=str(error))
+        sys.exit(error.exit_code)
+
+
+__all__ = ["Role", "build", "main"]

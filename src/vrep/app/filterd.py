@@ -1,0 +1,262 @@
+"""The filter process: hosts the native groups of this site and their NBD sockets.
+
+Python opens and closes groups and answers the control socket; guests' I/O runs on native
+threads that never enter Python. A group that cannot be opened is tried again and says why.
+"""
+
+from __future__ import annotations
+
+import grp
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from vrep._core.filter import Disk, Group
+from vrep._core.serve import Server
+from vrep.control import ControlServer, Reply
+from vrep.errors import ConfigError, NotFoundError, StateError, VrepError
+from vrep.groups import GroupDefinition, GroupDirectory
+from vrep.paths import SitePaths
+from vrep.settings import Config
+from vrep.wire.address import parse_address
+
+SCAN_EVERY_S: Final = 1.0
+RETRY_MAX_S: Final = 30.0
+
+log = structlog.get_logger("vrep.filter")
+
+
+@dataclass
+class _Hosted:
+    """A group that is served."""
+
+    definition: GroupDefinition
+    group: Group
+    server: Server
+    ring_path: str
+
+
+@dataclass
+class _Failed:
+    """A group that could not be opened, and when to try again."""
+
+    error: VrepError
+    pause_s: float
+    not_before: float
+
+
+class FilterHost:
+    """Serves every group of a site until closed."""
+
+    def __init__(self, paths: SitePaths, config: Config) -> None:
+        self._paths = paths
+        self._config = config
+        self._groups = GroupDirectory(paths.root)
+        self._hosted: dict[str, _Hosted] = {}
+        self._failed: dict[str, _Failed] = {}
+        self._lock = threading.Lock()
+        self._scanning = threading.Lock()
+        self._stopping = threading.Event()
+        self._control: ControlServer | None = None
+
+    def start(self) -> None:
+        """Open all groups, then the control socket: who connects finds them served."""
+        run = self._paths.make_run()
+        self._scan()
+        self._control = ControlServer(
+            run / "filter.sock",
+            {
+                "reload": self._reload,
+                "status": self._status,
+                "clients": lambda p: self._host(p).server.clients(),
+                "consumer_attach": self._consumer_attach,
+                "consumer_detach": self._consumer_detach,
+                "mark": self._mark,
+                "resync": self._resync,
+                "lose_ring": self._lose_ring,
+                "stop": self._stop_requested,
+            },
+        )
+
+    def run(self) -> None:
+        """Until `request_stop`."""
+        while not self._stopping.wait(SCAN_EVERY_S):
+            self._scan()
+
+    def request_stop(self) -> None:
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop serving; every group is closed cleanly, so the next start finds nothing to do."""
+        self._stopping.set()
+        if self._control is not None:
+            self._control.close()
+        with self._scanning, self._lock:
+            hosted, self._hosted = self._hosted, {}
+        for one in hosted.values():
+            self._close(one)
+
+    # ---- groups ------------------------------------------------------------------
+
+    def _scan(self) -> None:
+        with self._scanning:
+            if self._stopping.is_set() and self._control is not None:
+                return
+            names = set(self._groups.names())
+            with self._lock:
+                gone = [self._hosted.pop(name) for name in set(self._hosted) - names]
+                self._failed = {n: f for n, f in self._failed.items() if n in names}
+                missing = sorted(names - set(self._hosted))
+            for one in gone:
+                self._close(one)
+            for name in missing:
+                self._try_open(name)
+
+    def _try_open(self, name: str) -> None:
+        failed = self._failed.get(name)
+        if failed is not None and time.monotonic() < failed.not_before:
+            return
+        try:
+            hosted = self._open(self._groups.load(name))
+        except VrepError as error:
+            pause_s = min(failed.pause_s * 2, RETRY_MAX_S) if failed else 1.0
+            if failed is None or str(failed.error) != str(error):
+                log.error("group cannot be served", group=name, error=str(error))
+            with self._lock:
+                self._failed[name] = _Failed(error, pause_s, time.monotonic() + pause_s)
+            return
+        with self._lock:
+            self._failed.pop(name, None)
+            self._hosted[name] = hosted
+        log.info("group served", group=name, opened_as=hosted.group.status()["opened_as"])
+
+    def _open(self, definition: GroupDefinition) -> _Hosted:
+        options = definition.options
+        shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
+        group = Group(
+            [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks],
+            group_id=bytes.fromhex(definition.group_id),
+            target_id=bytes.fromhex(definition.to_site),
+            epoch_id=bytes.fromhex(definition.epoch_id),
+            epoch=definition.epoch,
+            shm_dir=shm,
+            state_dir=self._groups.path(definition.name),
+            direct=options.direct,
+            ring_bytes=options.ring_bytes,
+            ring_descriptors=options.descriptors,
+            slots=options.slots,
+            bit_bytes=options.bit_bytes,
+            threads=options.threads,
+            resync_bytes_per_s=options.rate_bytes_per_s,
+        )
+        try:
+            server = Server(
+                group,
+                unix_path=self._paths.nbd_socket(definition.name),
+                mode=options.socket_mode,
+                socket_gid=_gid(options.socket_group),
+                tcp=parse_address(options.tcp) if options.tcp else None,
+            )
+            server.start()
+        except BaseException:
+            group.close(clean=True)
+            raise
+        return _Hosted(definition, group, server, str(shm / "ring"))
+
+    @staticmethod
+    def _close(hosted: _Hosted) -> None:
+        hosted.server.stop(drain=True)
+        hosted.group.close(clean=True)
+        log.info("group closed", group=hosted.definition.name)
+
+    # ---- control -----------------------------------------------------------------
+
+    def _host(self, params: Mapping[str, Any]) -> _Hosted:
+        name = str(params["group"])
+        with self._lock:
+            hosted = self._hosted.get(name)
+            failed = self._failed.get(name)
+        if hosted is not None:
+            return hosted
+        if failed is not None:
+            raise failed.error
+        raise NotFoundError(f"no group {name!r} is served here")
+
+    def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        if params.get("group") is not None:
+            return self._status_of(self._host(params))
+        with self._lock:
+            hosted, failed = dict(self._hosted), dict(self._failed)
+        answer: dict[str, Any] = {name: self._status_of(one) for name, one in hosted.items()}
+        answer.update({name: {"error": str(one.error)} for name, one in failed.items()})
+        return answer
+
+    @staticmethod
+    def _status_of(hosted: _Hosted) -> dict[str, Any]:
+        return {
+            **hosted.group.status(),
+            "clients": len(hosted.server.clients()),
+            "ring_path": hosted.ring_path,
+        }
+
+    def _consumer_attach(self, params: Mapping[str, Any]) -> Reply:
+        hosted = self._host(params)
+        target_id = (
+            bytes.fromhex(str(params["target_id"])) if params.get("target_id") else bytes(16)
+        )
+        role = str(params.get("role", "target"))
+        if role not in ("target", "observer"):
+            raise StateError(f"a consumer is a target or an observer, not {role!r}")
+        durable = int(params.get("durable", hosted.group.status()["durable"]))
+        attach: Callable[..., tuple[int, int, int]] = hosted.group.consumer_attach
+        fds = attach(role, target_id, durable)
+        return Reply({"ring_path": hosted.ring_path}, list(fds))
+
+    def _consumer_detach(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        detach: Callable[[str], None] = self._host(params).group.consumer_detach
+        detach(str(params.get("role", "target")))
+        return {}
+
+    def _mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        seq = self._host(params).group.mark(str(params.get("label", "")))
+        return {"seq": seq, "wall_ns": time.time_ns()}
+
+    def _resync(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.resync(
+            bool(params.get("allowed", True)),
+            bytes_per_s=int(params.get("bytes_per_s", 0)),
+            everything=bool(params.get("all", False)),
+        )
+        return {}
+
+    def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        group = self._host(params).group
+        group.lose_ring()
+        return {"gap_seq": group.status()["gap_seq"]}
+
+    def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            for failed in self._failed.values():
+                failed.not_before = 0.0
+        self._scan()
+        return {}
+
+    def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        self._stopping.set()
+        return {}
+
+
+def _gid(name: str) -> int | None:
+    if not name:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise ConfigError(f"there is no Unix group {name!r} for the NBD socket") from None
+
+
+__all__ = ["FilterHost"]
