@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from vrep.errors import (
     FullError,
     InvalidError,
     NotFoundError,
+    RangeError,
     TornError,
 )
 
@@ -255,12 +257,51 @@ def test_a_batch_stops_at_a_full_buffer_and_goes_on() -> None:
 def test_payloads_must_fit_their_records() -> None:
     sealer, out = new_sealer(), bytearray(1 << 16)
     two = np.concatenate([change(1, 10), change(2, 20)])
-    for wrong in (b"x" * 29, b"x" * 31, [b"x" * 10], [b"x" * 10, b"x" * 19], [b"x" * 10, None]):
+    for wrong in (b"x" * 29, b"x" * 31, [b"x" * 10], [b"x" * 9, b"x" * 20], [None, b"x" * 20]):
         with pytest.raises(InvalidError):
             new_sealer().seal(two, wrong, out)
     assert sealer.seal(two, b"x" * 30, out)[1] == 2
     zeroes = change(3, 1 << 31, kind=layout.KIND_ZEROES)
     assert sealer.seal(zeroes, [None], out) == (64, 1)
+
+
+def test_what_was_sealed_before_a_wrong_record_is_not_lost() -> None:
+    sealer, out = new_sealer(), bytearray(1 << 16)
+    records = np.concatenate([change(1, 10), change(2, 10), change(4, 10)])
+    written, done = sealer.seal(records, b"x" * 30, out)
+    assert done == 2
+    assert [one["seq"] for one in record.scan(out[:written])[0]["header"]] == [1, 2]
+    with pytest.raises(InvalidError):
+        sealer.seal(records[2:], b"x" * 10, out)
+    assert sealer.seq == 2
+
+
+def test_the_ring_is_sealed_out_of_its_memory(tmp_path: Path) -> None:
+    from vrep._core.ring import RingProducer, RingReader
+
+    payloads = [os.urandom(4096), b"t" * 100, os.urandom(200_000), b""]
+    with RingProducer.create(tmp_path / "ring", group_id=bytes(16), epoch_id=bytes(16)) as ring:
+        for i, payload in enumerate(payloads):
+            slot = ring.reserve(len(payload))
+            slot.write(payload)
+            kind = layout.KIND_WRITE if payload else layout.KIND_ZEROES
+            slot.publish(kind, disk=1, offset=8192, length=len(payload) or 65536, wall_ns=50 + i)
+        with RingReader(tmp_path / "ring") as reader:
+            sealer, out = new_sealer(level=1), bytearray(1 << 20)
+            written, done = sealer.seal_ring(reader, 1, 4, memoryview(out)[:10_000])
+            assert done == 2
+            more, done = sealer.seal_ring(reader, 3, 9, memoryview(out)[written:])
+            assert done == 2
+            with pytest.raises(RangeError):
+                sealer.seal_ring(reader, 5, 5, out)
+            with pytest.raises(FullError):
+                new_sealer().seal_ring(reader, 1, 1, bytearray(100))
+    found, consumed = record.scan(memoryview(out)[: written + more], order=record.Order())
+    assert consumed == written + more
+    assert list(found["header"]["wall_ns"]) == [50, 51, 52, 53]
+    opener, room = seal.Opener(KEY, STREAM), bytearray(1 << 20)
+    for at, payload in zip(found["position"], payloads, strict=True):
+        assert room[: opener.record(memoryview(out)[int(at) :], room)] == payload
 
 
 def test_tally_and_mark() -> None:

@@ -13,7 +13,8 @@
  * of layout.h; output must have room for vrep_record_bound of a record before it
  * is begun. Payload is read where it lies and must not change during the call.
  * Contexts and buffers are made once per handle (about 400 KiB), nothing is
- * allocated per record. Keys and plaintext left in a handle are wiped at free.
+ * allocated per record. Keys and the buffers of a handle are wiped at free; the work space of
+ * zstd is not.
  *
  * Threading: a handle belongs to one thread at a time; handles share nothing.
  */

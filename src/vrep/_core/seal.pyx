@@ -18,14 +18,10 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from vrep._core._status cimport check
+from vrep._core.ring cimport RingReader, iovec, vrep_ring_reader
 
 cdef extern from "<openssl/crypto.h>":
     void OPENSSL_cleanse(void *at, size_t length)
-
-cdef extern from "<sys/uio.h>":
-    struct iovec:
-        void *iov_base
-        size_t iov_len
 
 cdef extern from "seal/seal.h":
     struct vrep_record:
@@ -83,6 +79,9 @@ cdef extern from "seal/seal.h":
                            size_t cap, size_t *written)
     int vrep_sealer_seal(vrep_sealer *sealer, const vrep_seal_source *records, size_t n,
                          uint8_t *out, size_t cap, size_t *written, size_t *n_done) nogil
+    int vrep_sealer_seal_ring(vrep_sealer *sealer, const vrep_ring_reader *reader,
+                              uint64_t from_seq, uint64_t to_seq, uint8_t *out, size_t cap,
+                              size_t *written, size_t *n_done) nogil
     int vrep_sealer_tally(vrep_sealer *sealer, uint64_t wall_ns, uint64_t mono_ns, uint8_t *out,
                           size_t cap, size_t *written)
     void vrep_sealer_stats(const vrep_sealer *sealer, vrep_seal_stats *out)
@@ -279,7 +278,9 @@ cdef class Sealer:
 
         ``records`` is a RECORD array of which kind, flags, disk, seq, offset, length and
         times are read. ``payloads`` is a sequence with one buffer (or None) each, or one
-        buffer with all payloads back to back. Stops before a record that may not fit.
+        buffer with all payloads back to back. Stops before a record that may not fit, and
+        before one that is wrong; raises only when that is the first of the call, so that
+        what was sealed is never lost.
         """
         cdef Py_buffer room
         cdef size_t written = 0, done = 0
@@ -298,7 +299,36 @@ cdef class Sealer:
                 self.busy = False
         finally:
             PyBuffer_Release(&room)
-        check(status)
+        if done == 0:
+            check(status)
+        return written, done
+
+    def seal_ring(self, RingReader reader not None, uint64_t from_seq, uint64_t to_seq, out):
+        """Seal records ``from_seq`` to ``to_seq`` of a ring, out of its memory, into ``out``.
+
+        Returns ``(written, done)`` and stops as ``seal`` does. The caller's consumer must
+        hold these records: they may not be released before the call ends.
+        """
+        cdef Py_buffer room
+        cdef size_t written = 0, done = 0
+        cdef int status
+        cdef const vrep_ring_reader *handle = reader.get()
+        PyObject_GetBuffer(out, &room, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            self.enter()
+            reader.views += 1  # nobody closes it meanwhile
+            try:
+                with nogil:
+                    status = vrep_sealer_seal_ring(self.sealer, handle, from_seq, to_seq,
+                                                   <uint8_t *>room.buf, <size_t>room.len,
+                                                   &written, &done)
+            finally:
+                reader.views -= 1
+                self.busy = False
+        finally:
+            PyBuffer_Release(&room)
+        if done == 0:
+            check(status)
         return written, done
 
     def stream(self, stream, out):
