@@ -41,10 +41,14 @@ def position(seq: int, *, epoch: int = 1, lane: int = 0) -> np.ndarray:
     return one("POSITION", epoch=epoch, lane=lane, seq=seq)[0]
 
 
+def checksum(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data, seed=0x76726570) & 0xFFFFFFFF
+
+
 def checked(made: np.ndarray) -> bytes:
     """The bytes of a struct with its checksum stored."""
     end = made.dtype.fields["checksum"][1]  # type: ignore[index]
-    made["checksum"] = xxhash.xxh3_64_intdigest(made.tobytes()[:end], seed=0x76726570) & 0xFFFFFFFF
+    made["checksum"] = checksum(made.tobytes()[:end])
     return made.tobytes()
 
 
@@ -247,6 +251,17 @@ def index() -> bytes:
             "INDEX_TIME", wall_ns=WALL + 202, at=position(202, epoch=3, lane=1)
         ).tobytes(),
     }  # fmt: skip
+
+    def node(rows: bytes) -> np.ndarray:
+        found = np.frombuffer(rows, layout.INDEX_ENTRY)
+        return one(
+            "INDEX_NODE", offset=found[0]["offset"],
+            end=max(int(row["offset"]) + int(row["length"]) for row in found),
+            seq_low=found["seq"].min(), seq_high=found["seq"].max(), epoch_low=3, epoch_high=3,
+            disk_first=2, disk_last=2, checksum=checksum(rows),
+        )  # fmt: skip
+
+    roots = node(parts["long"]).tobytes(), node(parts["short"]).tobytes()
     trailer = one(
         "INDEX_TRAILER", magic=layout.INDEX_MAGIC, version=layout.INDEX_VERSION,
         trailer_bytes=256, segment=7, first=position(100, epoch=3, lane=1),
@@ -254,8 +269,13 @@ def index() -> bytes:
         wall_first_ns=WALL + 100, wall_last_ns=WALL + 202, group_id=GROUP_ID,
         short_digest=digest(parts["short"]),
         rest_digest=digest(b"".join(parts[name] for name in list(parts)[1:])),
+        long_root=checksum(roots[0]), short_root=checksum(roots[1]),
+        streams_checksum=checksum(parts["streams"]),
+        events_checksum=int.from_bytes(digest(parts["events"])[:4], "little"),
     )  # fmt: skip
+    parts["nodes"] = b"".join(roots)
     out, sizes = b"", {"short": 40, "long": 40, "streams": 64, "events": 40, "times": 24}
+    sizes["nodes"] = 48
     for name, part in parts.items():
         out = padded(out, 64)
         trailer[f"{name}_at"], trailer[f"{name}_count"] = len(out), len(part) // sizes[name]

@@ -107,11 +107,16 @@ INDEX_ENTRY = (
 INDEX_STREAM = "stream_id:16s epoch_id:16s epoch:I key_generation:I first_seq:Q reserved:16s"
 INDEX_EVENT = "at:[position] wall_ns:Q segment:I position:I kind:B reserved0:B stream:H reserved1:I"
 INDEX_TIME = "wall_ns:Q at:[position]"
+INDEX_NODE = (
+    "offset:Q end:Q seq_low:Q seq_high:Q epoch_low:I epoch_high:I disk_first:H disk_last:H"
+    " checksum:I"
+)
 INDEX_TRAILER = (
     "magic:I version:H trailer_bytes:H segment:I level:I short_at:Q short_count:Q long_at:Q"
     " long_count:Q streams_at:Q streams_count:Q events_at:Q events_count:Q times_at:Q"
     " times_count:Q first:[position] last:[position] data_bytes:Q segment_bytes:Q wall_first_ns:Q"
-    " wall_last_ns:Q group_id:16s short_digest:16s rest_digest:16s reserved:44s checksum:I"
+    " wall_last_ns:Q group_id:16s short_digest:16s rest_digest:16s nodes_at:Q nodes_count:Q"
+    " long_root:I short_root:I streams_checksum:I events_checksum:I reserved:12s checksum:I"
 )
 MANIFEST_HEADER = (
     "magic:I version:H header_bytes:H number:Q lease:Q group_id:16s store_id:16s wall_ns:Q"
@@ -478,7 +483,7 @@ def parse_index(data: bytes) -> Fields:
     out: Fields = {"trailer": trailer}
     tables = (
         ("short", INDEX_ENTRY), ("long", INDEX_ENTRY), ("streams", INDEX_STREAM),
-        ("events", INDEX_EVENT), ("times", INDEX_TIME),
+        ("events", INDEX_EVENT), ("times", INDEX_TIME), ("nodes", INDEX_NODE),
     )  # fmt: skip
     before, raw = 0, {}
     for name, spec in tables:
@@ -499,7 +504,47 @@ def parse_index(data: bytes) -> Fields:
         for entry in out[name]:
             expect(entry["flags"] == 0 and entry["stream"] < len(out["streams"]), "index: entry")
             expect((entry["length"] <= PIECE) == (name == "short"), "index: length")
+    expect(checksum32(raw["streams"]) == trailer["streams_checksum"], "index: streams")
+    events = int.from_bytes(digest(raw["events"])[:4], "little")
+    expect(events == trailer["events_checksum"], "index: events")
+    nodes, after = out["nodes"], 0
+    for name in ("long", "short"):
+        after = check_tree(out[name], raw[name], 40, nodes, raw["nodes"], after)
+        root = checksum32(raw["nodes"][48 * (after - 1) : 48 * after]) if out[name] else 0
+        expect(trailer[f"{name}_root"] == root, f"index: root of {name}")
+    expect(after == len(nodes), "index: nodes")
     return out
+
+
+def check_tree(
+    below: list[Fields], raw: bytes, size: int, nodes: list[Fields], raw_nodes: bytes, at: int
+) -> int:
+    """Every level of nodes over some entries, from node ``at`` on; returns where the tree ends."""
+    while below:
+        count = -(-len(below) // 64)
+        expect(at + count <= len(nodes), "index: too few nodes")
+        for i in range(count):
+            some, node = below[64 * i : 64 * i + 64], nodes[at + i]
+            lows = [
+                (e.get("epoch_low", e.get("epoch")), e.get("seq_low", e.get("seq"))) for e in some
+            ]
+            highs = [
+                (e.get("epoch_high", e.get("epoch")), e.get("seq_high", e.get("seq"))) for e in some
+            ]
+            ends = [e["end"] if "end" in e else e["offset"] + e["length"] for e in some]
+            disks = [e.get("disk_first", e.get("disk")) for e in some[:1]]
+            disks += [e.get("disk_last", e.get("disk")) for e in some[-1:]]
+            expect((node["offset"], node["end"]) == (some[0]["offset"], max(ends)), "node: range")
+            expect((node["epoch_low"], node["seq_low"]) == min(lows), "node: oldest")
+            expect((node["epoch_high"], node["seq_high"]) == max(highs), "node: newest")
+            expect([node["disk_first"], node["disk_last"]] == disks, "node: disks")
+            part = raw[64 * size * i : 64 * size * (i + 1)]
+            expect(node["checksum"] == checksum32(part), "node: checksum")
+        below, raw, size = nodes[at : at + count], raw_nodes[48 * at : 48 * (at + count)], 48
+        at += count
+        if count == 1:
+            break
+    return at
 
 
 def parse_manifest(data: bytes) -> Fields:

@@ -166,7 +166,13 @@ def test_store() -> None:
     assert got["commits"][0]["durable"]["seq"] == 99
     index = parsed("index")
     assert [entry["seq"] for entry in index["short"]] == [102, 105, 100]
-    assert [len(index[name]) for name in ("long", "streams", "events", "times")] == [1] * 4
+    assert [len(index[name]) for name in ("long", "streams", "events", "times", "nodes")] == [
+        1,
+        1,
+        1,
+        1,
+        2,
+    ]
     manifest = parsed("manifest")
     assert (manifest["name"], manifest["header"]["number"]) == ("web", 42)
     assert [epoch["state"] for epoch in manifest["epochs"]] == [1, 2]
@@ -188,7 +194,7 @@ def test_a_flipped_bit_is_refused(name: str) -> None:
     places = range(start, end or len(raw))
     if name == "index":  # the padding between tables means nothing
         index = parsed("index")["trailer"]
-        sizes = {"short": 40, "long": 40, "streams": 64, "events": 40, "times": 24}
+        sizes = {"short": 40, "long": 40, "streams": 64, "events": 40, "times": 24, "nodes": 48}
         tables = [
             range(index[f"{table}_at"], index[f"{table}_at"] + size * index[f"{table}_count"])
             for table, size in sizes.items()

@@ -147,6 +147,11 @@ FIELDS(vrep_index_event, FIELD(vrep_index_event, at), FIELD(vrep_index_event, wa
        FIELD(vrep_index_event, kind), FIELD(vrep_index_event, reserved0),
        FIELD(vrep_index_event, stream), FIELD(vrep_index_event, reserved1));
 FIELDS(vrep_index_time, FIELD(vrep_index_time, wall_ns), FIELD(vrep_index_time, at));
+FIELDS(vrep_index_node, FIELD(vrep_index_node, offset), FIELD(vrep_index_node, end),
+       FIELD(vrep_index_node, seq_low), FIELD(vrep_index_node, seq_high),
+       FIELD(vrep_index_node, epoch_low), FIELD(vrep_index_node, epoch_high),
+       FIELD(vrep_index_node, disk_first), FIELD(vrep_index_node, disk_last),
+       FIELD(vrep_index_node, checksum));
 FIELDS(vrep_index_trailer, FIELD(vrep_index_trailer, magic), FIELD(vrep_index_trailer, version),
        FIELD(vrep_index_trailer, trailer_bytes), FIELD(vrep_index_trailer, segment),
        FIELD(vrep_index_trailer, level), FIELD(vrep_index_trailer, short_at),
@@ -159,6 +164,9 @@ FIELDS(vrep_index_trailer, FIELD(vrep_index_trailer, magic), FIELD(vrep_index_tr
        FIELD(vrep_index_trailer, segment_bytes), FIELD(vrep_index_trailer, wall_first_ns),
        FIELD(vrep_index_trailer, wall_last_ns), FIELD(vrep_index_trailer, group_id),
        FIELD(vrep_index_trailer, short_digest), FIELD(vrep_index_trailer, rest_digest),
+       FIELD(vrep_index_trailer, nodes_at), FIELD(vrep_index_trailer, nodes_count),
+       FIELD(vrep_index_trailer, long_root), FIELD(vrep_index_trailer, short_root),
+       FIELD(vrep_index_trailer, streams_checksum), FIELD(vrep_index_trailer, events_checksum),
        FIELD(vrep_index_trailer, reserved), FIELD(vrep_index_trailer, checksum));
 FIELDS(vrep_manifest_header, FIELD(vrep_manifest_header, magic),
        FIELD(vrep_manifest_header, version), FIELD(vrep_manifest_header, header_bytes),
@@ -223,6 +231,7 @@ const struct vrep_described_struct vrep_described_structs[] = {
     STRUCT(vrep_index_stream),
     STRUCT(vrep_index_event),
     STRUCT(vrep_index_time),
+    STRUCT(vrep_index_node),
     STRUCT(vrep_index_trailer),
     STRUCT(vrep_manifest_header),
     STRUCT(vrep_manifest_epoch),
@@ -293,6 +302,7 @@ const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_SEGMENT_VERSION),
     CONSTANT(VREP_COMMIT_MAGIC),
     CONSTANT(VREP_COMMIT_VERSION),
+    CONSTANT(VREP_INDEX_FANOUT),
     CONSTANT(VREP_INDEX_MAGIC),
     CONSTANT(VREP_INDEX_VERSION),
     CONSTANT(VREP_MANIFEST_MAGIC),

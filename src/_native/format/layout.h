@@ -291,7 +291,8 @@ struct vrep_ring_control {
     uint64_t received;
     uint64_t read; /* sealed and sent */
     uint8_t pad1[40];
-    uint32_t waiting; /* at 128: not 0 = wants one eventfd signal when head moves; a new value each time */
+    uint32_t waiting; /* at 128: not 0 = wants one eventfd signal when head moves; a new value each
+                         time */
     uint8_t pad2[60];
     uint8_t pad3[3904];
 };
@@ -532,11 +533,29 @@ struct vrep_index_time {
 };
 VREP_LAYOUT(struct vrep_index_time, 24);
 
+/* What up to VREP_INDEX_FANOUT neighbours (entries, or nodes one level below)
+ * have in common: enough to pass over them unread, and to check them when read. */
+#define VREP_INDEX_FANOUT 64u
+struct vrep_index_node {
+    uint64_t offset;  /* of the first entry below */
+    uint64_t end;     /* largest offset + length below, whatever the disk */
+    uint64_t seq_low; /* (epoch, seq) of the oldest and the newest entry below */
+    uint64_t seq_high;
+    uint32_t epoch_low;
+    uint32_t epoch_high;
+    uint16_t disk_first;
+    uint16_t disk_last;
+    uint32_t checksum; /* vrep_checksum32 of the neighbours' bytes */
+};
+VREP_LAYOUT(struct vrep_index_node, 48);
+
 #define VREP_INDEX_MAGIC 0x58444956u /* "VIDX" */
 #define VREP_INDEX_VERSION 1u
-/* At the end of the file.  The five arrays stand before it in this order, each
+/* At the end of the file.  The six arrays stand before it in this order, each
  * at a multiple of 64: short entries (length <= 128 KiB), long entries
- * (zeroes ranges above 128 KiB), streams, events, times. */
+ * (zeroes ranges above 128 KiB), streams, events, times, nodes.  The nodes are
+ * a tree over the long entries, then one over the short entries; each has its
+ * lowest level first, ends with its one root, and is empty over no entries. */
 struct vrep_index_trailer {
     uint32_t magic;
     uint16_t version;
@@ -562,7 +581,13 @@ struct vrep_index_trailer {
     uint8_t group_id[16];
     uint8_t short_digest[16]; /* XXH3-128 of the short entries */
     uint8_t rest_digest[16];  /* XXH3-128 of long entries, streams, events, times */
-    uint8_t reserved[44];
+    uint64_t nodes_at;
+    uint64_t nodes_count;
+    uint32_t long_root; /* vrep_checksum32 of the root node; 0: no entries */
+    uint32_t short_root;
+    uint32_t streams_checksum; /* vrep_checksum32 of the array */
+    uint32_t events_checksum;  /* low 32 bits of the XXH3-128 of the array */
+    uint8_t reserved[12];
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_index_trailer, 256);
