@@ -4,8 +4,9 @@ ProtocolError or VersionError, and its bounds hold.
 The first byte of an input says which end listens and how the rest is read: raw
 bytes of the stream, or a list of frames whose checksum and sequence the target
 sets right, so that the code behind them is reached: type, flags, channel, two
-bytes of length, payload. With VREP_FUZZ_CANARY=1 a DATA frame that is to be
-continued is taken for a fault: the fuzzer must find it. `--seeds` writes the seeds.
+bytes of length, payload. With VREP_FUZZ_CANARY=1 records that begin otherwise
+than those of the seeds are taken for a fault: the fuzzer must find it, behind greeting,
+group and stream. `--seeds` writes the seeds.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vrep.errors import ProtocolError, StateError, VersionError
 
 CANARY = os.environ.get("VREP_FUZZ_CANARY") == "1"
 WINDOW = 1 << 16
+SEED_RECORDS = b"records"
 SITE = "0123456789abcdef" * 2
 
 
@@ -78,7 +80,7 @@ def answer(connection: protocol.Connection, event: protocol.Event) -> None:
                 connection.send(m.Response(id=message.id, result=1))
             case m.Data():
                 must(connection.held(event.channel) <= WINDOW, "more is held than was granted")
-                if CANARY and message.more:
+                if CANARY and message.payload[0] != SEED_RECORDS[0]:
                     raise RuntimeError("fuzz canary found")
                 connection.release(event.channel, len(message.payload))
             case m.GroupOpened():
@@ -163,7 +165,7 @@ def seeds() -> dict[str, bytes]:
         (hello, 0),
         (group, 1),
         (stream, 1),
-        (b"records", 1),
+        (SEED_RECORDS, 1),
         (m.Request(id=1, method="points.list", params={"a": [1, None, b"x"]}), 0),
         (m.Ping(id=1, time_ns=1), 0),
         (m.Status(time_ns=1, state="x", values={"lag": 1}), 1),
