@@ -51,6 +51,13 @@ bool vrep_record_is_data(uint8_t kind)
     return kind == VREP_KIND_WRITE || kind == VREP_KIND_SYNC;
 }
 
+bool vrep_record_is_sealed(uint8_t kind)
+{
+    const struct rule *rule = rule_of(kind);
+
+    return rule != NULL && rule->sealed;
+}
+
 bool vrep_record_is_aside(uint8_t kind)
 {
     return kind == VREP_KIND_STREAM || kind == VREP_KIND_TALLY;

@@ -32,6 +32,9 @@
 /* WRITE and SYNC: data of a disk stand in the body. */
 bool vrep_record_is_data(uint8_t kind);
 
+/* WRITE, SYNC, MARK, OBJECT and TALLY: the plaintext stands in sealed pieces. */
+bool vrep_record_is_sealed(uint8_t kind);
+
 /* STREAM and TALLY: the record carries the seq of the one before it. */
 bool vrep_record_is_aside(uint8_t kind);
 

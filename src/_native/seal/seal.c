@@ -268,8 +268,7 @@ static int seal_one(struct vrep_sealer *sealer, const struct vrep_seal_source *s
 
     if (vrep_record_is_aside(source->kind) || (source->flags & VREP_RECORD_HASHED))
         return VREP_E_INVALID;
-    sealed = vrep_record_is_data(source->kind) || source->kind == VREP_KIND_MARK ||
-             source->kind == VREP_KIND_OBJECT;
+    sealed = vrep_record_is_sealed(source->kind);
     pieces = sealed ? vrep_record_data_pieces(source->length) : 0;
     if (sealer->hashing && vrep_record_is_data(source->kind))
         blocks = vrep_record_hash_blocks(source->offset, source->length, &first);

@@ -10,8 +10,6 @@ from vrep._core.ring import RingReader
 # NumPy declares its buffers to type checkers only from Python 3.12 on.
 _BytesLike: TypeAlias = Buffer | NDArray[Any]
 
-BODIED: frozenset[int]
-
 def stream_key(data_key: _BytesLike, stream_id: _BytesLike) -> bytes: ...
 
 class Sealer:

@@ -71,6 +71,7 @@ cdef extern from "seal/seal.h":
         pass
     struct vrep_tally_check:
         pass
+    bint vrep_record_is_sealed(uint8_t kind)
     int vrep_stream_key(const uint8_t *data_key, const uint8_t *stream_id, uint8_t *out)
     int vrep_sealer_new(const vrep_sealer_options *options, vrep_sealer **out)
     void vrep_sealer_free(vrep_sealer *sealer)
@@ -184,7 +185,7 @@ cdef class Batch:
             source.disk, source.seq = headers[i].disk, headers[i].seq
             source.offset, source.length = headers[i].offset, headers[i].length
             source.wall_ns, source.mono_ns = headers[i].wall_ns, headers[i].mono_ns
-            bodied = source.kind in BODIED
+            bodied = vrep_record_is_sealed(source.kind)
             if joined:
                 view = &self.views[1]
                 if not bodied:
@@ -206,9 +207,6 @@ cdef class Batch:
         if joined and at != self.views[1].len:
             raise InvalidError(f"{self.views[1].len - at} payload bytes belong to no record")
         return 0
-
-
-BODIED = frozenset({layout.KIND_WRITE, layout.KIND_SYNC, layout.KIND_MARK, layout.KIND_OBJECT})
 
 
 cdef class Sealer:
