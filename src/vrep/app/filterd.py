@@ -9,16 +9,16 @@ from __future__ import annotations
 import grp
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 
 from vrep._core.filter import Disk, Group
 from vrep._core.serve import Server
 from vrep.control import ControlServer, Reply
-from vrep.errors import ConfigError, NotFoundError, StateError, VrepError
+from vrep.errors import ConfigError, InvalidError, NotFoundError, VrepError
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.paths import SitePaths
 from vrep.settings import Config
@@ -205,20 +205,14 @@ class FilterHost:
 
     def _consumer_attach(self, params: Mapping[str, Any]) -> Reply:
         hosted = self._host(params)
-        target_id = (
-            bytes.fromhex(str(params["target_id"])) if params.get("target_id") else bytes(16)
-        )
-        role = str(params.get("role", "target"))
-        if role not in ("target", "observer"):
-            raise StateError(f"a consumer is a target or an observer, not {role!r}")
-        durable = int(params.get("durable", hosted.group.status()["durable"]))
-        attach: Callable[..., tuple[int, int, int]] = hosted.group.consumer_attach
-        fds = attach(role, target_id, durable)
+        group = hosted.group
+        target_id = bytes.fromhex(str(params.get("target_id", ""))) or bytes(16)
+        durable = int(params.get("durable", group.status()["durable"]))
+        fds = group.consumer_attach(_role(params), target_id, durable)
         return Reply({"ring_path": hosted.ring_path}, list(fds))
 
     def _consumer_detach(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        detach: Callable[[str], None] = self._host(params).group.consumer_detach
-        detach(str(params.get("role", "target")))
+        self._host(params).group.consumer_detach(_role(params))
         return {}
 
     def _mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,9 +228,8 @@ class FilterHost:
         return {}
 
     def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        group = self._host(params).group
-        group.lose_ring()
-        return {"gap_seq": group.status()["gap_seq"]}
+        self._host(params).group.lose_ring()
+        return {}
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -248,6 +241,16 @@ class FilterHost:
     def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         self._stopping.set()
         return {}
+
+
+def _role(params: Mapping[str, Any]) -> Literal["target", "observer"]:
+    match params.get("role", "target"):
+        case "target":
+            return "target"
+        case "observer":
+            return "observer"
+        case role:
+            raise InvalidError(f"a consumer is a target or an observer, not {role!r}")
 
 
 def _gid(name: str) -> int | None:

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vrep._core import layout
 from vrep._core.ring import RingReader
 from vrep.control import ControlClient
+from vrep.errors import RangeError
 
 
 class RingHold:
@@ -30,8 +32,7 @@ class RingHold:
         finally:
             for fd in fds:
                 os.close(fd)
-        header = self.reader.header()
-        self.first_seq = int(header["first_seq"])
+        header = self.reader.header
         self._incarnation = int(header["incarnation"])
         self._inode = self.path.stat().st_ino
 
@@ -41,7 +42,7 @@ class RingHold:
             same = self.path.stat().st_ino == self._inode
         except FileNotFoundError:
             return False
-        return same and int(self.reader.header()["incarnation"]) == self._incarnation
+        return same and int(self.reader.header["incarnation"]) == self._incarnation
 
     def status(self) -> Mapping[str, Any]:
         result = self._control.call("status", group=self.group)
@@ -54,10 +55,20 @@ class RingHold:
             "resync", group=self.group, allowed=allowed, bytes_per_s=bytes_per_s, all=False
         )
 
-    def lose_ring(self) -> int:
-        """The target lost what it had acknowledged: a gap begins. Its seq."""
-        result = self._control.call("lose_ring", group=self.group)
-        return int(result["gap_seq"])
+    def begins_with_jump(self) -> bool:
+        """Whether the oldest record is a gap-begin that may follow any position: the ring is
+        new after a power loss, or was lost before."""
+        try:
+            first = self.reader.descriptors(self.reader.released + 1, self.reader.released + 1)[0]
+        except RangeError:
+            return False
+        jump = int(first["flags"]) & layout.RECORD_JUMP
+        return int(first["kind"]) == layout.KIND_GAP_BEGIN and bool(jump)
+
+    def lose_ring(self) -> None:
+        """The target lost what it had acknowledged: everything in the ring becomes unshipped
+        and a gap begins. AgainError while copies are in flight."""
+        self._control.call("lose_ring", group=self.group)
 
     def close(self) -> None:
         self.reader.close()

@@ -23,7 +23,7 @@ import structlog
 from vrep._core import layout
 from vrep._core.seal import Sealer
 from vrep.control import ControlClient
-from vrep.errors import FencedError, PeerError, StateError, VrepError
+from vrep.errors import AgainError, FencedError, PeerError, StateError, VrepError
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
 from vrep.keys.datakey import DataKey, unwrap_data_key
 from vrep.keys.identity import SiteIdentity
@@ -287,38 +287,29 @@ class GroupSession:
         """Where shipping goes on: the record after the durable one, or the gap that stands
         for what is no longer there."""
         reader = hold.reader
-        head, released = reader.head, reader.released
-        if durable_seq > head:
+        if durable_seq > reader.head:
             raise StateError(
-                f"the target holds seq {durable_seq} but this site never wrote past {head}: "
-                "the state of the filter was replaced by an older one"
+                f"the target holds seq {durable_seq} but this site never wrote past "
+                f"{reader.head}: the state of the filter was replaced by an older one"
             )
-        if durable_seq >= released:
+        if durable_seq >= reader.released:
             return durable_seq + 1
-        if released == hold.first_seq:
-            return released + 1  # a new ring after a power loss: it begins with gap-begin
-        if self._hold_gap(hold) > released:
-            return self._hold_gap(hold)
-        gap_seq = hold.lose_ring()
-        deadline = time.monotonic() + GAP_WAIT_S
-        while reader.head < gap_seq or not gap_seq:
-            if time.monotonic() > deadline:
-                raise StateError("the filter could not begin a gap")
-            self._stopping.wait(0.05)
-            gap_seq = self._hold_gap(hold)
-        log.warning(
-            "the target lost acknowledged records",
-            group=self.name,
-            durable=durable_seq,
-            gap=gap_seq,
-        )
-        return gap_seq
+        if not hold.begins_with_jump():
+            log.warning("the target lost acknowledged records", group=self.name, seq=durable_seq)
+            self._lose_ring(hold)
+        return reader.released + 1
 
-    @staticmethod
-    def _hold_gap(hold: RingHold) -> int:
-        """Seq of an open gap that may be begun anywhere (a jump), 0 if there is none."""
-        status = hold.status()
-        return int(status["gap_seq"]) if status.get("gap_jump") else 0
+    def _lose_ring(self, hold: RingHold) -> None:
+        """Begin a gap in place of what the ring holds; copies in flight delay it."""
+        deadline = time.monotonic() + GAP_WAIT_S
+        while True:
+            try:
+                hold.lose_ring()
+                return
+            except AgainError:
+                if time.monotonic() > deadline:
+                    raise
+            self._stopping.wait(0.05)
 
     def _replicate(
         self,
@@ -347,7 +338,9 @@ class GroupSession:
         )
         shipper = Shipper(hold.reader, sealer, transport, CHANNEL, self._clock)
         shipper.open_stream(self._stream(definition, data_key))
-        hold.reader.set(read=first_seq - 1, received=durable, durable=durable)
+        # What was released without this target is covered by the gap that comes first.
+        settled = max(durable, hold.reader.released)
+        hold.reader.set(read=first_seq - 1, received=settled, durable=settled)
         self.view.durable_seq = self.view.received_seq = durable
         self.view.conditions = list(opened.conditions)
         self.view.connected, self.view.error = True, ""

@@ -7,8 +7,9 @@ its own; sealing and sending release the GIL. Memory: one buffer that holds the 
 from __future__ import annotations
 
 import threading
-from typing import Final, Protocol
+from typing import Final
 
+from vrep._core.ring import RingReader
 from vrep._core.seal import Sealer
 from vrep.errors import FullError, StateError
 from vrep.wire.frames import PAYLOAD_BYTES_MAX
@@ -23,22 +24,16 @@ IDLE_WAIT_S: Final = 0.2
 CREDIT_WAIT_S: Final = 0.5
 
 
-class Ring(Protocol):
-    """What shipping needs of a ring reader."""
-
-    @property
-    def head(self) -> int: ...
-
-    def wait(self, seq: int, timeout: float) -> bool: ...
-
-    def set(self, *, read: int = ..., received: int = ..., durable: int = ...) -> None: ...
-
-
 class Shipper:
     """Seals and sends everything after the sealer's seq until stopped."""
 
     def __init__(
-        self, ring: Ring, sealer: Sealer, transport: FrameTransport, channel: int, clock: Clock
+        self,
+        ring: RingReader,
+        sealer: Sealer,
+        transport: FrameTransport,
+        channel: int,
+        clock: Clock,
     ) -> None:
         self._ring = ring
         self._sealer = sealer
@@ -108,4 +103,4 @@ class Shipper:
         raise StateError("shipping was stopped")
 
 
-__all__ = ["Ring", "Shipper"]
+__all__ = ["Shipper"]
