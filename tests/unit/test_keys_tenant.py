@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -270,3 +271,18 @@ def test_the_log_notices_changes(tmp_path: Path) -> None:
     with pytest.raises(TenantKeyError, match="line 3"):
         read_log(log)
     assert read_log(tmp_path / "none") == []
+
+
+def test_releases_at_once_are_one_chain(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    target = SiteIdentity.create(tmp_path / "target", "target")
+    threads = [
+        threading.Thread(target=keys.release, args=("acme", target.certificate_pem))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(read_log(keys.release_log_path)) == 8

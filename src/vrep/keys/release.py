@@ -13,6 +13,7 @@ names it.
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import os
 import secrets
@@ -72,7 +73,6 @@ def _lines(log: Path) -> list[bytes]:
 
 
 def _append(log: Path, entry: ReleaseEntry) -> None:
-    make_private_directory(log.parent)
     # A crash may have cut the last line: the new one must not continue it.
     torn = log.exists() and not log.read_bytes().endswith(b"\n") and log.stat().st_size > 0
     append_durable(log, (b"\n" if torn else b"") + msgspec.json.encode(entry) + b"\n")
@@ -122,9 +122,15 @@ def release_key(
     wrapping = _wrapping_key(ephemeral.exchange(ec.ECDH(), public), point, _point(public))
     sealed = AESGCM(wrapping).encrypt(nonce, key.secret, armor.headers_bytes(RELEASE_KIND, headers))
     text = armor.encode(RELEASE_KIND, headers, point + nonce + sealed)
-    lines = _lines(log)
-    previous = hashlib.sha256(lines[-1]).hexdigest() if lines else "0" * 64
-    _append(log, ReleaseEntry(now, key.name, key.key_id, recipient, fingerprint, reason, previous))
+    make_private_directory(log.parent)
+    # Two releases at once must not both follow the same line.
+    with log.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = _lines(log)
+        previous = hashlib.sha256(lines[-1]).hexdigest() if lines else "0" * 64
+        _append(
+            log, ReleaseEntry(now, key.name, key.key_id, recipient, fingerprint, reason, previous)
+        )
     return text
 
 
