@@ -1,0 +1,689 @@
+"""The store of one group: the writer's side.
+
+``DIR/store/<group id>/`` holds manifests, segments, merged runs, pins of readers and a lock.
+One process writes: it holds the lock, and its lease number stands in every manifest that it
+creates, so a second one that did not see the lock still cannot replace a manifest of the
+first. Opening a store always closes the segment that was open (its torn tail is cut, its
+index written) and begins a new one under the new lease.
+
+Records are appended unchanged and are durable when `durable` says so. Sizes are bytes.
+Threads: `append` belongs to one thread at a time; everything else may be called by any.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrep._core import layout, record
+from vrep._core.index import Index
+from vrep.durable import make_private_directory
+from vrep.errors import (
+    CorruptError,
+    ExistsError,
+    FencedError,
+    InvalidError,
+    LockedError,
+    NotFoundError,
+    StateError,
+    StorageError,
+    StoreFullError,
+    UnsupportedError,
+    VrepError,
+)
+from vrep.target import runs
+from vrep.target.files import Buffer, Files, is_full
+from vrep.target.journal import Journal
+from vrep.target.manifest import (
+    DiskEntry,
+    EpochEntry,
+    EpochState,
+    Manifest,
+    Position,
+    load_newest,
+    manifest_numbers,
+    manifest_path,
+)
+from vrep.target.reader import StoreReader
+from vrep.target.segment import (
+    Batch,
+    SegmentId,
+    SegmentWriter,
+    index_tail,
+    run_path,
+    scan_tail,
+    segment_path,
+    write_footer,
+)
+
+__all__ = [
+    "DiskEntry",
+    "EpochEntry",
+    "EpochState",
+    "GroupStore",
+    "Position",
+    "StoreOptions",
+    "StoreReader",
+    "StoreSpec",
+    "store_path",
+]
+
+Structs = NDArray[np.void]
+NO_SITE: Final = bytes(16)
+_MANIFESTS_KEPT: Final = 2
+_SPARE_BYTES: Final = 1 << 20
+_LEFTOVER: Final = re.compile(r"\.(manifest|run)-.*\.tmp")
+
+log = logging.getLogger("vrep.target")
+
+
+def store_path(directory: Path, group_id: bytes) -> Path:
+    """Where the store of a group is, below a site's directory of stores."""
+    return Path(directory) / group_id.hex()
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Settings of a store."""
+
+    commit_s: float = 0.01
+    """under load, commits begin at most this far apart"""
+    segment_bytes: int = 64 << 20
+    reserve_bytes: int = 64 << 20
+    """appending stops while the filesystem has less room, so that recovery can work"""
+    merge: bool = True
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a new store begins with."""
+
+    name: str
+    disks: Sequence[DiskEntry]
+    epoch: EpochEntry
+    wrapped_keys: Sequence[bytes] = ()
+
+
+class GroupStore:
+    """The only writer of a group's store. Open with `GroupStore.open`."""
+
+    def __init__(
+        self,
+        directory: Path,
+        group_id: bytes,
+        lock_fd: int,
+        options: StoreOptions,
+        files: Files,
+        wall_ns: Callable[[], int],
+    ) -> None:
+        self.directory = directory
+        self.group_id = group_id
+        self.options = options
+        self.durable = Position()
+        """everything up to here is on stable storage"""
+        self.received = Position()
+        self.committed_ticket = 0
+        """bytes appended (since it was opened) that are durable"""
+        self._appended_ticket = 0
+        self._lock_fd = lock_fd
+        self._files = files
+        self._wall_ns = wall_ns
+        self._order = record.Order()
+        self._has_stream = False
+        self._listeners: list[Callable[[], None]] = []
+        self._manifest_lock = threading.RLock()
+        self._manifest: Manifest
+        self._writer: SegmentWriter
+        self._closed = False
+        self._merge_wanted = threading.Event()
+        self._merge_failure = ""
+        self._merger: threading.Thread | None = None
+        self._journal = Journal(
+            group_id.hex()[:8], self._commit, self._mark, self._notify, interval_s=options.commit_s
+        )
+
+    # ---- opening -------------------------------------------------------------------
+
+    @classmethod
+    def open(
+        cls,
+        directory: str | os.PathLike[str],
+        group_id: bytes,
+        *,
+        create: StoreSpec | None = None,
+        options: StoreOptions | None = None,
+        files: Files | None = None,
+        wall_ns: Callable[[], int] = time.time_ns,
+    ) -> GroupStore:
+        """Open the store of a group below `directory` (a site's ``store``) for writing.
+
+        With `create` a missing one is created, an existing one raises ExistsError. LockedError
+        when another process writes it; CorruptError, naming file and position, when something
+        that was durable is damaged or missing.
+        """
+        if len(group_id) != 16:
+            raise InvalidError("a group id has 16 bytes")
+        path = store_path(Path(directory), group_id)
+        files = files or Files()
+        if create is None and not path.is_dir():
+            raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
+        make_private_directory(path)
+        lock_fd = _take_lock(path / "lock")
+        try:
+            store = cls(path, group_id, lock_fd, options or StoreOptions(), files, wall_ns)
+            if create is not None:
+                store._create(create)
+            store._recover()
+        except OSError as error:
+            os.close(lock_fd)
+            if is_full(error):
+                raise StoreFullError(f"{path}: {error.strerror}") from None
+            raise StorageError(f"{path}: {error.strerror or error}") from None
+        except BaseException:
+            os.close(lock_fd)
+            raise
+        store._journal.start()
+        store._start_merging()
+        return store
+
+    def _create(self, spec: StoreSpec) -> None:
+        if manifest_numbers(self.directory):
+            raise ExistsError(f"the store of group {self.group_id.hex()}")
+        manifest = Manifest(
+            group_id=self.group_id,
+            store_id=secrets.token_bytes(16),
+            name=spec.name,
+            epochs=(spec.epoch,),
+            disks=tuple(spec.disks),
+            wrapped_keys=tuple(spec.wrapped_keys),
+            segments=np.zeros(0, layout.MANIFEST_SEGMENT),
+            runs=np.zeros(0, layout.MANIFEST_RUN),
+            wall_ns=self._wall_ns(),
+        )
+        self._files.publish(manifest_path(self.directory, 1), manifest.encode())
+
+    def _recover(self) -> None:
+        """Take the store over: close what was open, begin a segment under a new lease."""
+        for leftover in self.directory.iterdir():
+            if _LEFTOVER.fullmatch(leftover.name):
+                self._files.unlink(leftover)
+        manifest = self._manifest = load_newest(self.directory, self.group_id)
+        for segment in manifest.segments:
+            path = segment_path(self.directory, int(segment["segment"]))
+            runs.check_file(path, int(segment["file_bytes"]))
+        for run in manifest.runs:
+            runs.check_file(run_path(self.directory, int(run["run"])), int(run["file_bytes"]))
+        segments, last, stream = self._close_active(manifest)
+        self._begin(segments, last, stream, lease=manifest.lease + 1)
+        self.durable = self.received = last
+        self._has_stream = stream is not None
+        self._seed_order()
+        self._make_spare()
+        self._drop_files()
+
+    def _close_active(self, manifest: Manifest) -> tuple[Structs, Position, Any]:
+        """Closed segments, last position and stream in force, after the open segment was
+        scanned as the storage holds it, cut behind its last whole commit, and indexed."""
+        sealed = manifest.segments
+        last = Position.of(sealed[-1]["last"]) if len(sealed) else Position()
+        if not manifest.active_segment:
+            return sealed, last, self._last_stream(manifest)
+        path = segment_path(self.directory, manifest.active_segment)
+        try:
+            fd = self._files.open(path)
+        except FileNotFoundError:
+            raise CorruptError(f"{path} is missing") from None
+        try:
+            self._files.sync(fd)
+            data = self._files.read_stored(path)
+            try:
+                scan = scan_tail(data, self.group_id, manifest.active_segment)
+            except CorruptError as error:
+                raise CorruptError(f"{path}: {error.detail}") from None
+            if not scan.records:
+                return sealed, last, self._last_stream(manifest)
+            stream_id = scan.header["stream_id"].tobytes()
+            stream = self._last_stream(manifest) if any(stream_id) else None
+            builder = index_tail(data, scan, self.group_id, stream)
+            if scan.end < len(data):
+                log.warning("%s: %d bytes of a torn tail are cut", path, len(data) - scan.end)
+            self._files.truncate(fd, scan.end)
+            entry = write_footer(self._files, fd, builder, scan.last, scan.end)
+        finally:
+            os.close(fd)
+        return np.append(sealed, entry.reshape(1)), scan.last, builder.stream
+
+    def _last_stream(self, manifest: Manifest) -> Any:
+        """The stream in force behind the last closed segment, None at the beginning."""
+        if not len(manifest.segments):
+            return None
+        newest = segment_path(self.directory, int(manifest.segments[-1]["segment"]))
+        index = Index.open(newest)
+        return index.streams[-1].copy() if len(index.streams) else None
+
+    def _begin(self, segments: Structs, after: Position, stream: Any, lease: int) -> None:
+        """Create the next segment and the manifest that names it."""
+        manifest = self._manifest
+        number = manifest.next_segment
+        path = segment_path(self.directory, number)
+        ident = SegmentId(self.group_id, manifest.store_id, number, lease)
+        writer = SegmentWriter(self._files, path, ident, after, stream, self._wall_ns())
+        try:
+            self._files.sync_directory(self.directory)
+            self._publish(
+                segments=segments, active_segment=number, next_segment=number + 1, lease=lease
+            )
+        except BaseException:
+            writer.close()
+            raise
+        self._writer = writer
+
+    def _publish(self, **changes: Any) -> None:
+        """Create the next manifest. LockedError when somebody else did."""
+        with self._manifest_lock:
+            manifest = self._manifest.next(self._wall_ns(), **changes)
+            path = manifest_path(self.directory, manifest.number)
+            data = manifest.encode()
+            try:
+                self._publish_data(path, data)
+            except FileExistsError:
+                raise LockedError(
+                    f"{path.name} exists: another process took the store over"
+                ) from None
+            self._manifest = manifest
+            for number in manifest_numbers(self.directory):
+                if number <= manifest.number - _MANIFESTS_KEPT:
+                    self._files.unlink(manifest_path(self.directory, number))
+
+    def _publish_data(self, path: Path, data: bytes) -> None:
+        try:
+            self._files.publish(path, data)
+        except OSError as error:
+            if not is_full(error) or path.exists():
+                raise
+            # What was kept for this moment: a failover must not fail for want of a few KiB.
+            self._files.unlink(self._spare)
+            self._files.publish(path, data)
+
+    @property
+    def _spare(self) -> Path:
+        return self.directory / "spare"
+
+    def _make_spare(self) -> None:
+        """Keep room for a manifest on a disk that others may fill."""
+        if self._spare.exists():
+            return
+        fd = self._files.create(self._spare)
+        try:
+            os.posix_fallocate(fd, 0, _SPARE_BYTES)
+        except OSError as error:
+            self._files.unlink(self._spare)
+            if not is_full(error) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+        finally:
+            os.close(fd)
+
+    # ---- what it is ------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self._manifest.name
+
+    @property
+    def manifest(self) -> Manifest:
+        """The newest manifest: immutable."""
+        return self._manifest
+
+    @property
+    def lease(self) -> int:
+        return self._manifest.lease
+
+    @property
+    def disks(self) -> tuple[DiskEntry, ...]:
+        return self._manifest.disks
+
+    @property
+    def wrapped_keys(self) -> tuple[bytes, ...]:
+        return self._manifest.wrapped_keys
+
+    @property
+    def epochs(self) -> tuple[EpochEntry, ...]:
+        return self._manifest.epochs
+
+    @property
+    def failure(self) -> VrepError | None:
+        """What ended writing; the store must be opened again."""
+        return self._journal.failure
+
+    @property
+    def full(self) -> bool:
+        """Whether records wait for room on the disk."""
+        return self._journal.full
+
+    @property
+    def pending_bytes(self) -> int:
+        return self._journal.pending_bytes
+
+    def status(self) -> dict[str, Any]:
+        """Figures for people and programs."""
+        manifest, writer = self._manifest, self._writer
+        failure = self.failure
+        return {
+            "group_id": self.group_id.hex(),
+            "name": manifest.name,
+            "received": str(self.received),
+            "durable": str(self.durable),
+            "received_seq": self.received.seq,
+            "durable_seq": self.durable.seq,
+            "epoch": manifest.current_epoch.epoch,
+            "lease": manifest.lease,
+            "segments": len(manifest.segments) + 1,
+            "runs": len(manifest.runs),
+            "bytes": int(manifest.segments["file_bytes"].sum())
+            + int(manifest.runs["file_bytes"].sum())
+            + writer.end,
+            "records": int(manifest.segments["records"].sum()) + writer.builder.records,
+            "pending_bytes": self.pending_bytes,
+            "full": self.full,
+            "failure": str(failure) if failure else "",
+            "merge_failure": self._merge_failure,
+        }
+
+    def listen(self, callback: Callable[[], None]) -> None:
+        """Call back when `durable`, `full` or `failure` changed; from the thread that
+        commits, so it must not wait."""
+        self._listeners.append(callback)
+
+    def unlisten(self, callback: Callable[[], None]) -> None:
+        if callback in self._listeners:
+            self._listeners.remove(callback)
+
+    def _notify(self) -> None:
+        for callback in tuple(self._listeners):
+            callback()
+
+    # ---- appending ---------------------------------------------------------------------
+
+    def append(self, buffer: Buffer, *, check: Callable[[Structs], None] | None = None) -> int:
+        """Take whole records, which must go on where the last ones ended. `buffer` is kept
+        until it is durable and must not change. Returns a ticket: the records are durable
+        when `committed_ticket` reached it.
+
+        CorruptError when a record or the order is wrong, FencedError when its epoch is not
+        the one that is accepted, and whatever `check` raises for the headers: nothing was
+        taken then.
+        """
+        if self._closed:
+            raise StateError("the store was closed")
+        if not len(buffer):
+            return self._appended_ticket
+        try:
+            found, consumed = record.scan(buffer, order=self._order)
+            if consumed != len(buffer):
+                raise CorruptError(f"a batch ends inside a record, at byte {consumed}")
+            self._check_records(found["header"])
+            if check is not None:
+                check(found)
+            self._appended_ticket += consumed
+            batch = Batch.of(buffer, found, self._appended_ticket)
+            self._journal.put(batch)
+        except BaseException:
+            self._seed_order()
+            raise
+        self._has_stream = True
+        self.received = batch.last
+        return batch.ticket
+
+    def _seed_order(self) -> None:
+        self._order = record.Order()
+        if self.received.epoch:
+            self._order.seed(epoch=self.received.epoch, seq=self.received.seq)
+
+    def _check_records(self, headers: Structs) -> None:
+        manifest = self._manifest
+        if not self._has_stream and headers[0]["kind"] != layout.KIND_STREAM:
+            raise CorruptError("a history begins with a STREAM record")
+        accepted = manifest.current_epoch
+        wrong = np.flatnonzero(headers["epoch"] != accepted.epoch)
+        if len(wrong):
+            raise FencedError(
+                f"records of epoch {int(headers[wrong[0]]['epoch'])}, but epoch {accepted.epoch} "
+                "is the one that is accepted"
+            )
+        if (headers["lane"] != 0).any():
+            raise UnsupportedError("records of another lane than 0")
+        kinds = headers["kind"]
+        if (kinds == layout.KIND_RESIZE).any():
+            raise UnsupportedError("disks that change their size")
+        sizes = np.zeros(layout.DISKS_MAX, np.uint64)
+        for disk in manifest.disks:
+            sizes[disk.index] = disk.bytes
+        placed = (kinds <= layout.KIND_ZEROES) | (
+            (kinds >= layout.KIND_SYNC) & (kinds <= layout.KIND_SYNC_ZEROES)
+        )
+        inside = headers[placed]
+        size = sizes[np.minimum(inside["disk"], layout.DISKS_MAX - 1)]
+        length = inside["length"].astype(np.uint64)
+        bad = (inside["disk"] >= layout.DISKS_MAX) | (length > size)
+        bad |= inside["offset"] > size - np.minimum(length, size)
+        if bad.any():
+            first = inside[np.flatnonzero(bad)[0]]
+            raise CorruptError(
+                f"record {int(first['seq'])} lies outside of disk {int(first['disk'])}"
+            )
+
+    def commit(self, timeout_s: float = 60.0) -> Position:
+        """Wait until everything that was appended is durable; the last position."""
+        self._journal.flush(timeout_s)
+        return self.durable
+
+    def _commit(self, batches: Sequence[Batch]) -> None:
+        """Make batches durable; on the journal's thread."""
+        try:
+            if self._writer.end >= self.options.segment_bytes:
+                self._rotate()
+            room = self._files.free_bytes(self.directory)
+            need = sum(len(batch.buffer) for batch in batches)
+            if room < need + self.options.reserve_bytes:
+                raise StoreFullError(f"{room} bytes are free, {self.options.reserve_bytes} kept")
+            end = self._write(batches)
+        except OSError as error:
+            if is_full(error):
+                raise StoreFullError(f"{self.directory}: {error.strerror}") from None
+            raise StorageError(f"{self.directory}: {error.strerror or error}") from None
+        writer = self._writer
+        try:
+            writer.sync()
+        except OSError as error:
+            # The kernel may have dropped the pages: a second sync would prove nothing.
+            raise StorageError(
+                f"{writer.path.name} could not be synced ({error.strerror or error}): nothing "
+                f"after {self.durable} is acknowledged before it was read back"
+            ) from None
+        self._check_lease()
+        writer.committed(batches, end)
+        if batches:
+            self.durable = writer.last
+            self.committed_ticket = batches[-1].ticket
+        self._notify()
+
+    def _write(self, batches: Sequence[Batch]) -> int:
+        try:
+            return self._writer.write(batches, self.durable, self._wall_ns())
+        except OSError:
+            self._writer.cut()
+            raise
+
+    def _mark(self) -> None:
+        """An empty commit: its block says that all before it is durable, so that damage to
+        the last records of a quiet group is noticed too."""
+        try:
+            self._commit(())
+        except StoreFullError:
+            return  # it comes with the next records
+
+    def _check_lease(self) -> None:
+        """Nothing is acknowledged once another process has taken the store over."""
+        with self._manifest_lock:
+            newer = manifest_path(self.directory, self._manifest.number + 1)
+            if newer.exists():
+                raise LockedError(f"{newer.name} exists: another process took the store over")
+
+    # ---- segments and runs ---------------------------------------------------------------
+
+    def _rotate(self) -> None:
+        """Close the segment and begin the next. May be repeated after a full disk."""
+        with self._manifest_lock:
+            old = self._writer
+            entry = old.seal()
+            segments = np.append(self._manifest.segments, entry.reshape(1))
+            self._begin(segments, old.last, old.builder.stream, self._manifest.lease)
+            old.close()
+        self._merge_wanted.set()
+
+    def _start_merging(self) -> None:
+        if self.options.merge:
+            self._merger = threading.Thread(
+                target=self._merge_loop, name=f"merge:{self.group_id.hex()[:8]}", daemon=True
+            )
+            self._merge_wanted.set()
+            self._merger.start()
+
+    def _merge_loop(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        while True:
+            self._merge_wanted.wait()
+            self._merge_wanted.clear()
+            if self._closed:
+                return
+            try:
+                while self.merge_once() and not self._closed:
+                    continue
+                self._merge_failure = ""
+            except (VrepError, OSError) as error:
+                # Reading works without the run; the next closed segment tries again.
+                self._merge_failure = str(error)
+                log.warning("%s: runs are not merged: %s", self.directory, error)
+
+    def merge_once(self) -> bool:
+        """Merge one set of neighbours, if there is one; for the merging thread and tests."""
+        manifest = self._manifest
+        chosen = runs.units_to_merge(manifest)
+        if not chosen:
+            return False
+        entry = runs.merge_units(self.directory, manifest, chosen, self._files)
+        self._files.sync_directory(self.directory)
+        with self._manifest_lock:
+            self._publish(runs=runs.replace_runs(self._manifest, entry))
+        self._drop_files()
+        return True
+
+    def _drop_files(self) -> None:
+        """Remove what no manifest names and no reader holds."""
+        with self._manifest_lock:
+            manifest = self._manifest
+            named = {int(number) for number in manifest.segments["segment"]}
+            named.add(manifest.active_segment)
+            for path in self.directory.glob("seg-*"):
+                if int(path.name[4:], 16) not in named:
+                    self._files.unlink(path)
+            stale = runs.stale_runs(self.directory, manifest)
+            if stale and not runs.pinned(self.directory):
+                for path in stale:
+                    self._files.unlink(path)
+
+    # ---- epochs ----------------------------------------------------------------------------
+
+    def resume_position(self) -> Position:
+        """Where the writer of the current epoch goes on."""
+        epoch = self._manifest.current_epoch
+        if self.received.epoch == epoch.epoch:
+            return self.received
+        return Position(epoch.epoch, 0, epoch.parent.seq)
+
+    def add_epoch(
+        self,
+        *,
+        writer: bytes,
+        parent: Position,
+        state: EpochState = EpochState.ACCEPTED,
+        epoch_id: bytes | None = None,
+    ) -> EpochEntry:
+        """Append an epoch, durably: from here on no other writer is heard."""
+        with self._manifest_lock:
+            manifest = self._manifest
+            known = manifest.epoch(parent.epoch)
+            if parent.epoch == self.durable.epoch and parent.seq > self.durable.seq:
+                raise InvalidError(f"the parent {parent} is not durable: {self.durable} is")
+            entry = EpochEntry(
+                epoch=manifest.epochs[-1].epoch + 1,
+                state=EpochState(state),
+                epoch_id=epoch_id or secrets.token_bytes(16),
+                writer=writer,
+                parent=Position(known.epoch, parent.lane, parent.seq),
+                wall_ns=self._wall_ns(),
+            )
+            self._publish(epochs=(*manifest.epochs, entry))
+            return entry
+
+    def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
+        """Accept or abandon an epoch, durably."""
+        with self._manifest_lock:
+            entry = replace(self._manifest.epoch(epoch), state=EpochState(state))
+            self._publish(
+                epochs=tuple(entry if e.epoch == epoch else e for e in self._manifest.epochs)
+            )
+            return entry
+
+    def set_wrapped_keys(self, keys: Sequence[bytes]) -> None:
+        """Replace the wrapped data keys, durably."""
+        if tuple(keys) != self._manifest.wrapped_keys:
+            self._publish(wrapped_keys=tuple(keys))
+
+    def set_unprotected(self, unprotected: bool) -> None:
+        """Note whether the source still protects the group."""
+        if unprotected != self._manifest.unprotected:
+            self._publish(unprotected=unprotected)
+
+    # ---- end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop, without waiting for what is not durable yet, and let go of the lock."""
+        if self._closed:
+            return
+        self._closed = True
+        self._journal.close()
+        self._merge_wanted.set()
+        if self._merger is not None:
+            self._merger.join()
+        self._writer.close()
+        os.close(self._lock_fd)
+
+    def __enter__(self) -> GroupStore:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+def _take_lock(path: Path) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise LockedError(f"{path.parent}: another process writes this store") from None
+    return fd
