@@ -314,7 +314,7 @@ struct vrep_map_generation {
     uint32_t state;
     uint32_t inflight; /* recomputed from the slots at a restart */
     uint64_t last_seq;
-    uint64_t opened_seq; /* head when it was opened; order of age */
+    uint64_t opened_seq; /* head when it was opened, or one above the one before: order of age */
     uint64_t reserved;
 };
 VREP_LAYOUT(struct vrep_map_generation, 32);

@@ -459,7 +459,9 @@ bool vrep_map_seal(struct vrep_map *map, uint64_t head, struct vrep_map_move *mo
     uint32_t sealed = header->open_generation;
     opened->inflight = 0;
     opened->last_seq = 0;
-    opened->opened_seq = head;
+    /* Strictly rising, so that it tells the order of age. */
+    uint64_t older = header->generation[sealed].opened_seq;
+    opened->opened_seq = head > older ? head : older + 1;
     /* In this order: a killed owner leaves the new generation beside the old one, never none. */
     vrep_store_release_u32(&opened->state, VREP_GENERATION_OPEN);
     vrep_store_release_u32(&header->open_generation, (uint32_t)next);

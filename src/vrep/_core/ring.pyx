@@ -219,8 +219,10 @@ cdef class RingReader(Mapped):
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, trace):
+        # An error on its way keeps frames, and so views, alive: it matters more than they do.
+        if kind is None or self.views == 0:
+            self.close()
 
     @property
     def header(self):
@@ -494,8 +496,10 @@ cdef class RingProducer(Mapped):
     def __enter__(self):
         return self
 
-    def __exit__(self, *exc):
-        self.close()
+    def __exit__(self, kind, error, trace):
+        # An error on its way keeps frames, and so views, alive: it matters more than they do.
+        if kind is None or self.views == 0:
+            self.close()
 
     @property
     def header(self):
