@@ -332,7 +332,7 @@ static void order_is_kept_per_lane(void)
 static void stream_bodies_are_checked(void)
 {
     struct vrep_stream stream = {.epoch = 5, .resume_seq = 40, .wall_ns = 9, .key_generation = 1};
-    uint8_t out[192];
+    _Alignas(8) uint8_t out[192];
     struct vrep_record_found found;
     size_t count, consumed;
 
@@ -347,6 +347,14 @@ static void stream_bodies_are_checked(void)
         CHECK_EQ(count, 0);
         out[i] ^= 1;
     }
+    /* whole by its checksums, but header and body do not agree */
+    struct vrep_record header = found.header;
+    header.seq++;
+    CHECK_STATUS(vrep_stream_check((const void *)(out + 64), &header), VREP_E_CORRUPT);
+    header = found.header;
+    header.epoch++;
+    CHECK_STATUS(vrep_stream_check((const void *)(out + 64), &header), VREP_E_CORRUPT);
+    CHECK_OK(vrep_stream_check((const void *)(out + 64), &found.header));
 }
 
 int main(void)

@@ -246,6 +246,15 @@ static void nothing_unauthentic_leaves(void)
     CHECK_STATUS(vrep_opener_record(opener, out, written, plain, 300000, &got), VREP_E_AUTH);
     for (size_t i = 0; i < 300000; i++)
         CHECK(plain[i] == 0);
+    struct vrep_record header;
+    const uint32_t size = 300000 - 2 * 131072, stored = size + 16;
+    memcpy(&header, out, sizeof header);
+    memset(plain, 1, 300000);
+    CHECK_STATUS(vrep_opener_piece(opener, &header, 2, stored, out + written - stored, stored,
+                                   plain, 300000, &got),
+                 VREP_E_AUTH);
+    for (size_t i = 0; i < 300000; i++)
+        CHECK(plain[i] == (i < size ? 0 : 1));
     vrep_sealer_free(sealer);
     vrep_opener_free(opener);
     free(data);

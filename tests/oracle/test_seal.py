@@ -306,7 +306,7 @@ def test_the_ring_is_sealed_out_of_its_memory(tmp_path: Path) -> None:
 
 def test_tally_and_mark() -> None:
     sealer, out = new_sealer(level=1), bytearray(1 << 16)
-    label = "vor dem Update"
+    label = "before an update"
     mark = np.zeros((), layout.MARK)
     mark["version"], mark["wall_ns"], mark["label_bytes"] = 1, 99, len(label)
     body = mark.tobytes() + label.encode()
