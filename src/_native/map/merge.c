@@ -8,7 +8,7 @@
 #include "map/writer.h"
 
 /* Pages of an input that the merge has passed are given back in steps of this. */
-#define STEP_BYTES (4u << 20)
+#define STEP_BYTES (1u << 20)
 
 /* One input of one array. */
 struct source {
