@@ -10,7 +10,7 @@ from vrep._core import layout, record
 from vrep._core.index import IndexBuilder
 
 CORPUS = Path(__file__).parent / "corpus" / "index"
-REPAIR = 1
+REPAIR, MERGE = 1, 2
 
 
 def footer(count: int) -> bytes:
@@ -43,7 +43,7 @@ def footer(count: int) -> bytes:
 def main() -> None:
     CORPUS.mkdir(parents=True, exist_ok=True)
     for count in (2, 90):
-        for options in (0, REPAIR):
+        for options in (0, REPAIR, REPAIR | MERGE):
             (CORPUS / f"records{count}-options{options}").write_bytes(
                 bytes([options]) + footer(count)
             )
