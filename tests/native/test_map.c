@@ -429,8 +429,16 @@ struct writer {
 static void *keep_writing(void *argument)
 {
     struct writer *writer = argument;
-    while (vrep_load_acquire_u64(&writer->stop) == 0)
+    char file[80];
+    for (unsigned which = 0; vrep_load_acquire_u64(&writer->stop) == 0; which = 1 - which) {
+        uint64_t word;
         CHECK_OK(vrep_checkpoint_write(writer->checkpoint, 0, false));
+        (void)snprintf(file, sizeof file, "%s.%u", prefix, which);
+        int fd = open(file, O_RDONLY);
+        CHECK_EQ(pread(fd, &word, sizeof word, sizeof(struct vrep_checkpoint_header)), 8);
+        close(fd);
+        CHECK(word >> 7 & 1);
+    }
     return NULL;
 }
 
@@ -447,7 +455,7 @@ static void a_checkpoint_never_misses_a_moving_bit(void)
     CHECK_OK(vrep_checkpoint_write(writer.checkpoint, 0, false));
     CHECK_OK(vrep_checkpoint_write(writer.checkpoint, 0, false));
     CHECK_EQ(pthread_create(&thread, NULL, keep_writing, &writer), 0);
-    for (uint64_t i = 1; i < 3000; i++) {
+    for (uint64_t i = 1; i < 20000; i++) {
         struct vrep_map_move move;
         uint8_t g = vrep_map_mark(map, 0, BIT * 7, 1); /* a sync copy */
         vrep_map_raise(map, g, i);
