@@ -1,7 +1,7 @@
 from collections.abc import Iterable
 from os import PathLike
 from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypedDict
+from typing import NamedTuple, Self, TypedDict
 
 from typing_extensions import Buffer
 
@@ -10,7 +10,7 @@ OPENED: dict[int, str]
 ROLES: dict[str, int]
 UNVERIFIED: dict[int, str]
 
-_Role = Literal["target", "observer"]
+_Role = str  # "target" or "observer"
 
 class Disk(NamedTuple):
     name: str
