@@ -3,8 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* SHA256_CTX: the running digest must outlive a process, and EVP gives no state away. */
+#define OPENSSL_SUPPRESS_DEPRECATED
 #include <openssl/crypto.h>
 #include <openssl/evp.h>
+#include <openssl/sha.h>
 #include <zstd.h>
 
 #include "base/endian.h"
@@ -231,7 +234,7 @@ int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
 /* ---- tally --------------------------------------------------------------- */
 
 struct vrep_tally_check {
-    EVP_MD_CTX *running;
+    SHA256_CTX running;
     uint64_t records;
     uint64_t first_seq;
 };
@@ -243,8 +246,7 @@ int vrep_tally_new(struct vrep_tally_check **out)
 
     if (check == NULL)
         return VREP_E_NOMEM;
-    check->running = EVP_MD_CTX_new();
-    status = check->running == NULL ? VREP_E_NOMEM : vrep_tally_reset(check);
+    status = vrep_tally_reset(check);
     if (status != VREP_OK) {
         vrep_tally_free(check);
         return status;
@@ -255,9 +257,6 @@ int vrep_tally_new(struct vrep_tally_check **out)
 
 void vrep_tally_free(struct vrep_tally_check *check)
 {
-    if (check == NULL)
-        return;
-    EVP_MD_CTX_free(check->running);
     free(check);
 }
 
@@ -265,7 +264,54 @@ int vrep_tally_reset(struct vrep_tally_check *check)
 {
     check->records = 0;
     check->first_seq = 0;
-    return EVP_DigestInit_ex(check->running, EVP_sha256(), NULL) == 1 ? VREP_OK : VREP_E_IO;
+    return SHA256_Init(&check->running) == 1 ? VREP_OK : VREP_E_IO;
+}
+
+struct tally_state {
+    uint32_t sums[8];
+    uint32_t bits_low, bits_high;
+    uint8_t pending[64];
+    uint32_t pending_bytes, reserved;
+    uint64_t records, first_seq;
+};
+static_assert(sizeof(struct tally_state) == VREP_TALLY_STATE_BYTES, "no padding");
+
+void vrep_tally_save(const struct vrep_tally_check *check, uint8_t out[VREP_TALLY_STATE_BYTES])
+{
+    struct tally_state state = {
+        .bits_low = check->running.Nl,
+        .bits_high = check->running.Nh,
+        .pending_bytes = check->running.num,
+        .records = check->records,
+        .first_seq = check->first_seq,
+    };
+    static_assert(sizeof state.sums == sizeof check->running.h, "same words");
+    static_assert(sizeof state.pending == sizeof check->running.data, "same block");
+    memcpy(state.sums, check->running.h, sizeof state.sums);
+    memcpy(state.pending, check->running.data, state.pending_bytes);
+    memcpy(out, &state, sizeof state);
+}
+
+int vrep_tally_load(struct vrep_tally_check *check, const uint8_t in[VREP_TALLY_STATE_BYTES])
+{
+    struct tally_state state;
+    int status;
+
+    memcpy(&state, in, sizeof state);
+    if (state.pending_bytes >= sizeof state.pending || state.reserved != 0 ||
+        state.bits_low % 512 != state.pending_bytes * 8)
+        return VREP_E_CORRUPT;
+    status = vrep_tally_reset(check);
+    if (status != VREP_OK)
+        return status;
+    check->running.Nl = state.bits_low;
+    check->running.Nh = state.bits_high;
+    check->running.num = state.pending_bytes;
+    memcpy(check->running.h, state.sums, sizeof state.sums);
+    memcpy(check->running.data, state.pending, state.pending_bytes);
+    check->records = state.records;
+    check->first_seq = state.first_seq;
+    return VREP_OK;
 }
 
 int vrep_tally_update(struct vrep_tally_check *check, const void *record, size_t len)
@@ -277,12 +323,12 @@ int vrep_tally_update(struct vrep_tally_check *check, const void *record, size_t
 
     if (status != VREP_OK || vrep_record_is_aside(whole.header.kind))
         return status;
-    if (EVP_DigestUpdate(check->running, &whole.header, sizeof whole.header) != 1)
+    if (SHA256_Update(&check->running, &whole.header, sizeof whole.header) != 1)
         return VREP_E_IO;
     vrep_piece_walk_init(&walk, &whole.header, whole.words);
     while (vrep_piece_walk_next(&walk, &piece) > 0) {
         const uint8_t *tag = whole.start + piece.at + piece.stored - VREP_TAG_BYTES;
-        if (EVP_DigestUpdate(check->running, tag, VREP_TAG_BYTES) != 1)
+        if (SHA256_Update(&check->running, tag, VREP_TAG_BYTES) != 1)
             return VREP_E_IO;
     }
     if (check->records++ == 0)
@@ -294,11 +340,10 @@ int vrep_opener_tally(struct vrep_opener *opener, const void *record, size_t len
                       const struct vrep_tally_check *check, struct vrep_tally *out)
 {
     uint8_t running[32];
-    EVP_MD_CTX *fork;
-    unsigned digest_len;
+    SHA256_CTX fork;
     size_t got;
     uint8_t kind;
-    int done, status = vrep_opener_record(opener, record, len, out, sizeof *out, &got);
+    int status = vrep_opener_record(opener, record, len, out, sizeof *out, &got);
 
     if (status == VREP_E_FULL)
         return VREP_E_INVALID; /* not a tally: those fit */
@@ -307,13 +352,8 @@ int vrep_opener_tally(struct vrep_opener *opener, const void *record, size_t len
     memcpy(&kind, (const uint8_t *)record + offsetof(struct vrep_record, kind), sizeof kind);
     if (kind != VREP_KIND_TALLY)
         return VREP_E_INVALID;
-    fork = EVP_MD_CTX_new();
-    if (fork == NULL)
-        return VREP_E_NOMEM;
-    done = EVP_MD_CTX_copy_ex(fork, check->running) == 1 &&
-           EVP_DigestFinal_ex(fork, running, &digest_len) == 1;
-    EVP_MD_CTX_free(fork);
-    if (!done)
+    fork = check->running;
+    if (SHA256_Final(running, &fork) != 1)
         return VREP_E_IO;
     if (memcmp(running, out->running, sizeof running) != 0 || out->records != check->records ||
         out->first_seq != check->first_seq ||

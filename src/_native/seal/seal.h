@@ -156,6 +156,12 @@ void vrep_tally_free(struct vrep_tally_check *check);
 /* Starts again, for the next stream. */
 int vrep_tally_reset(struct vrep_tally_check *check);
 
+/* What a check took so far as bytes, so that another process can go on; nothing secret, and to be
+ * kept where nobody else can change it. CORRUPT: those bytes are not a state. */
+#define VREP_TALLY_STATE_BYTES 128u
+void vrep_tally_save(const struct vrep_tally_check *check, uint8_t out[VREP_TALLY_STATE_BYTES]);
+int vrep_tally_load(struct vrep_tally_check *check, const uint8_t in[VREP_TALLY_STATE_BYTES]);
+
 /* Takes the next whole record of the stream; STREAM and TALLY records change nothing. */
 int vrep_tally_update(struct vrep_tally_check *check, const void *record, size_t len);
 

@@ -99,6 +99,10 @@ cdef extern from "seal/seal.h":
                          vrep_mark *mark, char *label)
     int vrep_tally_new(vrep_tally_check **out)
     void vrep_tally_free(vrep_tally_check *tally)
+    enum:
+        VREP_TALLY_STATE_BYTES
+    void vrep_tally_save(const vrep_tally_check *check, uint8_t *out)
+    int vrep_tally_load(vrep_tally_check *check, const uint8_t *state)
     int vrep_tally_reset(vrep_tally_check *tally)
     int vrep_tally_update(vrep_tally_check *tally, const void *record, size_t length) nogil
     int vrep_opener_tally(vrep_opener *opener, const void *record, size_t length,
@@ -386,6 +390,22 @@ cdef class Tally:
         if self.busy:
             raise BusyError("the tally is in use by another thread")
         check(vrep_tally_reset(self.tally))
+
+    def save(self):
+        """What was taken so far, as bytes from which :meth:`load` goes on."""
+        cdef uint8_t state[VREP_TALLY_STATE_BYTES]
+        if self.busy:
+            raise BusyError("the tally is in use by another thread")
+        vrep_tally_save(self.tally, state)
+        return (<uint8_t *>state)[:VREP_TALLY_STATE_BYTES]
+
+    def load(self, state):
+        """Go on from what :meth:`save` gave."""
+        cdef uint8_t own[VREP_TALLY_STATE_BYTES]
+        if self.busy:
+            raise BusyError("the tally is in use by another thread")
+        copy_exactly(state, own, VREP_TALLY_STATE_BYTES, "a tally's state")
+        check(vrep_tally_load(self.tally, own))
 
     def update(self, buffer):
         """Take the next whole records of the stream, back to back, the last one whole."""
