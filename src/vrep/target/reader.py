@@ -272,6 +272,10 @@ class StoreReader:
             )
         return data[position : position + length]
 
+    def segment(self, number: int) -> memoryview:
+        """All committed bytes of a segment, from its header to its last commit block."""
+        return self._segment_bytes(number)
+
     def record(self, segment: int, position: int) -> memoryview:
         """The whole record at a position."""
         body = record.check_header(self.read(segment, position, layout.RECORD.itemsize))

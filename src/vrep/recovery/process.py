@@ -1,0 +1,270 @@
+"""The process of one view: ``python -m vrep.recovery.process DIR``.
+
+It goes to the background, reads the view's id from its standard input, serves the view, and
+says so, or what is wrong, in one line of JSON on its standard output. Then it needs nobody.
+The key is read from DIR/keys and lives in this process only.
+"""
+
+from __future__ import annotations
+
+import os
+
+if __name__ == "__main__" and os.fork():
+    # Nobody has to wait for a view. Before anything is imported: one thread, little memory.
+    os._exit(0)
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vrep import errors
+from vrep._core.filter import Disk, Group, Miss
+from vrep._core.serve import Server
+from vrep.control import ControlServer
+from vrep.paths import SitePaths
+from vrep.recovery.access import KeyAccess
+from vrep.recovery.fetch import Fetcher
+from vrep.recovery.view import ViewDirectory
+from vrep.settings import load_config
+from vrep.target.manifest import Position
+from vrep.target.reader import StoreReader
+
+__all__ = ["View"]
+
+FETCHERS: Final = 3
+BATCH: Final = 4
+FILL_BYTES: Final = 1 << 20
+CONDITIONS_MAX: Final = 8
+
+
+class View:
+    """A view that is served, until `request_stop`."""
+
+    def __init__(self, paths: SitePaths, view_id: str) -> None:
+        self._directory = ViewDirectory(paths, view_id)
+        self._record = self._directory.load()
+        self._config = load_config(paths.config)
+        self._stopping = threading.Event()
+        self._closing = threading.Event()
+        self._turn = threading.Lock()
+        self._counts = threading.Lock()
+        self._problems: dict[str, int] = {}
+        self._fetched = 0
+        self._filled_to: dict[str, int] = {}
+        self._fill_wanted = threading.Event()
+        self._fill_done = False
+        self._threads: list[threading.Thread] = []
+        with contextlib.ExitStack() as stack:
+            lock = self._directory.take_lock()
+            stack.callback(os.close, lock)
+            self._reader = stack.enter_context(
+                StoreReader(paths.store, bytes.fromhex(self._record.group_id))
+            )
+            self._fetcher = self._open_fetcher(paths)
+            self._group = stack.enter_context(self._open_group())
+            self._server = Server(
+                self._group,
+                unix_path=self._directory.nbd_socket,
+                mode=int(self._config.recovery.socket_mode, 8),
+            )
+            stack.callback(self._server.stop)
+            self._control = stack.enter_context(
+                ControlServer(
+                    self._directory.control,
+                    {"status": self._status, "stop": self._stop_requested, "fill": self._fill},
+                )
+            )
+            self._server.start()
+            self._stack = stack.pop_all()
+        for number in range(FETCHERS):
+            self._start(self._fetch_loop, f"fetch:{number}")
+        if self._record.kind == "failover":
+            self._fill_wanted.set()
+        self._start(self._fill_loop, "fill")
+
+    def _open_fetcher(self, paths: SitePaths) -> Fetcher:
+        """With the key proven right on one piece, before anything is served."""
+        record = self._record
+        access = KeyAccess.open(paths, self._reader.group_id, self._reader.wrapped_keys)
+        point = Position(*record.point)
+        if [tuple(step) for step in self._reader.ancestry(point)] != record.ancestry:
+            raise errors.CorruptError(f"the history below {point} is not what it was")
+        fetcher = Fetcher(self._reader, self._reader.extent_map(point), access)
+        fetcher.probe(len(record.disks))
+        return fetcher
+
+    def _open_group(self) -> Group:
+        directory, record = self._directory, self._record
+        # The number of a disk in its records is its index: exports stand in that order.
+        disks = sorted(record.disks, key=lambda disk: disk.index)
+        self._index = [disk.index for disk in disks]
+        return Group(
+            [Disk(d.name, f"view:{directory.overlay(d.name)}", d.bytes) for d in disks],
+            group_id=bytes.fromhex(record.id).ljust(16, b"\0"),
+            tap=False,
+        )
+
+    def _start(self, target: Any, name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    # ---- fetching --------------------------------------------------------------------
+
+    def _fetch_loop(self) -> None:
+        """Take turns: one thread waits for misses, those that got some fetch them."""
+        while True:
+            try:
+                with self._turn:
+                    batch = self._group.misses(BATCH)
+            except errors.GoneError:
+                return
+            if not batch:
+                return  # the group is being closed
+            for miss in batch:
+                self._serve_miss(miss)
+
+    def _serve_miss(self, miss: Miss) -> None:
+        """Fill a miss, or fail what waits for it: never with bytes that are not right."""
+        try:
+            data = self._fetcher.read(self._index[miss.disk], miss.offset, miss.length)
+        except (errors.VrepError, OSError, MemoryError) as error:
+            self._problem(f"unreadable: {error}")
+            self._end(lambda: self._group.fail(miss))
+            return
+        with self._counts:
+            self._fetched += 0 if data is None else miss.length
+        self._end(lambda: self._group.fill(miss, data))
+
+    def _end(self, end: Any) -> None:
+        while True:
+            try:
+                end()
+                return
+            except errors.AgainError:
+                time.sleep(0.0005)
+            except errors.GoneError:
+                return
+            except errors.VrepError as error:
+                # What waited has been told; the view's own storage is full or broken.
+                self._problem(f"storage: {error}")
+                return
+
+    def _problem(self, text: str) -> None:
+        with self._counts:
+            fresh = text not in self._problems
+            if fresh and len(self._problems) >= CONDITIONS_MAX:
+                text, fresh = "more: see the log", False
+            self._problems[text] = self._problems.get(text, 0) + 1
+        if fresh:
+            print(text, file=sys.stderr, flush=True)
+
+    # ---- background filling --------------------------------------------------------------
+
+    def _fill_loop(self) -> None:
+        self._fill_wanted.wait()
+        if self._closing.is_set():
+            return
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        rate = self._config.recovery.fill_rate
+        for disk, (name, _size) in enumerate(self._group.disks):
+            start = 0
+            while not self._closing.is_set():
+                began = time.monotonic()
+                try:
+                    miss = self._group.fill_next(disk, start, FILL_BYTES)
+                except errors.AgainError:
+                    self._closing.wait(0.005)
+                    continue
+                except errors.VrepError:
+                    return  # closed
+                if miss is None:
+                    break
+                self._serve_miss(miss)
+                start = miss.offset + miss.length
+                self._filled_to[name] = start
+                if rate:
+                    pause_s = miss.length / rate - (time.monotonic() - began)
+                    self._closing.wait(max(0.0, pause_s))
+        self._fill_done = not self._closing.is_set() and not self._problems
+
+    # ---- control -------------------------------------------------------------------------
+
+    def _status(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        with self._counts:
+            conditions = [f"{text} ({n} times)" for text, n in self._problems.items()]
+            fetched = self._fetched
+        return {
+            "pid": os.getpid(),
+            "conditions": conditions,
+            "fetched_bytes": fetched,
+            "clients": self._server.clients(),
+            "fill": {
+                "running": self._fill_wanted.is_set() and not self._fill_done,
+                "done": self._fill_done,
+                "filled_to": dict(self._filled_to),
+            },
+        }
+
+    def _fill(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        self._fill_wanted.set()
+        return {}
+
+    def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        self.request_stop()
+        return {}
+
+    def request_stop(self) -> None:
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Serve until stopped; then everything written is on stable storage."""
+        self._stopping.wait()
+        try:
+            self._server.stop(timeout_ms=5000)
+        except errors.TimeLimitError as error:
+            print(f"commands were cut: {error}", file=sys.stderr, flush=True)
+        self._closing.set()
+        self._fill_wanted.set()
+        self._stack.close()
+
+
+def _report(answer: dict[str, Any]) -> None:
+    """Tell the starter, and let go of it."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the view whose id comes on standard input."""
+    paths = SitePaths.of(arguments[0])
+    view_id = sys.stdin.readline().strip()
+    if not view_id:
+        return 0  # not needed after all
+    try:
+        view = View(paths, view_id)
+    except (errors.VrepError, OSError) as error:
+        if not isinstance(error, errors.VrepError):
+            error = errors.StorageError(str(error))
+        _report({"error": {"type": type(error).__name__, "text": error.detail}})
+        return error.exit_code
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: view.request_stop())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _report({"ready": True})
+    view.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

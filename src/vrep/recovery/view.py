@@ -1,0 +1,471 @@
+"""Views: a group's disks as they were at a point, served at once and writable.
+
+A view has a directory, DIR/views/<id>/: ``view.json`` (what it is, no secret), a sparse overlay
+for each disk that holds what was fetched and what its user wrote, and a lock that its process
+holds. The process (`vrep.recovery.process`) serves NBD on ``run/view-<id>-nbd.sock`` and answers
+``run/view-<id>.sock``. It needs nobody: it outlives the command that started it, and
+`restart_views` brings back those whose process or host died, with their writes.
+
+A group may have several tests at once; each is its own view, and `stop_test` with the group's
+name ends them all. Times are nanoseconds of the source's clock, sizes bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.durable import make_private_directory, sync_directory, write_atomic
+from vrep.paths import SitePaths
+
+if TYPE_CHECKING:
+    from vrep.recovery.access import KeyAccess
+    from vrep.recovery.held import HeldGroup
+    from vrep.target.reader import StoreReader
+
+__all__ = [
+    "ViewDisk",
+    "ViewInfo",
+    "ViewRecord",
+    "list_views",
+    "restart_views",
+    "start_test",
+    "stop_test",
+]
+
+VERSION: Final = 1
+START_S: Final = 60.0
+STOP_S: Final = 20.0
+
+
+class ViewDisk(msgspec.Struct, frozen=True):
+    """A disk of a view."""
+
+    name: str
+    bytes: int
+    uri: str
+
+
+class ViewInfo(msgspec.Struct, frozen=True):
+    """A view as it is now."""
+
+    id: str
+    kind: str
+    """test or failover"""
+    group: str
+    group_id: str
+    point: str
+    """pos:EPOCH/LANE/SEQ"""
+    time: str
+    """of the point, by the source's clock"""
+    state: str
+    """starting, serving, committed, rolling-back"""
+    running: bool
+    pid: int | None
+    socket: str
+    disks: list[ViewDisk]
+    created: str
+    epoch: int | None
+    """that a failover raised"""
+    conditions: list[str]
+    """what is wrong with it, if anything"""
+    fill: dict[str, Any]
+    """of a failover: how far its disks are whole"""
+
+
+class RecordedDisk(msgspec.Struct, frozen=True):
+    """A disk in view.json."""
+
+    name: str
+    bytes: int
+    index: int
+
+
+class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """view.json: what a view is, so that it can be served again. No key is in it."""
+
+    version: int
+    id: str
+    kind: str
+    group_id: str
+    group: str
+    asked: str
+    point: tuple[int, int, int]
+    wall_ns: int
+    ancestry: list[tuple[int, int]]
+    disks: list[RecordedDisk]
+    created_ns: int
+    state: str
+    epoch_id: str = ""
+    """of a failover: the id of the epoch it raises, chosen before it is raised"""
+    epoch: int = 0
+    old_writer: str = ""
+    """of a failover: the site that wrote before"""
+    old_epoch: int = 0
+
+
+class ViewDirectory:
+    """The directory of one view."""
+
+    def __init__(self, paths: SitePaths, view_id: str) -> None:
+        if not view_id.isalnum():
+            raise errors.InvalidError(f"the view id {view_id!r} is not an id")
+        self.paths = paths
+        self.id = view_id
+        self.root = paths.views / view_id
+
+    @property
+    def record_path(self) -> Path:
+        return self.root / "view.json"
+
+    @property
+    def control(self) -> Path:
+        return self.paths.socket(f"view-{self.id}")
+
+    @property
+    def nbd_socket(self) -> Path:
+        return self.paths.socket(f"view-{self.id}-nbd")
+
+    @property
+    def log(self) -> Path:
+        return self.paths.log / f"view-{self.id}.log"
+
+    def overlay(self, disk: str) -> Path:
+        return self.root / f"{disk}.overlay"
+
+    def load(self) -> ViewRecord:
+        try:
+            record = msgspec.json.decode(self.record_path.read_bytes(), type=ViewRecord)
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"no view {self.id}") from None
+        except msgspec.MsgspecError as error:
+            raise errors.CorruptError(f"{self.record_path}: {error}") from None
+        if record.version != VERSION:
+            raise errors.VersionError(f"{self.record_path} has version {record.version}")
+        return record
+
+    def store(self, record: ViewRecord) -> None:
+        text = msgspec.json.format(msgspec.json.encode(record), indent=2)
+        write_atomic(self.record_path, text + b"\n")
+
+    def create(self, record: ViewRecord) -> None:
+        make_private_directory(self.root)
+        self.store(record)
+
+    def change(self, **changes: Any) -> ViewRecord:
+        record = msgspec.structs.replace(self.load(), **changes)
+        self.store(record)
+        return record
+
+    def take_lock(self) -> int:
+        """The lock of the view's process; LockedError while it lives."""
+        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise errors.LockedError(f"view {self.id} is served by another process") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        return fd
+
+    def holder(self) -> int | None:
+        """Pid of the process that holds the lock; None when there is none."""
+        try:
+            fd = os.open(self.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            text = os.pread(fd, 32, 0)
+            return int(text) if text.isdigit() else 0
+        finally:
+            os.close(fd)
+
+    def remove(self) -> None:
+        """Delete everything of the view. Its record goes first, durably: what is left of the
+        rest is nobody's."""
+        self.record_path.unlink(missing_ok=True)
+        if self.root.is_dir():
+            sync_directory(self.root)
+            shutil.rmtree(self.root)
+            sync_directory(self.paths.views)
+        for path in (self.control, self.nbd_socket, self.log):
+            path.unlink(missing_ok=True)
+
+
+def view_directories(paths: SitePaths) -> list[ViewDirectory]:
+    """Every view that has a record, oldest name first."""
+    if not paths.views.is_dir():
+        return []
+    return [
+        ViewDirectory(paths, entry.name)
+        for entry in sorted(paths.views.iterdir())
+        if entry.name.isalnum() and (entry / "view.json").is_file()
+    ]
+
+
+# ---- the process of a view ---------------------------------------------------------------
+
+
+class ViewProcess:
+    """The process of a view, being started: it loads its modules while its starter still
+    decides what it is to serve."""
+
+    def __init__(self, paths: SitePaths) -> None:
+        make_private_directory(paths.log)
+        self._log_path = paths.log / f"view-start-{os.getpid()}-{secrets.token_hex(4)}.log"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        log_fd = os.open(self._log_path, flags, 0o600)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "vrep.recovery.process", str(paths.root)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log_fd,
+                start_new_session=True,
+                cwd="/",
+            )
+        finally:
+            os.close(log_fd)
+
+    def serve(self, view: ViewDirectory, timeout_s: float = START_S) -> None:
+        """Tell it what to serve, and wait until it does. Raises what stopped it."""
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._log_path.rename(view.log)
+        self._log_path = view.log
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(view.id.encode() + b"\n")
+                process.stdin.flush()
+            ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+            line = process.stdout.readline() if ready else b""
+        finally:
+            self._close()
+        if not ready:
+            raise errors.TimeLimitError(f"view {view.id} did not start in {timeout_s:g} s")
+        if not line:
+            raise errors.RecoveryError(f"the process of the view ended: {self._last_words()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise _error(answer["error"])
+
+    def cancel(self) -> None:
+        """It is not needed."""
+        self._close()
+        self._log_path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        process = self._process
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        process.wait()  # it has moved to the background long ago
+
+    def _last_words(self) -> str:
+        lines = self._log_path.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"see {self._log_path}"
+
+
+def _error(detail: dict[str, str]) -> errors.VrepError:
+    from vrep.keys import errors as key_errors
+
+    name = detail["type"]
+    kind: type[errors.VrepError] = getattr(
+        errors, name, getattr(key_errors, name, errors.RecoveryError)
+    )
+    return kind(detail["text"])
+
+
+# ---- tests ----------------------------------------------------------------------------------
+
+
+def start_test(paths: SitePaths, group: str, at: str = "latest") -> ViewInfo:
+    """Serve the disks of a group as they were at a point. Replication is not touched."""
+    paths.make_run()
+    process = ViewProcess(paths)
+    try:
+        record = new_record(paths, group, at, kind="test")
+        view = ViewDirectory(paths, record.id)
+        view.create(record)
+    except BaseException:
+        process.cancel()
+        raise
+    try:
+        process.serve(view)
+        view.change(state="serving")
+    except BaseException:
+        end_process(view)
+        view.remove()
+        raise
+    return describe(view)
+
+
+def new_record(paths: SitePaths, group: str, at: str, *, kind: str) -> ViewRecord:
+    """What a new view of a group will be."""
+    from vrep.recovery.held import find_group
+    from vrep.target.reader import StoreReader
+
+    held = find_group(paths, group)
+    with StoreReader(paths.store, held.group_id) as reader:
+        return record_of(paths, held, reader, at, kind, None)
+
+
+def record_of(
+    paths: SitePaths,
+    held: HeldGroup,
+    reader: StoreReader,
+    at: str,
+    kind: str,
+    access: KeyAccess | None,
+) -> ViewRecord:
+    """The record of a view at a point."""
+    from vrep.recovery.history import needs_key, resolve
+
+    if access is None and needs_key(at):
+        from vrep.recovery.access import KeyAccess
+
+        access = KeyAccess.open(paths, held.group_id, reader.wrapped_keys)
+    point = resolve(reader, at, access, time.time_ns())
+    return ViewRecord(
+        version=VERSION,
+        id=secrets.token_hex(6),
+        kind=kind,
+        group_id=held.hex,
+        group=held.name,
+        asked=at,
+        point=(point.position.epoch, point.position.lane, point.position.seq),
+        wall_ns=point.wall_ns,
+        ancestry=reader.ancestry(point.position),
+        disks=[RecordedDisk(d.name, d.bytes, d.index) for d in reader.disks],
+        created_ns=time.time_ns(),
+        state="starting",
+    )
+
+
+def describe(view: ViewDirectory) -> ViewInfo:
+    """A view as it is now."""
+    from vrep.recovery.history import format_time
+
+    record = view.load()
+    status: dict[str, Any] = {}
+    holder = view.holder()
+    if holder is not None:
+        with contextlib.suppress(errors.VrepError):
+            status = ControlClient(view.control).call("status", timeout=5.0)
+    conditions = list(status.get("conditions", []))
+    if holder is None and record.state != "starting":
+        conditions.append("not-running")
+    return ViewInfo(
+        id=record.id,
+        kind=record.kind,
+        group=record.group,
+        group_id=record.group_id,
+        point="pos:{}/{}/{}".format(*record.point),
+        time=format_time(record.wall_ns),
+        state=record.state,
+        running=holder is not None,
+        pid=holder,
+        socket=str(view.nbd_socket),
+        disks=[
+            ViewDisk(d.name, d.bytes, f"nbd+unix:///{d.name}?socket={view.nbd_socket}")
+            for d in record.disks
+        ],
+        created=format_time(record.created_ns),
+        epoch=record.epoch or None,
+        conditions=conditions,
+        fill=status.get("fill", {}),
+    )
+
+
+def list_views(paths: SitePaths) -> list[ViewInfo]:
+    """Every view of this site, tests and failovers."""
+    return [describe(view) for view in view_directories(paths)]
+
+
+def end_process(view: ViewDirectory, timeout_s: float = STOP_S) -> None:
+    """Stop the process of a view, if it runs; killed when it does not stop by itself."""
+    if view.holder() is None:
+        return
+    with contextlib.suppress(errors.VrepError):
+        ControlClient(view.control).call("stop", timeout=5.0)
+    deadline = time.monotonic() + timeout_s
+    while (pid := view.holder()) is not None:
+        if time.monotonic() > deadline and pid > 0:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + timeout_s
+        time.sleep(0.01)
+
+
+def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
+    """End the tests of a group (or the one with this id), and delete what they wrote. `group`
+    may itself be a view's id."""
+    matches = [
+        (view, record)
+        for view in view_directories(paths)
+        if group in ((record := view.load()).id, record.group_id, record.group)
+        and view_id in (None, record.id)
+    ]
+    tests = [(view, record) for view, record in matches if record.kind == "test"]
+    if not tests:
+        if matches:
+            raise errors.StateError(
+                f"{group!r} is a failover: commit it or roll it back, it is not a test"
+            )
+        raise errors.NotFoundError(f"no test of {group!r} runs here")
+    groups = {record.group_id for _view, record in tests}
+    if len(groups) > 1:
+        raise errors.InvalidError(
+            f"{len(groups)} groups are called {group!r}: give an id: {', '.join(sorted(groups))}"
+        )
+    for view, _record in tests:
+        end_process(view)
+        view.remove()
+
+
+def restart_views(paths: SitePaths) -> list[str]:
+    """Serve again every view whose process is gone, with what was written to it. Tests that
+    never came to be served are removed. Returns a line of text for each that could not."""
+    problems = []
+    for view in view_directories(paths):
+        try:
+            record = view.load()
+            if view.holder() is not None:
+                continue
+            if record.state == "starting" and record.kind == "test":
+                if time.time_ns() - record.created_ns > 2 * START_S * 1e9:
+                    view.remove()
+                continue
+            if record.state in ("serving", "committed"):
+                restart(view)
+        except errors.VrepError as error:
+            problems.append(f"view {view.id}: {error}")
+    return problems
+
+
+def restart(view: ViewDirectory) -> None:
+    """Start the process of a view that exists."""
+    view.paths.make_run()
+    process = ViewProcess(view.paths)
+    process.serve(view)
