@@ -80,7 +80,10 @@ void vrep_index_builder_free(struct vrep_index_builder *builder)
 
 static int add_stream(struct vrep_index_builder *builder, const uint8_t *body)
 {
-    const struct vrep_index_stream *known = builder->streams.items;
+    const struct vrep_index_stream *last =
+        builder->streams.count > 0
+            ? (const struct vrep_index_stream *)builder->streams.items + builder->streams.count - 1
+            : NULL;
     struct vrep_index_stream row = {0}, *added;
     struct vrep_stream stream;
 
@@ -92,11 +95,8 @@ static int add_stream(struct vrep_index_builder *builder, const uint8_t *body)
     row.first_seq = stream.resume_seq + 1;
     builder->summary.has_stream = true;
     builder->summary.stream = row;
-    for (size_t i = 0; i < builder->streams.count; i++)
-        if (memcmp(known[i].stream_id, row.stream_id, sizeof row.stream_id) == 0) {
-            builder->stream = (uint16_t)i;
-            return VREP_OK;
-        }
+    if (last != NULL && memcmp(last, &row, sizeof row) == 0)
+        return VREP_OK;
     if (builder->streams.count >= VREP_INDEX_STREAMS_MAX)
         return VREP_E_FULL;
     added = list_add(&builder->streams);

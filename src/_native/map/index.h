@@ -37,8 +37,9 @@
 struct vrep_index_builder;
 
 /*
- * `stream` is the one in force where the segment starts (its streams table begins
- * with it); NULL: the first record is a STREAM.
+ * `stream` is the one in force where the segment starts; NULL: the first record is a
+ * STREAM. The table of streams begins with it, and its last row is the one in force at
+ * the end; a stream that comes back has a row again.
  */
 int vrep_index_builder_new(uint32_t segment, const uint8_t group_id[16],
                            const struct vrep_index_stream *stream, struct vrep_index_builder **out);
