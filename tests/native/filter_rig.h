@@ -136,8 +136,11 @@ CHECK_UNUSED static struct vrep_command *rig_prepare(struct rig *rig, uint8_t op
     *done = false;
     CHECK_OK(vrep_command_prepare(command));
     if (op == VREP_OP_WRITE)
-        for (int i = 0; i < command->iovcnt; i++)
+        for (int i = 0; i < command->iovcnt; i++) /* the payload arrives */
             memset(command->iov[i].iov_base, fill, command->iov[i].iov_len);
+    /* A front-end may use its iovecs up while it receives. */
+    if (op == VREP_OP_WRITE)
+        memset(command->iov, 0, (size_t)command->iovcnt * sizeof *command->iov);
     return command;
 }
 

@@ -3,7 +3,31 @@
 #include "filter/state.h"
 #include "filter_rig.h"
 
+#include <sys/syscall.h>
+#include <sys/uio.h>
+
 static struct rig rig;
+
+/* Between the library and the kernel: what really reaches the backing. */
+static int dsync_writes, syncs;
+
+ssize_t pwritev2(int fd, const struct iovec *iov, int count, off_t offset, int flags)
+{
+    if (flags & RWF_DSYNC)
+        __atomic_fetch_add(&dsync_writes, 1, __ATOMIC_ACQ_REL);
+    return syscall(SYS_pwritev2, fd, iov, count, offset, 0, flags);
+}
+
+int fdatasync(int fd)
+{
+    char name[64], path[256];
+    snprintf(name, sizeof name, "/proc/self/fd/%d", fd);
+    ssize_t length = readlink(name, path, sizeof path - 1);
+    path[length > 0 ? length : 0] = '\0';
+    if (strcmp(path, rig.disk) == 0)
+        __atomic_fetch_add(&syncs, 1, __ATOMIC_ACQ_REL);
+    return (int)syscall(SYS_fdatasync, fd);
+}
 
 static void arm(const char *fault)
 {
@@ -179,6 +203,25 @@ static void misspelt_faults_arm_nothing(void)
     CHECK(!vrep_fault_armed);
 }
 
+static void flush_and_fua_reach_the_backing(void)
+{
+    synced();
+    dsync_writes = syncs = 0;
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 4096, 1));
+    CHECK_EQ(dsync_writes, 0);
+    CHECK_EQ(syncs, 0);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, VREP_COMMAND_FUA, 0, 4096, 2));
+    CHECK(dsync_writes + syncs > 0);
+    syncs = 0;
+    CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
+    CHECK_EQ(syncs, 1);
+    CHECK_OK(rig_run(&rig, VREP_OP_ZERO, VREP_COMMAND_FUA, 8192, 4096, 0));
+    CHECK(dsync_writes + syncs > 2);
+    rig_settle(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 int main(void)
 {
     RUN(failed_write_ships_what_is_there);
@@ -189,5 +232,6 @@ int main(void)
     RUN(cold_writes_wait_for_the_intent);
     RUN(state_survives_a_torn_write);
     RUN(misspelt_faults_arm_nothing);
+    RUN(flush_and_fua_reach_the_backing);
     return check_report();
 }

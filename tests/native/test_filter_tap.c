@@ -150,6 +150,84 @@ static void marks_have_a_place_in_the_order(void)
     rig_free(&rig);
 }
 
+static uint64_t head_before;
+static bool acknowledged;
+
+static void check_published(struct vrep_command *command)
+{
+    struct vrep_group_status status;
+    CHECK_OK(vrep_group_status(command->group, &status));
+    CHECK_OK(command->status);
+    CHECK_EQ(status.head, head_before + 1);
+    static uint8_t on_disk[5000];
+    int fd = open(rig.disk, O_RDONLY);
+    CHECK(fd >= 0 && pread(fd, on_disk, sizeof on_disk, 777) == (ssize_t)sizeof on_disk);
+    close(fd);
+    CHECK_EQ(on_disk[0], 0x42);
+    CHECK_EQ(on_disk[4999], 0x42);
+    acknowledged = true;
+}
+
+static void acknowledged_means_written_and_published(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    rig_sync(&rig);
+    bool unused;
+    for (int fua = 0; fua < 2; fua++) {
+        struct vrep_command *command =
+            rig_prepare(&rig, VREP_OP_WRITE, fua ? VREP_COMMAND_FUA : 0, 777, 5000, 0x42, &unused);
+        command->done = check_published;
+        head_before = rig_status(&rig).head;
+        acknowledged = false;
+        vrep_command_submit(command);
+        for (int i = 0; !acknowledged && i < 1000000; i++)
+            vrep_group_poll(rig.group);
+        CHECK(acknowledged);
+        vrep_command_put(command);
+    }
+    rig_free(&rig);
+}
+
+static void copies_are_dirty_until_durable(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, RIG_BYTES / 2, 0x33));
+    rig_attach(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    for (int i = 0; i < 3000 && rig_status(&rig).gap; i++) {
+        vrep_group_poll(rig.group);
+        usleep(500);
+    }
+    CHECK_EQ(rig_status(&rig).gap, 0); /* published, and nothing of it durable */
+    CHECK_EQ(rig_check_dirty(&rig), RIG_BYTES / 2 / RIG_BIT);
+    rig_settle(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+static void copies_leave_half_of_the_ring(void)
+{
+    rig_init(&rig);
+    rig.config.ring_bytes = 4u << 20;
+    rig_open(&rig);
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, RIG_BYTES, 0x33)); /* found no room, or all of it */
+    rig_attach(&rig);
+    rig_apply(&rig, true);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
+    for (int i = 0; i < 400; i++) {
+        vrep_group_poll(rig.group);
+        usleep(500);
+    }
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK(status.resync_bytes >= 1u << 20);
+    CHECK(status.ring_free_bytes >= (2u << 20) - (256u << 10));
+    rig_settle(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 int main(void)
 {
     RUN(first_sync_ends_the_gap);
@@ -158,5 +236,8 @@ int main(void)
     RUN(full_ring_never_stalls_the_guest);
     RUN(bounds_are_checked);
     RUN(marks_have_a_place_in_the_order);
+    RUN(acknowledged_means_written_and_published);
+    RUN(copies_are_dirty_until_durable);
+    RUN(copies_leave_half_of_the_ring);
     return check_report();
 }
