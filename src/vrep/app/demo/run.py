@@ -227,7 +227,7 @@ class Demo:
 
     def witness(self) -> Sequence[WitnessedLine]:
         if self.guest is not None:
-            return self.guest.witness()
+            return self.guest.witness
         assert self.writer is not None
         return self.writer.witness
 
