@@ -79,6 +79,7 @@ class Lab:
 
     def close(self) -> None:
         if self.store is not None:
+            self.store.commit()
             self.store.close()
             self.store = None
 

@@ -327,10 +327,11 @@ class StoreReader:
         each commit, verified by the commits' digests. Whole segments: the caller drops what
         lies outside."""
         for number in self.numbers(first, last):
-            data = self._segment_bytes(number)
-            yield from self._spans(number, data)
+            yield from self.spans(number)
 
-    def _spans(self, number: int, data: memoryview) -> Iterator[RecordSpan]:
+    def spans(self, number: int) -> Iterator[RecordSpan]:
+        """The records of one segment, a span for each commit, verified by their digests."""
+        data = self._segment_bytes(number)
         result, commits = native.scan(data, self.group_id, number, commits=True)
         if result["end"] != len(data):
             raise CorruptError(
