@@ -62,6 +62,16 @@ CHECK_UNUSED static void rig_init(struct rig *rig)
     };
 }
 
+/* Data that were there before the group: only a sync copy can bring them over. */
+CHECK_UNUSED static void rig_preset(struct rig *rig, int fill)
+{
+    static uint8_t data[RIG_BYTES];
+    memset(data, fill, sizeof data);
+    int fd = open(rig->disk, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, data, sizeof data, 0) == (ssize_t)sizeof data);
+    close(fd);
+}
+
 CHECK_UNUSED static void rig_open(struct rig *rig)
 {
     CHECK_OK(vrep_group_open(&rig->config, &rig->group));

@@ -120,8 +120,8 @@ static void failed_copy_leaves_the_block_unshipped(void)
 {
     arm(NULL);
     rig_init(&rig);
+    rig_preset(&rig, 7);
     rig_open(&rig);
-    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 0, 300000, 7));
     arm("backing.read:1:io");
     rig_attach(&rig);
     CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
