@@ -640,12 +640,39 @@ class GroupStore:
             return entry
 
     def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
-        """Accept or abandon an epoch, durably."""
+        """Change how an epoch stands, durably."""
         with self._manifest_lock:
             entry = replace(self._manifest.epoch(epoch), state=EpochState(state))
             self._publish(
                 epochs=tuple(entry if e.epoch == epoch else e for e in self._manifest.epochs)
             )
+            return entry
+
+    def roll_back_epoch(self, epoch: int) -> EpochEntry:
+        """Abandon a provisional epoch and, in the same step, give the group back to the writer
+        before it: an accepted epoch that goes on behind all that this writer has here."""
+        with self._manifest_lock:
+            manifest = self._manifest
+            given_up = manifest.epoch(epoch)
+            if given_up is not manifest.current_epoch:
+                raise StateError(f"epoch {epoch} is not the current one")
+            if given_up.state is not EpochState.PROVISIONAL:
+                raise StateError(f"epoch {epoch} was committed")
+            epochs = tuple(
+                replace(e, state=EpochState.ABANDONED) if e.epoch == epoch else e
+                for e in manifest.epochs
+            )
+            before = replace(manifest, epochs=epochs).current_epoch
+            own = self.durable.epoch == before.epoch
+            entry = EpochEntry(
+                epoch=epochs[-1].epoch + 1,
+                state=EpochState.ACCEPTED,
+                epoch_id=secrets.token_bytes(16),
+                writer=before.writer,
+                parent=Position(before.epoch, 0, self.durable.seq if own else before.parent.seq),
+                wall_ns=self._wall_ns(),
+            )
+            self._publish(epochs=(*epochs, entry))
             return entry
 
     def set_wrapped_keys(self, keys: Sequence[bytes]) -> None:

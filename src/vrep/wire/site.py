@@ -283,6 +283,11 @@ class Listener:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - self._clock.monotonic()))
 
+    def connected(self) -> set[str]:
+        """Ids of the peers that are connected."""
+        with self._lock:
+            return {t.peer.site_id for t in self._known.values() if t.peer}
+
     def drop_peer(self, site_id: str) -> int:
         """End the connections of a peer that was removed. How many there were."""
         with self._lock:

@@ -1,0 +1,316 @@
+"""The target process: a listener for sources, the stores, and a control socket."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import structlog
+
+from vrep.control import ControlServer
+from vrep.errors import (
+    FencedError,
+    InvalidError,
+    NotFoundError,
+    ProtocolError,
+    StorageError,
+    VrepError,
+)
+from vrep.keys.identity import SiteIdentity
+from vrep.paths import SitePaths
+from vrep.settings import Config
+from vrep.target.epochs import plain, wire_epoch
+from vrep.target.receive import GroupHost, RefusedError, Session
+from vrep.target.store import StoreOptions
+from vrep.wire import messages as m
+from vrep.wire.invite import InviteBook
+from vrep.wire.peers import PeerRegistry
+from vrep.wire.site import Listener
+from vrep.wire.transport import FrameTransport, Timeouts
+
+__all__ = ["Target"]
+
+SCAN_EVERY_S: Final = 1.0
+RECEIVE_S: Final = 1.0
+_GROUP: Final = re.compile(r"[0-9a-f]{32}")
+
+log = structlog.get_logger("vrep.target")
+
+
+def _room(_channel: int, length: int) -> memoryview:
+    """Memory for received records; not cleared first."""
+    return np.empty(length, np.uint8).data
+
+
+class Target:
+    """The target role of the site in a directory."""
+
+    def __init__(
+        self, paths: SitePaths, config: Config, *, timeouts: Timeouts | None = None
+    ) -> None:
+        self._paths = paths
+        self._config = config
+        self._timeouts = timeouts or Timeouts()
+        self._identity = SiteIdentity.load(paths.root)
+        self._peers = PeerRegistry(paths.root)
+        self._invites = InviteBook(paths.root)
+        settings = config.target
+        self._options = StoreOptions(
+            # Half of the promise: the other half is for the commit that is under way.
+            commit_s=settings.commit_s / 2,
+            segment_bytes=settings.segment_bytes,
+            reserve_bytes=settings.reserve_bytes,
+        )
+        self._hosts: dict[bytes, GroupHost] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._listener: Listener | None = None
+        self._control: ControlServer | None = None
+
+    # ---- life ------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Open the stores, then listen, then serve the control socket."""
+        for group_id in self._stored():
+            self._load(group_id)
+        listen = self._config.network.listen
+        if listen:
+            self._listener = Listener(
+                self._identity,
+                self._peers,
+                self._invites,
+                listen,
+                self._serve,
+                advertised_address=self._config.network.advertise or listen,
+                timeouts=self._timeouts,
+                allocate=_room,
+            )
+            self._listener.start()
+            log.info("listening", address=self._listener.address)
+        run = self._paths.make_run()
+        self._control = ControlServer(
+            run / "target.sock",
+            {
+                "status": self._status,
+                "sessions": self._sessions,
+                "reload": self._reload,
+                "stop": self._stop_requested,
+                "epoch_state": lambda p: self._of(p).epoch_state(),
+                "epoch_raise": lambda p: plain(self._of(p).open_fenced(p)),
+                "epoch_accept": lambda p: plain(self._of(p).accept_epoch(int(p["epoch"]))),
+                "epoch_roll_back": lambda p: plain(self._of(p).roll_back_epoch(int(p["epoch"]))),
+            },
+        )
+
+    @property
+    def address(self) -> str:
+        """Where it listens; empty when it does not."""
+        return self._listener.address if self._listener is not None else ""
+
+    def run(self) -> None:
+        """Until `request_stop`. Stores that appear are opened, failed ones again."""
+        while not self._stopping.wait(SCAN_EVERY_S):
+            self._scan()
+
+    def request_stop(self) -> None:
+        self._stopping.set()
+
+    def close(self) -> None:
+        """End every session and let go of the stores."""
+        self._stopping.set()
+        if self._listener is not None:
+            self._listener.close()
+        with self._lock:
+            hosts = list(self._hosts.values())
+            self._hosts.clear()
+        for host in hosts:
+            host.close()
+        if self._control is not None:
+            self._control.close()
+
+    # ---- groups ----------------------------------------------------------------------
+
+    def _stored(self) -> list[bytes]:
+        if not self._paths.store.is_dir():
+            return []
+        names = sorted(entry.name for entry in self._paths.store.iterdir())
+        return [bytes.fromhex(name) for name in names if _GROUP.fullmatch(name)]
+
+    def _host(self, group_id: bytes) -> GroupHost:
+        with self._lock:
+            host = self._hosts.get(group_id)
+            if host is None:
+                host = self._hosts[group_id] = GroupHost(
+                    self._paths.store, group_id, self._options, self._config.target.window_bytes
+                )
+            return host
+
+    def _load(self, group_id: bytes) -> None:
+        try:
+            self._host(group_id).load()
+        except VrepError as error:
+            log.error("a store cannot be used", group_id=group_id.hex(), error=str(error))
+
+    def _scan(self) -> None:
+        for group_id in self._stored():
+            with self._lock:
+                known = self._hosts.get(group_id)
+            if known is None or (known.failed and known.retry_due()):
+                self._load(group_id)
+
+    def _of(self, params: Mapping[str, Any]) -> GroupHost:
+        """The host of a group named by its id, or by its name if that is unique."""
+        wanted = str(params.get("group_id") or params.get("group") or "")
+        if _GROUP.fullmatch(wanted):
+            group_id = bytes.fromhex(wanted)
+            if group_id in self._hosts:
+                return self._hosts[group_id]
+        with self._lock:
+            found = [host for host in self._hosts.values() if host.name == wanted]
+        if len(found) > 1:
+            raise InvalidError(f"several groups are named {wanted!r}: use the group's id")
+        if not found:
+            raise NotFoundError(f"no group {wanted!r} is stored here")
+        return found[0]
+
+    # ---- connections -------------------------------------------------------------------
+
+    def _serve(self, transport: FrameTransport) -> None:
+        """One connection of a peer, on its thread, until it ends."""
+        sessions: dict[int, Session] = {}
+        try:
+            while True:
+                event = transport.receive(RECEIVE_S)
+                if event is None:
+                    continue
+                if isinstance(event.message, m.Bye) and event.channel == 0:
+                    return
+                self._handle(transport, sessions, event.channel, event.message)
+        finally:
+            for session in sessions.values():
+                session.host.drop_session(session)
+
+    def _handle(
+        self,
+        transport: FrameTransport,
+        sessions: dict[int, Session],
+        channel: int,
+        message: m.Message | m.Data,
+    ) -> None:
+        match message:
+            case m.OpenGroup():
+                self._open(transport, sessions, channel, message)
+                return
+            case m.Request():
+                transport.post(self._answer(transport, message))
+                return
+        session = sessions.get(channel)
+        if session is None:
+            return  # ended by this end while it was on its way
+        try:
+            match message:
+                case m.Data():
+                    session.take(message)
+                case m.StreamStart():
+                    session.start_stream(message)
+                case m.Status():
+                    session.note(message)
+                case m.Bye() | m.Error() | m.Refused():
+                    del sessions[channel]
+                    session.host.drop_session(session)
+        except FencedError as error:
+            manifest = session.store.manifest
+            current = wire_epoch(manifest, manifest.current_epoch)
+            session.end(m.Refused(code="fenced", text=error.detail, epoch=current))
+        except StorageError as error:
+            session.end(m.Error(code="storage", text=str(error)[:4096]))
+
+    def _open(
+        self,
+        transport: FrameTransport,
+        sessions: dict[int, Session],
+        channel: int,
+        message: m.OpenGroup,
+    ) -> None:
+        peer = transport.name
+        try:
+            session = self._host(message.group_id).open_session(transport, channel, message)
+        except RefusedError as error:
+            log.warning("a group is refused", group=message.name, peer=peer, reason=str(error))
+            transport.send(error.message, channel)
+            return
+        except ProtocolError:
+            raise
+        except VrepError as error:
+            log.warning("a group is refused", group=message.name, peer=peer, reason=str(error))
+            transport.send(m.Refused(code="busy", text=str(error)[:4096]), channel)
+            return
+        sessions[channel] = session
+        log.info("a source sends", group=message.name, peer=peer, epoch=session.epoch.epoch)
+
+    def _answer(self, transport: FrameTransport, request: m.Request) -> m.Response:
+        try:
+            return m.Response(id=request.id, result=self._ask(transport, request))
+        except VrepError as error:
+            code = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()[:32]
+            return m.Response(id=request.id, error=code, text=str(error)[:4096])
+        except (KeyError, ValueError, TypeError) as error:
+            return m.Response(id=request.id, error="invalid", text=str(error)[:4096])
+
+    def _ask(self, transport: FrameTransport, request: m.Request) -> Any:
+        assert transport.peer is not None
+        if request.method != "group.delete":
+            raise NotFoundError(f"no method {request.method!r}")
+        host = self._of(request.params)
+        host.delete(bytes.fromhex(transport.peer.site_id))
+        with self._lock:
+            self._hosts.pop(host.group_id, None)
+        log.warning("a group was deleted", group_id=host.group_id.hex(), peer=transport.name)
+        return {}
+
+    # ---- control -----------------------------------------------------------------------
+
+    def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            hosts = dict(self._hosts)
+        if params.get("group") or params.get("group_id"):
+            host = self._of(params)
+            hosts = {host.group_id: host}
+        return {
+            "address": self.address,
+            "groups": {group_id.hex(): host.status() for group_id, host in hosts.items()},
+        }
+
+    def _sessions(self, _params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        with self._lock:
+            hosts = list(self._hosts.values())
+        return [
+            {
+                "group": host.name,
+                "group_id": host.group_id.hex(),
+                "site": session.site,
+                "since_ns": session.since_ns,
+                "bytes_received": session.bytes_received,
+                "records_dropped": session.records_dropped,
+                "round_trip_s": session.transport.round_trip_s,
+            }
+            for host in hosts
+            if (session := host.session) is not None
+        ]
+
+    def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        """Peers that were removed are cut off; stores that appeared are opened."""
+        listener = self._listener
+        if listener is not None:
+            trusted = {peer.site_id for peer in self._peers.list()}
+            for site_id in listener.connected() - trusted:
+                listener.drop_peer(site_id)
+        self._scan()
+        return {}
+
+    def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        self._stopping.set()
+        return {}
