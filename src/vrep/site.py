@@ -191,7 +191,6 @@ class Site:
         group_id = uuid.uuid4()
         data_key = DataKey.create(group_id.bytes)
         wrapped = data_key.wrap(self.keys.get(key))
-        config = self.config
         definition = GroupDefinition(
             version=VERSION,
             group_id=group_id.hex,
@@ -204,21 +203,26 @@ class Site:
             epoch_id=uuid.uuid4().hex,
             wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
             created=time.time(),
-            options=options
-            or GroupOptions(
-                ring_bytes=config.filter.ring_bytes,
-                threads=config.filter.io_threads,
-                rate_bytes_per_s=config.source.resync_rate,
-                compression=config.source.compression,
-                socket_mode=int(config.filter.socket_mode, 8),
-                socket_group=config.filter.socket_group,
-            ),
+            options=options or self.group_options(),
         )
         assert identity.site_id != peer.site_id
         self.groups.store(definition)
         self._tell("filter", "reload")
         self._tell("source", "reload")
         return definition
+
+    def group_options(self, **changes: Any) -> GroupOptions:
+        """The options of a new group as the settings have them, with changes."""
+        config = self.config
+        options = GroupOptions(
+            ring_bytes=config.filter.ring_bytes,
+            threads=config.filter.io_threads,
+            rate_bytes_per_s=config.source.resync_rate,
+            compression=config.source.compression,
+            socket_mode=int(config.filter.socket_mode, 8),
+            socket_group=config.filter.socket_group,
+        )
+        return msgspec.structs.replace(options, **changes)
 
     def unprotect(self, group: str, *, delete_history: bool = False) -> None:
         """Stop replicating a group and forget it here; its disks stay as they are. With
@@ -271,6 +275,10 @@ class Site:
         if name not in names:
             raise errors.NotFoundError(f"group {group!r} has no disk {name!r}")
         return f"nbd+unix:///{name}?socket={self.paths.nbd_socket(group)}"
+
+    def running(self, role: str = "filter") -> bool:
+        """Whether a process of this site answers."""
+        return ControlClient(self.paths.socket(role)).alive()
 
     def wait_served(self, group: str, timeout_s: float = SERVE_WAIT_S) -> None:
         """Until the filter serves a group's disks."""

@@ -1,0 +1,74 @@
+"""What commands share: options, and arguments with units."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from vrep.errors import InvalidError, NotYetError
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+Directory = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="The site's directory (VREP_DIR, /var/lib/vrep)."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON; errors as well.")]
+Group = Annotated[str, typer.Argument(metavar="GROUP", help="A protection group.")]
+At = Annotated[
+    str,
+    typer.Option(
+        "--at",
+        metavar="POINT",
+        help="latest, a label, an RFC 3339 time, -5m, or pos:EPOCH/LANE/SEQ.",
+    ),
+]
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SHIFTS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+
+
+def site_of(directory: Path | None) -> Site:
+    from vrep.site import Site
+
+    return Site(directory)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like 512, 64K, 1.5G (powers of 1024)."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidError(f"the size {text!r}: write bytes, or a number and K, M, G or T")
+    return int(float(match[1]) * (1 << _SHIFTS[match[2].upper()]))
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a time like 90, 30s, 10m, 24h, 7d."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise InvalidError(f"the time {text!r}: write seconds, or a number and s, m, h, d or w")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def not_yet(option: str, given: object, reason: str) -> None:
+    """Refuse an option whose part is not built, when it was given."""
+    if given not in (None, False, ""):
+        raise NotYetError(f"{option}: {reason}")
+
+
+__all__ = [
+    "At",
+    "Directory",
+    "Group",
+    "Json",
+    "not_yet",
+    "parse_duration",
+    "parse_size",
+    "site_of",
+]

@@ -1,0 +1,194 @@
+"""What a source site does with its groups: protect, pause, resync, checkpoint."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_size, site_of
+from vrep.app.cli_output import Progress, emit, time_text
+from vrep.errors import UsageError, VrepError
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+app = typer.Typer()
+
+WATCH_EVERY_S = 0.2
+
+
+def parse_disks(texts: list[str]) -> dict[str, str]:
+    """NAME=URI of each --disk."""
+    disks: dict[str, str] = {}
+    for text in texts:
+        name, equals, uri = text.partition("=")
+        if not equals or not name or not uri:
+            raise UsageError(f"--disk {text}: write NAME=URI, as in root=file:/srv/web.raw")
+        if name in disks:
+            raise UsageError(f"--disk {name} is given twice")
+        disks[name] = uri
+    return disks
+
+
+@app.command("protect")
+def protect(
+    group: Annotated[str, typer.Argument(metavar="GROUP", help="A new name.")],
+    disk: Annotated[
+        list[str],
+        typer.Option("--disk", metavar="NAME=URI", help="file:PATH or block:PATH; repeat it."),
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="SITE", help="A site that joined.")],
+    key: Annotated[str, typer.Option("--key", metavar="NAME", help="The tenant key that seals.")],
+    accept_key_loss: Annotated[
+        bool,
+        typer.Option("--accept-key-loss", help="Do not ask for a verified export of the key."),
+    ] = False,
+    ring: Annotated[
+        str | None, typer.Option("--ring", metavar="SIZE", help="What the ring buffers.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option("--rate", metavar="SIZE", help="Limit of a sync, bytes a second."),
+    ] = None,
+    compression: Annotated[
+        int | None, typer.Option("--compression", min=0, max=19, help="zstd level; 0: off.")
+    ] = None,
+    direct: Annotated[
+        bool, typer.Option("--direct", help="Open disks without the page cache (O_DIRECT).")
+    ] = False,
+    tcp: Annotated[
+        str | None,
+        typer.Option("--tcp", metavar="HOST:PORT", help="Serve NBD on loopback TCP as well."),
+    ] = None,
+    socket_mode: Annotated[
+        str | None, typer.Option("--socket-mode", metavar="MODE", help="Of the NBD socket.")
+    ] = None,
+    socket_group: Annotated[
+        str | None, typer.Option("--socket-group", metavar="GROUP", help="Of the NBD socket.")
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
+    window: Annotated[str | None, typer.Option("--window", metavar="TIME", help="Not yet.")] = None,
+    quota: Annotated[str | None, typer.Option("--quota", metavar="SIZE", help="Not yet.")] = None,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Replicate disks to another site, as one group recovered to one instant."""
+    folding = "history is kept whole: dropping what is old is not built in this release"
+    not_yet("--window", window, folding)
+    not_yet("--quota", quota, folding)
+    site = site_of(directory)
+    changes: dict[str, Any] = {
+        "ring_bytes": None if ring is None else parse_size(ring),
+        "rate_bytes_per_s": None if rate is None else parse_size(rate),
+        "compression": compression,
+        "direct": direct or None,
+        "tcp": tcp,
+        "socket_mode": None if socket_mode is None else _mode(socket_mode),
+        "socket_group": socket_group,
+    }
+    options = site.group_options(**{k: v for k, v in changes.items() if v is not None})
+    definition = site.protect(
+        group,
+        parse_disks(disk),
+        to=to,
+        key=key,
+        accept_key_loss=accept_key_loss,
+        options=options,
+    )
+    uris = {one.name: site.nbd_uri(group, one.name) for one in definition.disks}
+    if wait:
+        wait_replicating(site, group, as_json)
+    lines = [f"{group} is protected; a VM finds its disks at"]
+    lines += [f"  {name}: {uri}" for name, uri in uris.items()]
+    if not wait and not site.running():
+        lines.append("nothing is replicated until 'vrep run' runs here")
+    answer = {"group": group, "group_id": definition.group_id, "nbd": uris}
+    emit(answer, as_json, "\n".join(lines))
+
+
+def _mode(text: str) -> int:
+    try:
+        mode = int(text, 8)
+    except ValueError:
+        mode = -1
+    if not 0 <= mode <= 0o777:
+        raise UsageError(f"--socket-mode {text}: write three octal digits, as in 0660")
+    return mode
+
+
+def wait_replicating(site: Site, group: str, as_json: bool) -> None:
+    """Until every write from here on is shipped in order; shows the sync's progress."""
+    site.wait_served(group)
+    with Progress(f"first sync of {group}", as_json) as progress:
+        while True:
+            status = site.status(group)["groups"][group]
+            if status["state"] == "replicating":
+                return
+            if status["state"] == "error":
+                raise VrepError(f"{group}: {status['error'] or 'not served'}")
+            target = status["targets"][0]
+            progress(target["total_bytes"] - target["unshipped_bytes"], target["total_bytes"])
+            time.sleep(WATCH_EVERY_S)
+
+
+@app.command("unprotect")
+def unprotect(
+    group: Group,
+    delete_history: Annotated[
+        bool, typer.Option("--delete-history", help="The target deletes what it holds as well.")
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Stop replicating a group. Its disks, and its history at the target, stay."""
+    site_of(directory).unprotect(group, delete_history=delete_history)
+    emit({"group": group, "history_deleted": delete_history}, as_json, f"{group}: not protected")
+
+
+@app.command("pause")
+def pause(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """Stop shipping; changes stay marked, and the ring may overflow into a gap."""
+    site_of(directory).pause(group)
+    emit({"group": group, "paused": True}, as_json, f"{group}: paused")
+
+
+@app.command("resume")
+def resume(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """Ship again."""
+    site_of(directory).resume(group)
+    emit({"group": group, "paused": False}, as_json, f"{group}: ships again")
+
+
+@app.command("resync")
+def resync(
+    group: Group,
+    wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Copy every block again. Points before stay; none is offered while it runs."""
+    site = site_of(directory)
+    site.resync(group)
+    if wait:
+        wait_replicating(site, group, as_json)
+    emit({"group": group}, as_json, f"{group}: {'copied again' if wait else 'copying again'}")
+
+
+@app.command("checkpoint")
+def checkpoint(
+    group: Group,
+    label: Annotated[str, typer.Argument(metavar="LABEL", help="Name of the point.")],
+    quiesce: Annotated[bool, typer.Option("--quiesce", help="Not yet.")] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Name the present instant: after every write that the VM knows to be done."""
+    not_yet("--quiesce", quiesce, "freezing the guest's file systems is not built in this release")
+    mark = site_of(directory).checkpoint(group, label)
+    answer = {"group": group, "label": label, **mark}
+    emit(answer, as_json, f"{label}: position {mark['seq']}, {time_text(mark['wall_ns'])}")
+
+
+__all__ = ["app", "parse_disks", "wait_replicating"]

@@ -1,0 +1,78 @@
+"""Verbs that are not built in this release: each says so and why, with its own exit code."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+from vrep.errors import NotYetError
+
+app = typer.Typer()
+service = typer.Typer(no_args_is_help=True, help="systemd units (not yet).")
+app.add_typer(service, name="service")
+
+ANY: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
+Rest = Annotated[list[str] | None, typer.Argument(metavar="...")]
+
+LIVE: Final = (
+    "taking over the disk of a running VM is not built in this release; "
+    "start the VM on the group's NBD socket instead"
+)
+REVERSE: Final = "protection in the opposite direction is not built in this release"
+
+
+@app.command("attach", context_settings=ANY)
+def attach(rest: Rest = None) -> None:
+    """Put the filter under a running VM (not yet)."""
+    raise NotYetError(f"attach: {LIVE}")
+
+
+@app.command("detach", context_settings=ANY)
+def detach(rest: Rest = None) -> None:
+    """Take the filter away from a running VM (not yet)."""
+    raise NotYetError(f"detach: {LIVE}")
+
+
+@app.command("move", context_settings=ANY)
+def move(rest: Rest = None) -> None:
+    """Planned failover: nothing lost (not yet)."""
+    raise NotYetError(
+        "move: stopping the VM and its last write in step is not built in this release; "
+        "stop the VM, wait for an RPO of 0, then use failover start"
+    )
+
+
+@app.command("reverse", context_settings=ANY)
+def reverse(rest: Rest = None) -> None:
+    """Protect the recovered VM back to its old site (not yet)."""
+    raise NotYetError(f"reverse: {REVERSE}")
+
+
+@app.command("failback", context_settings=ANY)
+def failback(rest: Rest = None) -> None:
+    """Return to the old site (not yet)."""
+    raise NotYetError(f"failback: {REVERSE}")
+
+
+@app.command("verify", context_settings=ANY)
+def verify(rest: Rest = None) -> None:
+    """Recover at a point and check what is in it (not yet)."""
+    raise NotYetError(
+        "verify: booting a recovered VM to prove a point is not built in this release; "
+        "test start and export check every byte that they read"
+    )
+
+
+@service.callback()
+def _service() -> None:
+    """systemd units (not yet)."""
+
+
+@service.command("install", context_settings=ANY)
+def install(rest: Rest = None) -> None:
+    """Install systemd units (not yet)."""
+    raise NotYetError(
+        "service install: units and their unprivileged user are not built in this release; "
+        "run 'vrep run' under any supervisor"
+    )

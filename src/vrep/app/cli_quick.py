@@ -1,0 +1,66 @@
+"""The short way into a recovery: `test start` and `failover start` in their plain form.
+
+Their time counts from exec, and building the parser of the whole command line costs more than
+what it parses. Anything but the plain form is left to that parser, which means the same by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vrep.app.cli_output import emit
+from vrep.app.cli_view import view_text
+
+
+@dataclass
+class Start:
+    """What was asked for."""
+
+    verb: str
+    group: str = ""
+    at: str = "latest"
+    directory: str | None = None
+    as_json: bool = False
+    force: bool = False
+
+    def run(self) -> None:
+        """Start the view, print it."""
+        from vrep.site import Site
+
+        site = Site(self.directory)
+        if self.verb == "test":
+            view = site.test_start(self.group, self.at)
+        else:
+            view = site.failover_start(self.group, self.at, force=self.force)
+        emit(view, self.as_json, lambda: view_text(view))
+
+
+def parse(arguments: Sequence[str]) -> Start | None:
+    """The request, when it has the plain form."""
+    if len(arguments) < 3 or arguments[0] not in ("test", "failover") or arguments[1] != "start":
+        return None
+    start = Start(arguments[0])
+    words = iter(arguments[2:])
+    for word in words:
+        name, equals, value = word.partition("=")
+        if word == "--json":
+            start.as_json = True
+        elif word == "--force" and start.verb == "failover":
+            start.force = True
+        elif name in ("--at", "--dir"):
+            given = value if equals else next(words, "")
+            if not given:
+                return None
+            if name == "--at":
+                start.at = given
+            else:
+                start.directory = given
+        elif word.startswith("-") or start.group:
+            return None
+        else:
+            start.group = word
+    return start if start.group else None
+
+
+__all__ = ["Start", "parse"]

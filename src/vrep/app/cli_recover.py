@@ -1,0 +1,98 @@
+"""What the site that holds the history does: points, tests, failover, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vrep.app.cli_common import At, Directory, Group, Json, site_of
+from vrep.app.cli_output import emit, pairs, plain
+from vrep.app.cli_view import view_text
+
+app = typer.Typer()
+test = typer.Typer(no_args_is_help=True, help="Try a recovery; replication goes on.")
+failover = typer.Typer(no_args_is_help=True, help="Take a group over.")
+app.add_typer(test, name="test")
+app.add_typer(failover, name="failover")
+
+
+@app.command("points")
+def points(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """What can be recovered, and the gaps where nothing can."""
+    found = site_of(directory).points(group)
+    emit(found, as_json, lambda: pairs(found))
+
+
+@test.command("start")
+def start_test(
+    group: Group, at: At = "latest", directory: Directory = None, as_json: Json = False
+) -> None:
+    """Serve the disks as they were, at once."""
+    view = site_of(directory).test_start(group, at)
+    emit(view, as_json, lambda: view_text(view))
+
+
+@test.command("list")
+def list_tests(directory: Directory = None, as_json: Json = False) -> None:
+    """What is served here of recovered disks."""
+    views = site_of(directory).tests()
+    emit(
+        {"views": plain(views)},
+        as_json,
+        lambda: "\n".join(view_text(view) for view in views) or "no view is served here",
+    )
+
+
+@test.command("stop")
+def stop_test(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """End a test, and delete what it wrote."""
+    site_of(directory).test_stop(group)
+    emit({"group": group}, as_json, f"{group}: the test has ended")
+
+
+@failover.command("start")
+def failover_start(
+    group: Group,
+    at: At = "latest",
+    force: Annotated[
+        bool, typer.Option("--force", help="Even while the source is reachable and its VM runs.")
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Serve the disks for good; the old source is refused from here on."""
+    view = site_of(directory).failover_start(group, at, force=force)
+    emit(view, as_json, lambda: view_text(view))
+
+
+@failover.command("commit")
+def failover_commit(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """Keep the failover."""
+    view = site_of(directory).failover_commit(group)
+    emit(view, as_json, lambda: view_text(view))
+
+
+@failover.command("rollback")
+def failover_rollback(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """Undo the failover: the old source may write again."""
+    site_of(directory).failover_rollback(group)
+    emit({"group": group}, as_json, f"{group}: rolled back")
+
+
+@app.command("export")
+def export(
+    group: Group,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
+    at: At = "latest",
+    format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2")] = "raw",
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Write the disks as they were into files."""
+    result = site_of(directory).export(group, out, at=at, format=format_)
+    emit(result, as_json, lambda: pairs(result))
+
+
+__all__ = ["app"]

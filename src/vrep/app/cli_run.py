@@ -1,0 +1,62 @@
+"""`vrep run`, the site's processes in the foreground, and `vrep demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vrep.app.cli_common import Directory, Json, site_of
+from vrep.errors import UsageError
+
+app = typer.Typer()
+
+
+@app.command("run")
+def run(
+    role: Annotated[
+        str, typer.Option("--role", metavar="ROLE", help="all, filter, source or target.")
+    ] = "all",
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Everything that the site runs, until SIGTERM or Ctrl-C."""
+    from vrep.app.log import setup_logs
+    from vrep.app.run import ROLES, Supervisor
+
+    if role != "all" and role not in ROLES:
+        raise UsageError(f"--role {role}: write all, {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    site = site_of(directory)
+    config = site.config
+    assert site.identity.name  # a directory that is no site is refused before anything starts
+    setup_logs(config.log, "site")
+    roles = ROLES if role == "all" else (role,)
+    supervisor = Supervisor(site.paths, roles)
+    if not config.metrics.listen:
+        raise typer.Exit(supervisor.run())
+    from vrep.app.metrics import MetricsServer
+
+    with MetricsServer(site, config.metrics.listen):
+        raise typer.Exit(supervisor.run())
+
+
+@app.command("demo")
+def demo(
+    guest: Annotated[
+        str, typer.Option("--guest", metavar="qemu|none", help="none: an NBD client instead.")
+    ] = "qemu",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where the figures go (JSON).")
+    ] = Path("build/demo.json"),
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the sites and the disks.")] = False,
+) -> None:
+    """Replicate a real guest, kill its site, recover it at the other."""
+    if guest not in ("qemu", "none"):
+        raise UsageError(f"--guest {guest}: write qemu or none")
+    from vrep.app.demo import main
+
+    raise typer.Exit(main(guest, out=str(out), keep=keep))
+
+
+__all__ = ["app"]

@@ -1,0 +1,137 @@
+"""`vrep status`: how groups are, once, live, or as a verdict for a monitor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from vrep.app.cli_common import Directory, Json, site_of
+from vrep.app.cli_output import age_text, emit, print_json, size_text, table
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+app = typer.Typer()
+
+HEADINGS: Final = (
+    "GROUP",
+    "STATE",
+    "CONDITIONS",
+    "WITH",
+    "RPO",
+    "LAG",
+    "DIRTY",
+    "CLIENTS",
+    "POINTS",
+)
+WATCH_EVERY_S: Final = 0.5
+
+
+def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
+    """One group as cells of a table."""
+    conditions = ", ".join(group["conditions"]) or "-"
+    state = str(group["state"])
+    if group["role"] != "source":
+        return (
+            name,
+            f"{state} (held here)",
+            conditions,
+            str(group.get("source", "-") or "-"),
+            "-",
+            "-",
+            "-",
+            "-",
+            _span(group),
+        )
+    target = group["targets"][0]
+    if state in ("initial-sync", "resync") and target["total_bytes"]:
+        done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
+        state = f"{state} {done:.0f} %"
+    return (
+        name,
+        state,
+        conditions,
+        str(target["site"]),
+        age_text(target["rpo_ms"]),
+        size_text(target["lag_bytes"]),
+        size_text(target["dirty_bytes"]),
+        str(group["clients"]),
+        _span(target),
+    )
+
+
+def _span(held: Mapping[str, Any]) -> str:
+    """From the oldest to the newest point, as far as it is known here."""
+    oldest, newest = held.get("oldest_point"), held.get("newest_point")
+    if newest is None:
+        return "-"
+    return str(newest) if oldest is None else f"{oldest} .. {newest}"
+
+
+def text_of(status: Mapping[str, Any]) -> str:
+    """The status for a terminal."""
+    down = [role for role, runs in status["roles"].items() if not runs]
+    rows = [row(name, group) for name, group in status["groups"].items()]
+    lines = [f"site {status['site']['name']}"]
+    if down:
+        lines[0] += f"; not running here: {', '.join(down)}"
+    lines.append(table(HEADINGS, rows, "no group is protected or held here"))
+    for name, group in status["groups"].items():
+        if group.get("error"):
+            lines.append(f"{name}: {group['error']}")
+        if group.get("unverified"):
+            lines.append(f"{name}: unverified: {group['unverified']}")
+    return "\n".join(lines)
+
+
+def _watch(site: Site, group: str | None, as_json: bool) -> None:
+    """Show the status until interrupted: a live table, or a JSON document a line."""
+    if as_json:
+        import msgspec
+
+        while True:
+            print(msgspec.json.encode(site.status(group)).decode(), flush=True)
+            time.sleep(WATCH_EVERY_S)
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(), auto_refresh=False, transient=False) as live:
+        while True:
+            live.update(Text(text_of(site.status(group)), no_wrap=True), refresh=True)
+            time.sleep(WATCH_EVERY_S)
+
+
+@app.command("status")
+def status(
+    group: Annotated[str | None, typer.Argument(metavar="[GROUP]", help="Only this one.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Until interrupted.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 0 (well), 1 (warning) or 2 (critical).")
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """State, conditions, RPO and lag of each group."""
+    site = site_of(directory)
+    if watch:
+        _watch(site, group, as_json)
+    answer = site.status(group)
+    if not check:
+        emit(answer, as_json, lambda: text_of(answer))
+        return
+    from vrep.status import verdict
+
+    code, reasons = verdict(answer)
+    word = ("well", "warning", "critical")[code]
+    if as_json:
+        print_json({"verdict": word, "exit_code": code, "reasons": reasons, "status": answer})
+    else:
+        print(f"{word}: {'; '.join(reasons)}" if reasons else word)
+    raise typer.Exit(code)
+
+
+__all__ = ["app", "row", "text_of"]

@@ -1,0 +1,167 @@
+"""Prometheus: the status of a site as metrics, collected when they are asked for.
+
+Names, labels and types are API: `METRICS` is the whole list, the reference is generated from it.
+Nothing is counted on a guest's path; a scrape asks the site's processes what `vrep status` asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from vrep import errors
+from vrep.status import STATES, collect, verdict
+from vrep.wire.address import parse_address
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One metric as it is documented."""
+
+    name: str
+    kind: Literal["gauge", "counter"]
+    labels: tuple[str, ...]
+    help: str
+
+
+_GROUP: Final = ("group",)
+_TARGET: Final = ("group", "target")
+
+METRICS: Final = (
+    Definition("vrep_up", "gauge", ("site",), "1 when the status could be collected"),
+    Definition("vrep_role_up", "gauge", ("role",), "1 while a role's process answers"),
+    Definition("vrep_verdict", "gauge", (), "what status --check says: 0, 1 warning, 2 critical"),
+    Definition("vrep_group_state", "gauge", ("group", "role", "state"), "1 for the present state"),
+    Definition("vrep_group_condition", "gauge", ("group", "condition"), "1 while it holds"),
+    Definition("vrep_group_epoch", "gauge", _GROUP, "the epoch that writes"),
+    Definition("vrep_group_clients", "gauge", _GROUP, "NBD connections"),
+    Definition("vrep_group_size_bytes", "gauge", ("group", "disk"), "size of a protected disk"),
+    Definition("vrep_target_connected", "gauge", _TARGET, "1 while the session stands"),
+    Definition(
+        "vrep_target_rpo_seconds", "gauge", _TARGET, "age of the oldest write not durable there"
+    ),
+    Definition("vrep_target_lag_bytes", "gauge", _TARGET, "recorded and not yet released"),
+    Definition("vrep_target_dirty_bytes", "gauge", _TARGET, "blocks it may not hold durably"),
+    Definition("vrep_target_unshipped_bytes", "gauge", _TARGET, "blocks that a sync must copy"),
+    Definition("vrep_target_seq", "gauge", _TARGET, "newest record of the group"),
+    Definition("vrep_target_durable_seq", "gauge", _TARGET, "newest record durable there"),
+    Definition("vrep_target_round_trip_seconds", "gauge", _TARGET, "of the connection"),
+    Definition("vrep_target_sent_bytes_total", "counter", _TARGET, "sealed bytes since the start"),
+    Definition("vrep_target_sent_records_total", "counter", _TARGET, "records since the start"),
+    Definition("vrep_store_bytes", "gauge", _GROUP, "bytes of history held here"),
+    Definition("vrep_store_durable_seq", "gauge", _GROUP, "newest record durable here"),
+    Definition("vrep_store_segments", "gauge", _GROUP, "segments of history held here"),
+)
+
+Sample = tuple[str, tuple[str, ...], float]
+
+
+def samples(site_name: str, status: Mapping[str, Any]) -> Iterator[Sample]:
+    """Every value of a status as (metric, label values, value)."""
+    yield "vrep_up", (site_name,), 1
+    for role, runs in status["roles"].items():
+        yield "vrep_role_up", (role,), float(runs)
+    yield "vrep_verdict", (), verdict(status)[0]
+    for name, group in status["groups"].items():
+        for state in STATES:
+            yield "vrep_group_state", (name, group["role"], state), float(group["state"] == state)
+        for condition in group["conditions"]:
+            yield "vrep_group_condition", (name, condition), 1
+        if "epoch" in group:
+            yield "vrep_group_epoch", (name,), float(group["epoch"])
+        yield from _protected(name, group) if group["role"] == "source" else _stored(name, group)
+
+
+def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
+    yield "vrep_group_clients", (name,), float(group["clients"])
+    for disk in group["disks"]:
+        yield "vrep_group_size_bytes", (name, disk["name"]), float(disk["size"])
+    for target in group["targets"]:
+        labels = (name, str(target["site"]))
+        yield "vrep_target_connected", labels, float(target["connected"])
+        yield "vrep_target_rpo_seconds", labels, target["rpo_ms"] / 1000
+        yield "vrep_target_lag_bytes", labels, float(target["lag_bytes"])
+        yield "vrep_target_dirty_bytes", labels, float(target["dirty_bytes"])
+        yield "vrep_target_unshipped_bytes", labels, float(target["unshipped_bytes"])
+        yield "vrep_target_seq", labels, float(target["seq"])
+        yield "vrep_target_durable_seq", labels, float(target["durable_seq"])
+        if target["round_trip_ms"] is not None:
+            yield "vrep_target_round_trip_seconds", labels, target["round_trip_ms"] / 1000
+        yield "vrep_target_sent_bytes_total", labels, float(target["bytes_sent"])
+        yield "vrep_target_sent_records_total", labels, float(target["records_sent"])
+
+
+def _stored(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
+    for metric, key in (
+        ("vrep_store_bytes", "bytes"),
+        ("vrep_store_durable_seq", "durable_seq"),
+        ("vrep_store_segments", "segments"),
+    ):
+        if key in group:  # a store that could not be opened has none of them
+            yield metric, (name,), float(group[key])
+
+
+class SiteCollector(Collector):
+    """Asks a site for its status at every scrape."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def collect(self) -> Iterable[Metric]:
+        name = self._site.identity.name
+        try:
+            found = list(samples(name, collect(self._site)))
+        except errors.VrepError:
+            found = [("vrep_up", (name,), 0)]
+        families = {definition.name: _family(definition) for definition in METRICS}
+        for metric, labels, value in found:
+            families[metric].add_metric(labels, value)
+        return [family for family in families.values() if family.samples]
+
+    def describe(self) -> Iterable[Metric]:
+        return [_family(definition) for definition in METRICS]
+
+
+def _family(definition: Definition) -> GaugeMetricFamily | CounterMetricFamily:
+    kind = GaugeMetricFamily if definition.kind == "gauge" else CounterMetricFamily
+    return kind(definition.name, definition.help, labels=definition.labels)
+
+
+class MetricsServer:
+    """Serves /metrics on HOST:PORT, on a thread of its own, until closed."""
+
+    def __init__(self, site: Site, listen: str) -> None:
+        host, port = parse_address(listen)
+        registry = CollectorRegistry()
+        registry.register(SiteCollector(site))
+        try:
+            self._server, self._thread = start_http_server(port, addr=host, registry=registry)
+        except OSError as error:
+            raise errors.ConfigError(
+                f"metrics.listen {listen}: {error.strerror or error}"
+            ) from None
+        self.port = int(self._server.server_port)
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+__all__ = ["METRICS", "Definition", "MetricsServer", "SiteCollector", "samples"]
