@@ -37,11 +37,20 @@ static void set_state(struct vrep_group *group, struct miss *miss, enum miss_sta
     pthread_mutex_unlock(&group->miss_lock);
 }
 
+/* A state is changed by the fetching thread too: QUEUED to TAKEN. */
+static enum miss_state state_of(struct vrep_group *group, const struct miss *miss)
+{
+    pthread_mutex_lock(&group->miss_lock);
+    enum miss_state state = miss->state;
+    pthread_mutex_unlock(&group->miss_lock);
+    return state;
+}
+
 static struct miss *find(struct vrep_group *group, uint16_t disk, uint64_t offset)
 {
     for (uint32_t i = 0; i < MISSES; i++) {
         struct miss *miss = &group->misses[i];
-        if (miss->state != MISS_FREE && miss->disk == disk && offset >= miss->offset &&
+        if (state_of(group, miss) != MISS_FREE && miss->disk == disk && offset >= miss->offset &&
             offset - miss->offset < miss->length)
             return miss;
     }
@@ -53,7 +62,7 @@ static struct miss *ask(struct vrep_group *group, uint16_t disk, uint64_t offset
 {
     for (uint32_t i = 0; i < MISSES; i++) {
         struct miss *miss = &group->misses[i];
-        if (miss->state != MISS_FREE)
+        if (state_of(group, miss) != MISS_FREE)
             continue;
         miss->ticket = ++group->ticket;
         miss->disk = disk;
@@ -227,7 +236,8 @@ static int fill_begin(struct vrep_group *group, void *argument)
     struct fill_request *request = argument;
     struct miss *miss = NULL;
     for (uint32_t i = 0; i < MISSES && miss == NULL; i++)
-        if (group->misses[i].state == MISS_TAKEN && group->misses[i].ticket == request->ticket)
+        if (state_of(group, &group->misses[i]) == MISS_TAKEN &&
+            group->misses[i].ticket == request->ticket)
             miss = &group->misses[i];
     if (miss == NULL)
         return VREP_E_NOT_FOUND;
@@ -376,7 +386,9 @@ void vrep_group_stop_misses(struct vrep_group *group)
 void vrep_miss_close(struct vrep_group *group)
 {
     vrep_group_stop_misses(group);
-    for (uint32_t i = 0; i < MISSES; i++)
-        if (group->misses[i].state == MISS_QUEUED || group->misses[i].state == MISS_TAKEN)
+    for (uint32_t i = 0; i < MISSES; i++) {
+        enum miss_state state = state_of(group, &group->misses[i]);
+        if (state == MISS_QUEUED || state == MISS_TAKEN)
             end_miss(group, &group->misses[i], VREP_E_GONE);
+    }
 }
