@@ -1,0 +1,1 @@
+"""The peers: how each is started, in its best tuning."""

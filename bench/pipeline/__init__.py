@@ -1,0 +1,1 @@
+"""Rows that measure several rooms at work together."""
