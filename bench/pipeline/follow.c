@@ -32,6 +32,9 @@ int main(int argc, char **argv)
     uint64_t at, records = 0, bytes = 0, sum = 0;
     struct sigaction action = {.sa_handler = on_signal};
     sigaction(SIGTERM, &action, NULL);
+    sigset_t none;
+    sigemptyset(&none); /* whoever started this waits for the same signal, blocked */
+    sigprocmask(SIG_SETMASK, &none, NULL);
     int status = argc == 5 ? vrep_ring_reader_open(argv[1], atoi(argv[2]), atoi(argv[3]),
                                                    atoi(argv[4]), &reader)
                            : VREP_E_INVALID;

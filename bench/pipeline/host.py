@@ -73,9 +73,7 @@ def main() -> None:
         tempfile.TemporaryDirectory(dir="/dev/shm", prefix="vrep-bench-") as shm,
         tempfile.TemporaryDirectory(dir=Path(arguments.image).parent) as state,
     ):
-        result = serve(
-            arguments.socket, arguments.image, arguments.follow, Path(shm), Path(state)
-        )
+        result = serve(arguments.socket, arguments.image, arguments.follow, Path(shm), Path(state))
     print(json.dumps(result))
 
 
