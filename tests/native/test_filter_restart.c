@@ -223,6 +223,26 @@ static void only_one_process_opens_a_group(void)
     rig_free(&rig);
 }
 
+static void ring_of_another_size_goes_on(void)
+{
+    synced();
+    rig_close(&rig, true);
+    rig.config.slots = 200; /* the ring that is there has 64, and its own */
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_CLEAN);
+    struct vrep_command *commands[200];
+    unsigned got = 0;
+    while (got < 200 && (commands[got] = vrep_command_get(rig.group)) != NULL)
+        got++;
+    CHECK_EQ(got, 64);
+    while (got > 0)
+        vrep_command_put(commands[--got]);
+    write_some(1, 100);
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 static void older_epoch_is_fenced(void)
 {
     synced();
@@ -320,6 +340,7 @@ int main(void)
     RUN(lost_state_makes_it_unverified);
     RUN(target_that_lost_history_needs_a_new_beginning);
     RUN(only_one_process_opens_a_group);
+    RUN(ring_of_another_size_goes_on);
     RUN(older_epoch_is_fenced);
     RUN(kills_at_every_point_lose_nothing);
     return check_report();

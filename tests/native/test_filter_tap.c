@@ -198,6 +198,33 @@ static void copies_hold_their_range(void)
     }
 }
 
+/* A guest that fills the ring faster than the target empties it: copies get their share. */
+static void resync_ends_under_load(void)
+{
+    rig_init(&rig);
+    rig_preset(&rig, 0x33);
+    rig.config.ring_bytes = 2u << 20;
+    rig_open(&rig);
+    rig_attach(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    uint64_t written = 0;
+    bool ended = false;
+    for (int i = 0; i < 20000 && !ended; i++) {
+        if (i % 40 != 0) {
+            CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (written++ % 8) * 4096, 4096, i));
+        } else {
+            rig_apply(&rig, true);
+            usleep(200);
+            vrep_group_poll(rig.group);
+            ended = rig_status(&rig).gap == 0;
+        }
+    }
+    CHECK(ended);
+    rig_settle(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 static uint64_t head_before;
 static bool acknowledged;
 
@@ -289,5 +316,6 @@ int main(void)
     RUN(copies_leave_half_of_the_ring);
     RUN(small_write_does_not_overtake_a_large_one);
     RUN(copies_hold_their_range);
+    RUN(resync_ends_under_load);
     return check_report();
 }

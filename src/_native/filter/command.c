@@ -66,6 +66,15 @@ void vrep_pool_destroy(struct vrep_group *group)
     free(group->commands);
 }
 
+int vrep_pool_limit(struct vrep_group *group, uint32_t ring_slots)
+{
+    if (ring_slots <= SLOTS_OWN)
+        return VREP_E_INVALID;
+    for (uint32_t slots = group->config.slots; slots + SLOTS_OWN > ring_slots; slots--)
+        (void)list_pop(&group->pool);
+    return VREP_OK;
+}
+
 struct vrep_command *vrep_command_get(struct vrep_group *group)
 {
     struct command *command = list_pop(&group->pool);

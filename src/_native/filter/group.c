@@ -151,6 +151,8 @@ static int open_all(struct vrep_group *group)
     if (!group->tap)
         return VREP_OK;
     status = vrep_recover(group);
+    if (status == VREP_OK)
+        status = vrep_pool_limit(group, vrep_ring_slots(group->ring));
     if (status == VREP_OK) {
         vrep_maintain_init(group);
         vrep_sync_init(group);

@@ -256,6 +256,8 @@ uint64_t vrep_clock_ns(int clock);
 /* command.c */
 int vrep_pool_create(struct vrep_group *group);
 void vrep_pool_destroy(struct vrep_group *group);
+/* A ring that was attached may have been made with fewer slots than are configured now. */
+int vrep_pool_limit(struct vrep_group *group, uint32_t ring_slots);
 void vrep_payload_free(struct vrep_group *group, struct command *command);
 int vrep_payload_iov(struct vrep_group *group, struct command *command);
 

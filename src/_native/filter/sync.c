@@ -272,9 +272,17 @@ static bool cut_absent(struct vrep_group *group, uint64_t offset, uint64_t *leng
 static bool start_next(struct vrep_group *group)
 {
     uint64_t offset, length, bit = vrep_map_header(group->map)->bit_bytes;
-    if (!budget_left(group) || !room_left(group) || !next_run(group, &offset, &length) ||
-        !cut_absent(group, offset, &length))
+    if (!budget_left(group)) {
+        group->resync_owed =
+            0; /* the limit holds copies back, not the ring: the guest may record */
         return false;
+    }
+    if (!room_left(group) || !next_run(group, &offset, &length))
+        return false;
+    if (!cut_absent(group, offset, &length)) {
+        group->resync_owed = 0;
+        return false;
+    }
     bool probed = group->probe.valid && group->probe.disk == group->cursor_disk &&
                   group->probe.offset <= offset &&
                   offset - group->probe.offset < group->probe.length;
