@@ -13,6 +13,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, Final
 
 from vrep._core import layout, record
@@ -61,9 +62,9 @@ class Fetcher:
             self._piece(disk, extent, view[at : at + int(extent["length"])])
         return out
 
-    def probe(self, disks: int) -> None:
+    def probe(self, disks: Iterable[int]) -> None:
         """Open one piece of what is there, so that a key that is wrong shows at once."""
-        for disk in range(disks):
+        for disk in disks:
             at: int | None = 0
             for _try in range(16):
                 at = self._extents.next_written(disk, at or 0)

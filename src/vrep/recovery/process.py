@@ -95,7 +95,7 @@ class View:
         if [tuple(step) for step in self._reader.ancestry(point)] != record.ancestry:
             raise errors.CorruptError(f"the history below {point} is not what it was")
         fetcher = Fetcher(self._reader, self._reader.extent_map(point), access)
-        fetcher.probe(len(record.disks))
+        fetcher.probe(sorted(disk.index for disk in record.disks))
         return fetcher
 
     def _open_group(self) -> Group:

@@ -1,0 +1,240 @@
+"""Failover: this site takes a group over at a point, and keeps it or gives it back.
+
+Each step is durable before the next begins, and each can be repeated, so a failover that was
+cut off goes on where it stood when the same command is given again:
+
+1. the point is chosen, the key proven, and ``view.json`` says what is meant to happen;
+2. a provisional epoch is raised: from then on no target hears the old writer;
+3. the view is served, its epoch known; background filling makes it an ordinary disk.
+
+`commit` accepts the epoch. `rollback` abandons it: the old writer goes on in a newer epoch,
+from the last position that was durable, and the view is deleted with what was written to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.keys.identity import SiteIdentity
+from vrep.paths import SitePaths
+from vrep.recovery.access import KeyAccess
+from vrep.recovery.fetch import Fetcher
+from vrep.recovery.held import HeldGroup, find_group
+from vrep.recovery.history import History, resolve
+from vrep.recovery.view import (
+    ViewDirectory,
+    ViewInfo,
+    ViewProcess,
+    ViewRecord,
+    describe,
+    end_process,
+    record_of,
+    view_directories,
+)
+from vrep.target.epochs import EpochDoor, entry_of
+from vrep.target.manifest import EpochEntry, EpochState, Position
+from vrep.target.reader import StoreReader
+
+__all__ = ["commit", "rollback", "start"]
+
+
+class _Failover:
+    """The parts of every command here."""
+
+    def __init__(self, paths: SitePaths, group: str) -> None:
+        self.paths = paths
+        self.held: HeldGroup = find_group(paths, group)
+        self.site_id = bytes.fromhex(SiteIdentity.load(paths.root).site_id)
+        self.door = EpochDoor(paths.store, paths.socket("target"), self.held.group_id)
+
+    def view(self) -> ViewDirectory | None:
+        """The failover's view, if one was begun and is not over."""
+        for view in view_directories(self.paths):
+            record = view.load()
+            if record.kind == "failover" and record.group_id == self.held.hex:
+                return view
+        return None
+
+    def epochs(self) -> list[EpochEntry]:
+        return [entry_of(raw) for raw in self.door.state()["epochs"]]
+
+    def provisional(self) -> EpochEntry | None:
+        """The epoch that a failover of this site raised and nobody decided on."""
+        newest = [e for e in self.epochs() if e.state is not EpochState.ABANDONED][-1]
+        if newest.state is EpochState.PROVISIONAL and newest.writer == self.site_id:
+            return newest
+        return None
+
+
+def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
+    """Take a group over at a point, or go on with a failover that was cut off.
+
+    SourceAliveError while the source can be reached and its VM runs, unless `force`.
+    """
+    failover = _Failover(paths, group)
+    paths.make_run()
+    process = ViewProcess(paths)
+    try:
+        view = failover.view()
+        if view is None:
+            view = _begin(failover, at, force=force)
+        else:
+            _check_resumed(view.load(), at)
+        record = view.load()
+        if record.state == "starting":
+            record = _raise(failover, view, record)
+    except BaseException:
+        process.cancel()
+        raise
+    if view.holder() is None:
+        process.serve(view)
+    else:
+        process.cancel()
+    if record.state == "starting":
+        view.change(state="serving")
+    return describe(view)
+
+
+def _check_resumed(record: ViewRecord, at: str) -> None:
+    if record.state == "rolling-back":
+        raise errors.StateError(
+            f"the failover of {record.group!r} is being rolled back: finish that first"
+        )
+    if at.strip() not in ("latest", record.asked, "pos:{}/{}/{}".format(*record.point)):
+        raise errors.StateError(
+            f"a failover of {record.group!r} to {record.asked} is under way: commit it or roll "
+            "it back first"
+        )
+
+
+def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
+    """Step 1: everything that can be wrong without a trace is found wrong here."""
+    held, paths = failover.held, failover.paths
+    state = failover.door.state()
+    current = next(
+        entry_of(raw) for raw in state["epochs"] if int(raw["epoch"]) == int(state["current"])
+    )
+    if current.writer == failover.site_id:
+        raise errors.StateError(
+            f"this site writes {held.name!r} already, in epoch {current.epoch} "
+            f"({current.state.name.lower()})"
+        )
+    source = state["source"]
+    if source["connected"] and int(source["guest_clients"]) > 0 and not force:
+        raise errors.SourceAliveError(
+            f"the source of {held.name!r} is connected and serves {source['guest_clients']} "
+            "client(s): use 'vrep move' to lose nothing, or --force to take over all the same"
+        )
+    access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
+    with StoreReader(paths.store, held.group_id) as reader:
+        record = record_of(paths, held, reader, at, "failover", access)
+        fetcher = Fetcher(reader, reader.extent_map(Position(*record.point)), access)
+        fetcher.probe(sorted(disk.index for disk in reader.disks))
+    view = ViewDirectory(paths, record.id)
+    view.create(
+        ViewRecord(
+            **{
+                **{name: getattr(record, name) for name in record.__struct_fields__},
+                "old_writer": current.writer.hex(),
+                "old_epoch": current.epoch,
+            }
+        )
+    )
+    return view
+
+
+def _raise(failover: _Failover, view: ViewDirectory, record: ViewRecord) -> ViewRecord:
+    """Step 2. An epoch that was raised, and whose number did not reach the record, is found."""
+    entry = failover.provisional()
+    if entry is None:
+        entry = _raise_at(failover, record)
+    point = Position(*record.point)
+    if entry.parent != point:
+        # `latest` is decided in the moment when the old writer was shut out.
+        record = _moved(failover, view, record, entry.parent)
+    return view.change(epoch=entry.epoch, epoch_id=entry.epoch_id.hex())
+
+
+def _raise_at(failover: _Failover, record: ViewRecord) -> EpochEntry:
+    point = Position(*record.point)
+    if record.asked != "latest" or not _is_end(failover, point):
+        return failover.door.raise_epoch(writer=failover.site_id, parent=point)
+    entry = failover.door.raise_epoch(writer=failover.site_id)
+    if entry.parent == point:
+        return entry
+    with StoreReader(failover.paths.store, failover.held.group_id) as reader:
+        try:
+            resolve(reader, f"pos:{entry.parent}", None, 0)
+            return entry
+        except errors.RecoveryError:
+            pass  # a gap began between the choice and the moment
+    failover.door.roll_back(entry.epoch)
+    return failover.door.raise_epoch(writer=failover.site_id, parent=point)
+
+
+def _is_end(failover: _Failover, point: Position) -> bool:
+    """Whether a point is the last durable position, and no gap has begun behind it."""
+    with StoreReader(failover.paths.store, failover.held.group_id) as reader:
+        history = History(reader)
+        return history.newest == history.end and history.end >= point
+
+
+def _moved(
+    failover: _Failover, view: ViewDirectory, record: ViewRecord, parent: Position
+) -> ViewRecord:
+    with StoreReader(failover.paths.store, failover.held.group_id) as reader:
+        found = resolve(reader, f"pos:{parent}", None, 0)
+        return view.change(
+            point=(parent.epoch, parent.lane, parent.seq),
+            wall_ns=found.wall_ns,
+            ancestry=reader.ancestry(parent),
+        )
+
+
+def commit(paths: SitePaths, group: str) -> ViewInfo:
+    """Keep what was taken over. The old writer stays fenced."""
+    failover = _Failover(paths, group)
+    view = failover.view()
+    if view is None:
+        raise errors.NotFoundError(f"no failover of {group!r} is under way")
+    record = view.load()
+    if record.state not in ("serving", "committed"):
+        raise errors.StateError(
+            f"the failover of {group!r} is {record.state}: give 'failover start' again first"
+            if record.state == "starting"
+            else f"the failover of {group!r} is {record.state}"
+        )
+    failover.door.accept(record.epoch)
+    if record.state != "committed":
+        view.change(state="committed")
+    if view.holder() is None:
+        process = ViewProcess(paths)
+        process.serve(view)
+    with contextlib.suppress(errors.VrepError):
+        ControlClient(view.control).call("fill", timeout=5.0)
+    return describe(view)
+
+
+def rollback(paths: SitePaths, group: str) -> None:
+    """Give the group back to its old writer, and delete what was written here."""
+    failover = _Failover(paths, group)
+    view = failover.view()
+    if view is None:
+        entry = failover.provisional()
+        if entry is None:
+            raise errors.NotFoundError(f"no failover of {group!r} is under way")
+        failover.door.roll_back(entry.epoch)
+        return
+    record = view.load()
+    if record.state == "committed":
+        raise errors.StateError(
+            f"the failover of {group!r} was committed: what this site wrote since is the truth"
+        )
+    view.change(state="rolling-back")
+    end_process(view)
+    entry = failover.provisional()
+    if entry is not None:
+        failover.door.roll_back(entry.epoch)
+    view.remove()
