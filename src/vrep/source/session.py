@@ -103,6 +103,7 @@ class GroupSession:
         self._nudge = threading.Event()
         self._hold: RingHold | None = None
         self._transport: FrameTransport | None = None
+        self._replicated = False
         self._bytes_before = 0
         self._records_before = 0
         self._thread = threading.Thread(target=self._run, name=f"source:{name}", daemon=True)
@@ -137,7 +138,7 @@ class GroupSession:
         backoff = BACKOFF_FIRST_S
         while not self._stopping.is_set():
             self._nudge.clear()
-            began = time.monotonic()
+            self._replicated = False
             wait_s = backoff * random.uniform(0.5, 1.0)
             try:
                 definition = self._groups.load(self.name)
@@ -159,8 +160,7 @@ class GroupSession:
             finally:
                 self.view.connected = False
                 self._drop_hold_unless_alive()
-            healthy = time.monotonic() - began > 5 * BACKOFF_MAX_S
-            backoff = BACKOFF_FIRST_S if healthy else min(backoff * 2, BACKOFF_MAX_S)
+            backoff = BACKOFF_FIRST_S if self._replicated else min(backoff * 2, BACKOFF_MAX_S)
             if not self._stopping.is_set():
                 self._nudge.wait(wait_s)
         self._drop_hold()
@@ -413,6 +413,7 @@ class GroupSession:
     def _take(self, message: object, hold: RingHold, shipper: Shipper) -> bool:
         match message:
             case m.Ack():
+                self._replicated = True
                 self.view.received_seq = message.received_seq
                 self.view.durable_seq = message.durable_seq
                 self.view.conditions = list(message.conditions)
