@@ -55,7 +55,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         self.paths = SitePaths(self.root)
-        if not (self.root / "site.json").exists():
+        if not (self.root / "identity").exists():
             self.identity = SiteIdentity.create(self.root, "backup")
         ring = TenantKeyring(self.root)
         if "acme" not in ring.names():

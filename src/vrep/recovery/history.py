@@ -5,7 +5,8 @@ on. Along one line positions are ordered by (epoch, seq). Recoverable are the po
 first gap-end on that lie in no gap: from a gap-begin up to, but not including, its gap-end.
 
 Times are those of the source's host. A time means the newest position that is not later. When
-the clock jumped back, a time can mean several positions: then all of them are named.
+the clock jumped back, a time can mean several positions: then all of them are named. (Times are
+compared by commit first: a jump shorter than the time that one commit spans is not noticed.)
 """
 
 from __future__ import annotations
@@ -90,6 +91,43 @@ class Mark:
     event: Event
 
 
+def _walk(reader: StoreReader, segment: int, start: int = 128) -> Iterator[Found]:
+    """The records of a segment that take a position, from a byte on, by their headers."""
+    data = reader.segment(segment)
+    at, end = start, len(data)
+    while at + _HEADER <= end:
+        magic = int.from_bytes(data[at : at + 4], "little")
+        if magic == layout.RECORD_MAGIC:
+            header = data[at : at + _HEADER]
+            try:
+                body = record.check_header(header)
+            except CorruptError as error:
+                raise CorruptError(f"segment {segment:08x}, byte {at}: {error.detail}") from None
+            fields = _FIELDS.unpack(header)
+            if fields[2] not in _ASIDE:
+                position = Position(fields[4], fields[5], fields[7])
+                yield Found(position, fields[11], fields[2], fields[3], segment, at)
+            at += _HEADER + body
+        elif magic == layout.COMMIT_MAGIC:
+            at += layout.COMMIT.itemsize
+        elif magic == 0 or not any(data[at : at + 1]):
+            at = (at // 64 + 1) * 64
+        else:
+            raise CorruptError(f"segment {segment:08x}, byte {at}: no record starts there")
+
+
+def _end_of(reader: StoreReader, epoch: int) -> Position:
+    """The last durable position of an epoch; where it left its parent while it has none."""
+    if reader.durable.epoch == epoch:
+        return reader.durable
+    first, last = Position(epoch), Position(epoch, 0, (1 << 64) - 1)
+    for segment in reversed(reader.numbers(first, last)):
+        found = [each.position for each in _walk(reader, segment) if each.position.epoch == epoch]
+        if found:
+            return found[-1]
+    return reader.manifest.epoch(epoch).parent
+
+
 class History:
     """The line of epochs that ends at a position (default: what was accepted last)."""
 
@@ -97,7 +135,7 @@ class History:
         self.reader = reader
         self.manifest = reader.manifest
         if end is None:
-            end = reader.durable_of(self.manifest.accepted_epoch.epoch)
+            end = _end_of(reader, self.manifest.accepted_epoch.epoch)
         self.end = end
         self._line = dict(reader.ancestry(end)) if end.seq else {}
         self._events = [e for e in reader.events() if self.visible(e.position)]
@@ -157,32 +195,6 @@ class History:
 
     # ---- records -------------------------------------------------------------------
 
-    def _segment_records(self, segment: int, start: int = 128) -> Iterator[Found]:
-        """The records of a segment that take a position, from a byte on, by their headers."""
-        data = self.reader.segment(segment)
-        at, end = start, len(data)
-        while at + _HEADER <= end:
-            magic = int.from_bytes(data[at : at + 4], "little")
-            if magic == layout.RECORD_MAGIC:
-                header = data[at : at + _HEADER]
-                try:
-                    body = record.check_header(header)
-                except CorruptError as error:
-                    raise CorruptError(
-                        f"segment {segment:08x}, byte {at}: {error.detail}"
-                    ) from None
-                fields = _FIELDS.unpack(header)
-                if fields[2] not in _ASIDE:
-                    position = Position(fields[4], fields[5], fields[7])
-                    yield Found(position, fields[11], fields[2], fields[3], segment, at)
-                at += _HEADER + body
-            elif magic == layout.COMMIT_MAGIC:
-                at += layout.COMMIT.itemsize
-            elif magic == 0 or not any(data[at : at + 1]):
-                at = (at // 64 + 1) * 64
-            else:
-                raise CorruptError(f"segment {segment:08x}, byte {at}: no record starts there")
-
     def _start(self, segment: int, first: Position) -> int:
         """A byte from where a walk meets every record of a closed segment from `first` on."""
         if segment == self.manifest.active_segment:
@@ -196,7 +208,7 @@ class History:
     def between(self, after: Position, last: Position) -> Iterator[Found]:
         """Records of the line after a position and up to another, in order."""
         for segment in self.reader.numbers(after, last):
-            for found in self._segment_records(segment, self._start(segment, after)):
+            for found in _walk(self.reader, segment, self._start(segment, after)):
                 if found.position > last:
                     return
                 if found.position > after and self.visible(found.position):
@@ -205,7 +217,7 @@ class History:
     def locate(self, position: Position) -> Found | None:
         """The record of a position of the line, if there is one."""
         for segment in self.reader.numbers(position, position):
-            for found in self._segment_records(segment, self._start(segment, position)):
+            for found in _walk(self.reader, segment, self._start(segment, position)):
                 if found.position == position:
                     return found
                 if found.position > position:
@@ -220,7 +232,7 @@ class History:
         """The newest record of the line before a position."""
         best: Found | None = None
         for segment in reversed(self.reader.numbers(None, position)):
-            for found in self._segment_records(segment):
+            for found in _walk(self.reader, segment):
                 if found.position >= position:
                     break
                 if self.visible(found.position):
@@ -364,10 +376,11 @@ def resolve(reader: StoreReader, text: str, access: KeyAccess | None, now_ns: in
 
 def _resolve_position(reader: StoreReader, position: Position) -> Found:
     entry = reader.manifest.epoch(position.epoch)
-    last = reader.durable_of(entry.epoch)
+    last = _end_of(reader, entry.epoch)
     if position.seq > last.seq or position.lane:
         raise PointNotFoundError(f"pos:{position}: the last of its epoch is pos:{last}")
-    history = History(reader, position)
+    # The whole line of its epoch, so that an error can name what comes after as well.
+    history = History(reader, last if last.epoch == position.epoch else position)
     found = history.locate(position)
     if found is None:
         raise PointNotFoundError(f"pos:{position}: no record has this position")
