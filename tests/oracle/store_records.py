@@ -35,6 +35,7 @@ class Feed:
         """Begin a new stream behind `seq`."""
         self.seq = self.seq if seq is None else seq
         self._streams += 1
+        self._tallied = self.seq
         self.stream_id = bytes([self.epoch.epoch, self._streams]) * 8
         self._sealer = Sealer(KEY, self.stream_id, epoch=self.epoch.epoch, resume_seq=self.seq)
 
@@ -83,6 +84,10 @@ class Feed:
         return self._seal(self.headers(1, layout.KIND_ZEROES, offset, length, 0), [None])
 
     def tally(self) -> bytes:
+        """A tally, or nothing where the stream holds nothing new to tally."""
+        if self._tallied == self.seq:
+            return b""
+        self._tallied = self.seq
         out = bytearray(256)
         return bytes(out[: self._sealer.tally(out, wall_ns=self.wall_ns)])
 

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 
 from vrep._core import layout
 from vrep._core.index import EXTENT, ExtentMap, Index, IndexBuilder, merge
-from vrep.errors import BusyError, CorruptError, InvalidError, StoreFullError, TornError, VersionError
+from vrep.errors import (
+    BusyError,
+    CorruptError,
+    InvalidError,
+    StoreFullError,
+    TornError,
+    VersionError,
+)
 
 SPEC = importlib.util.spec_from_file_location(
     "index_history", Path(__file__).with_name("index_history.py")
