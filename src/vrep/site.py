@@ -18,7 +18,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -302,11 +302,14 @@ class Site:
 
     # ---- recovery, at the site that holds the history ------------------------------
 
-    def points(self, group: str) -> PointList:
-        """What can be recovered, and what cannot: points, gaps, marks, verdicts."""
+    def points(
+        self, group: str, *, progress: Callable[[int, int], None] | None = None
+    ) -> PointList:
+        """What can be recovered, and what cannot: points, gaps, marks, verdicts. `progress`
+        hears the bytes of history that were checked, so far and in all."""
         from vrep.recovery.points import list_points
 
-        return list_points(self.paths, group)
+        return list_points(self.paths, group, progress=progress)
 
     def test_start(self, group: str, at: str = "latest") -> ViewInfo:
         """Serve the group's disks as they were, to try them; replication goes on."""
@@ -344,12 +347,20 @@ class Site:
         rollback(self.paths, group)
 
     def export(
-        self, group: str, out: str | os.PathLike[str], *, at: str = "latest", format: str = "raw"
+        self,
+        group: str,
+        out: str | os.PathLike[str],
+        *,
+        at: str = "latest",
+        format: str = "raw",
+        sha256: bool = False,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> ExportResult:
-        """Write the group's disks at a point into files of a directory."""
+        """Write the group's disks at a point into files of a directory. `progress` hears what
+        is done ("check", then each disk's name), bytes so far, bytes in all."""
         from vrep.recovery.export import export
 
-        return export(self.paths, group, at, Path(out), format)
+        return export(self.paths, group, at, Path(out), format, progress=progress, sha256=sha256)
 
     # ---- keys ------------------------------------------------------------------------
 

@@ -91,20 +91,6 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]], empty: str = "
     )
 
 
-def pairs(value: Any, prefix: str = "") -> str:
-    """A flat or nested result as lines of names and values."""
-    lines = []
-    for name, one in plain(value).items():
-        label = f"{prefix}{name}"
-        if isinstance(one, dict):
-            lines.append(pairs(one, f"{label}."))
-        elif isinstance(one, list) and one and isinstance(one[0], dict):
-            lines.extend(pairs(item, f"{label}[{i}].") for i, item in enumerate(one))
-        else:
-            lines.append(f"{label}: {one}")
-    return "\n".join(line for line in lines if line)
-
-
 class Progress:
     """A bar on standard error while something long runs; silent when nobody looks."""
 
@@ -142,6 +128,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total or None)
 
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress of one of several parts."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=what)
+        self(done, total)
+
     def __exit__(self, *_exc: object) -> None:
         if self._bar is not None:
             self._bar.stop()
@@ -151,7 +143,6 @@ __all__ = [
     "Progress",
     "age_text",
     "emit",
-    "pairs",
     "plain",
     "print_json",
     "report",

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from vrep.app.cli_common import At, Directory, Group, Json, site_of
-from vrep.app.cli_output import emit, pairs, plain
-from vrep.app.cli_view import view_text
+from vrep.app.cli_output import Progress, emit
+from vrep.app.cli_view import export_text, points_text, view_text
+from vrep.errors import IntegrityError
 
 app = typer.Typer()
 test = typer.Typer(no_args_is_help=True, help="Try a recovery; replication goes on.")
@@ -20,9 +21,12 @@ app.add_typer(failover, name="failover")
 
 @app.command("points")
 def points(group: Group, directory: Directory = None, as_json: Json = False) -> None:
-    """What can be recovered, and the gaps where nothing can."""
-    found = site_of(directory).points(group)
-    emit(found, as_json, lambda: pairs(found))
+    """What can be recovered, and the gaps where nothing can; checks the whole history."""
+    with Progress("checking the history", as_json) as progress:
+        found = site_of(directory).points(group, progress=progress)
+    emit(found, as_json, lambda: points_text(found))
+    if not found.verdict.whole:
+        raise IntegrityError(found.verdict.error)
 
 
 @test.command("start")
@@ -39,7 +43,7 @@ def list_tests(directory: Directory = None, as_json: Json = False) -> None:
     """What is served here of recovered disks."""
     views = site_of(directory).tests()
     emit(
-        {"views": plain(views)},
+        {"views": views},
         as_json,
         lambda: "\n".join(view_text(view) for view in views) or "no view is served here",
     )
@@ -87,12 +91,18 @@ def export(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the files go.")],
     at: At = "latest",
     format_: Annotated[str, typer.Option("--format", metavar="raw|qcow2")] = "raw",
+    sha256: Annotated[
+        bool, typer.Option("--sha256", help="Hash each file and print the digests.")
+    ] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Write the disks as they were into files."""
-    result = site_of(directory).export(group, out, at=at, format=format_)
-    emit(result, as_json, lambda: pairs(result))
+    with Progress("export", as_json) as progress:
+        result = site_of(directory).export(
+            group, out, at=at, format=format_, sha256=sha256, progress=progress.step
+        )
+    emit(result, as_json, lambda: export_text(result))
 
 
 __all__ = ["app"]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vrep.app.cli_common import Directory, Json, site_of
-from vrep.errors import UsageError
+from vrep.errors import UsageError, VrepError
+
+if TYPE_CHECKING:
+    from vrep.paths import SitePaths
 
 app = typer.Typer()
 
@@ -33,12 +37,29 @@ def run(
     setup_logs(config.log, "site")
     roles = ROLES if role == "all" else (role,)
     supervisor = Supervisor(site.paths, roles)
+    if "target" in roles:
+        # Beside the rest: a recovered VM's disk waits for nothing that replicates.
+        threading.Thread(target=_restart_views, args=(site.paths,), daemon=True).start()
     if not config.metrics.listen:
         raise typer.Exit(supervisor.run())
     from vrep.app.metrics import MetricsServer
 
     with MetricsServer(site, config.metrics.listen):
         raise typer.Exit(supervisor.run())
+
+
+def _restart_views(paths: SitePaths) -> None:
+    """Bring back what was served of recovered disks before this host went down."""
+    import structlog
+
+    from vrep.recovery.view import restart_views
+
+    log = structlog.get_logger("vrep.run")
+    try:
+        for problem in restart_views(paths):
+            log.error("view not served again", reason=problem)
+    except VrepError as error:
+        log.error("views not served again", error=str(error))
 
 
 @app.command("demo")

@@ -1,10 +1,14 @@
-"""A view of recovered disks, for people."""
+"""What recovery answers, for people: points, views, exports."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vrep.app.cli_output import size_text, table
+
 if TYPE_CHECKING:
+    from vrep.recovery.export import ExportResult
+    from vrep.recovery.points import PointList
     from vrep.recovery.view import ViewInfo
 
 
@@ -17,4 +21,36 @@ def view_text(view: ViewInfo) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["view_text"]
+def points_text(found: PointList) -> str:
+    """Ranges, gaps and checkpoints in the order of time, and whether they can be trusted."""
+    rows = [(r.first.time, "any write from here", r.first.point) for r in found.ranges]
+    rows += [(r.last.time, "to here", r.last.point) for r in found.ranges]
+    for gap in found.gaps:
+        what = "gap, still open" if gap.open else f"gap until {gap.end.time}"
+        rows.append((gap.begin.time, what, gap.begin.point))
+    for mark in found.marks:
+        label = "(its label needs the key)" if mark.label is None else mark.label
+        spoilt = "" if mark.recoverable else " (inside a gap)"
+        rows.append((mark.time, f"checkpoint {label}{spoilt}", mark.point))
+    lines = [table(("TIME", "WHAT", "POINT"), sorted(rows), "nothing can be recovered yet")]
+    verdict = found.verdict
+    if verdict.whole:
+        how = "with the tenant's key" if verdict.sealed else "without a key: order and digests only"
+        lines.append(f"history is whole up to {verdict.checked_to or 'its start'}, checked {how}")
+    if verdict.note:
+        lines.append(verdict.note)
+    return "\n".join(lines)
+
+
+def export_text(result: ExportResult) -> str:
+    """The files that were written."""
+    lines = [f"{result.group} as of {result.time} ({result.point})"]
+    for disk in result.disks:
+        digest = f"  sha256 {disk.sha256}" if disk.sha256 else ""
+        lines.append(
+            f"  {disk.path}: {size_text(disk.bytes)}, {size_text(disk.data_bytes)} of data{digest}"
+        )
+    return "\n".join(lines)
+
+
+__all__ = ["export_text", "points_text", "view_text"]
