@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vrep._core import layout
+from vrep._core import layout, record
 from vrep._core.index import ExtentMap, Index, IndexBuilder, merge
 from vrep.errors import InvalidError, RangeError
 
@@ -154,3 +154,35 @@ def test_bounds_are_checked() -> None:
         ExtentMap([index, other], [(1, 5)])
     with pytest.raises(InvalidError):
         ExtentMap([index], [(1, 5)], group_id=GROUP)
+
+
+def test_long_zeroes_that_lie_over_each_other(seed: int) -> None:
+    """Thousands of ranges of up to 4 GiB over a large disk: the newest at any byte and point."""
+    rng = np.random.default_rng(seed)
+    count, disk = 9000, 1 << 40
+    offset = rng.integers(0, disk - (1 << 32), count)
+    length = np.minimum(1 << rng.integers(12, 33, count), (1 << 32) - 1)
+    builders = []
+    for first in range(0, count, 2500):
+        some = slice(first, min(count, first + 2500))
+        headers = np.zeros(some.stop - first, layout.RECORD)
+        headers["magic"], headers["version"] = layout.RECORD_MAGIC, layout.RECORD_VERSION
+        headers["kind"], headers["epoch"] = layout.KIND_ZEROES, 1
+        headers["seq"] = np.arange(first + 1, some.stop + 1)
+        headers["offset"], headers["length"] = offset[some], length[some]
+        record.finish(headers)
+        builder = IndexBuilder(len(builders) + 1, GROUP)
+        builder.add(oracle.stream_record(1, bytes(16), first), 128)
+        assert builder.add(headers, 1024) == len(headers)
+        builders.append(builder)
+    indexes = [builder.freeze() for builder in builders]
+    for point in (count, count // 2, 10):
+        extents = ExtentMap(indexes, [(1, point)])
+        seen = np.arange(count) < point
+        places = np.concatenate([rng.integers(0, disk, 150), offset[rng.integers(0, count, 150)]])
+        for place in places.tolist():
+            covers = np.flatnonzero(seen & (offset <= place) & (place < offset + length))
+            (extent,) = extents.lookup(0, place, 1)
+            assert extent["seq"] == (covers[-1] + 1 if len(covers) else 0)
+            if len(covers):
+                assert extent["skip"] == place - offset[covers[-1]]
