@@ -39,12 +39,9 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
             name,
             f"{state} (held here)",
             conditions,
-            str(group.get("source", "-") or "-"),
-            "-",
-            "-",
-            "-",
-            "-",
-            _span(group),
+            str(group.get("source", {}).get("site") or "-"),
+            *("-",) * 4,
+            f"to pos:{group['durable']}" if "durable" in group else "-",
         )
     target = group["targets"][0]
     if state in ("initial-sync", "resync") and target["total_bytes"]:
@@ -59,16 +56,8 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
         size_text(target["lag_bytes"]),
         size_text(target["dirty_bytes"]),
         str(group["clients"]),
-        _span(target),
+        f"to seq {target['durable_seq']}",
     )
-
-
-def _span(held: Mapping[str, Any]) -> str:
-    """From the oldest to the newest point, as far as it is known here."""
-    oldest, newest = held.get("oldest_point"), held.get("newest_point")
-    if newest is None:
-        return "-"
-    return str(newest) if oldest is None else f"{oldest} .. {newest}"
 
 
 def text_of(status: Mapping[str, Any]) -> str:

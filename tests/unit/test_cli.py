@@ -1,0 +1,378 @@
+"""The command line: its verbs, its errors, what it prints, and what it must not import."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from vrep import errors
+from vrep.app import cli, cli_tree
+from vrep.app.cli_common import parse_duration, parse_size
+from vrep.app.cli_group import parse_disks
+from vrep.app.cli_output import age_text, size_text, table
+from vrep.app.cli_status import text_of
+from vrep.site import Site
+
+VERBS = """
+site init|invite|join|list|remove
+run
+service install
+key create|list|export|verify|import|release|rotate
+protect
+unprotect
+attach
+detach
+pause
+resume
+resync
+status
+checkpoint
+points
+test start|list|stop
+failover start|commit|rollback
+move
+reverse
+failback
+export
+verify
+demo
+"""
+LATER = (
+    ["attach", "web", "--vm", "qmp:/run/vm.sock", "--dry-run"],
+    ["detach", "web", "--vm", "libvirt:web"],
+    ["move", "web"],
+    ["reverse", "web"],
+    ["failback", "web"],
+    ["verify", "web", "--at", "latest"],
+    ["service", "install"],
+    ["key", "rotate", "acme"],
+    ["checkpoint", "web", "now", "--quiesce"],
+    ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--window", "24h"],
+    ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--quota", "500G"],
+)
+
+
+def commands() -> dict[str, Any]:
+    """Every leaf of the tree by its words."""
+    found: dict[str, Any] = {}
+
+    def walk(command: Any, words: tuple[str, ...]) -> None:
+        below = getattr(command, "commands", None)
+        if below is None:
+            found[" ".join(words)] = command
+            return
+        for name, child in below.items():
+            walk(child, (*words, name))
+
+    walk(typer.main.get_command(cli_tree.build()), ())
+    return found
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, Any]:
+    """Exit code, answer, error."""
+    code = cli.run([*arguments, "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out) if out else None, json.loads(err) if err else None
+
+
+def test_every_verb_exists() -> None:
+    wanted = set()
+    for line in VERBS.split("\n"):
+        first, _, rest = line.partition(" ")
+        if first:
+            wanted |= {f"{first} {verb}" for verb in rest.split("|")} if rest else {first}
+    assert set(commands()) == wanted
+
+
+def test_every_command_takes_the_directory_and_json() -> None:
+    without = {}
+    for name, command in commands().items():
+        options = {option for param in command.params for option in param.opts}
+        if missing := {"--dir", "--json"} - options:
+            without[name] = missing
+    # What is not built takes anything; the demonstration makes its own sites.
+    later = {"attach", "detach", "move", "reverse", "failback", "verify", "service install"}
+    assert set(without) == later | {"demo"}
+
+
+def test_every_command_and_option_says_what_it_does() -> None:
+    silent = [name for name, command in commands().items() if not command.help]
+    for name, command in commands().items():
+        silent += [
+            f"{name} {param.opts[0]}"
+            for param in command.params
+            if param.param_type_name == "option"
+            and not param.help
+            and "--format" not in param.opts
+            and "--guest" not in param.opts
+        ]
+    assert silent == []
+
+
+@pytest.mark.parametrize("arguments", LATER, ids=" ".join)
+def test_what_is_not_built_says_so(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, answer, error = run_json(capsys, *arguments)
+    assert (code, answer) == (11, None)
+    assert error["error"]["type"] == "NotYetError"
+    assert "not built in this release" in error["error"]["text"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["test", "nonsense"],
+        ["export", "web"],
+        ["protect", "web", "--disk", "root", "--to", "b", "--key", "k"],
+        ["status", "--nonsense"],
+        ["run", "--role", "nonsense"],
+        ["test", "start", "web", "--force"],
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_command_line_is_a_usage_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a")
+    extra = [] if "nonsense" in arguments[:2] else ["--dir", str(tmp_path / "site")]
+    code, answer, error = run_json(capsys, *arguments, *extra)
+    assert (code, answer) == (errors.UsageError.exit_code, None)
+    assert error["error"]["exit_code"] == errors.UsageError.exit_code
+
+
+def test_an_error_is_one_line_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a")
+    code = cli.run(["pause", "web", "--dir", str(tmp_path / "site")])
+    out, err = capsys.readouterr()
+    assert code == errors.NotFoundError.exit_code
+    assert out == ""
+    assert err == "vrep: It was not found: no group 'web' is protected here\n"
+
+
+def test_an_error_of_the_system_names_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a")
+    gone = tmp_path / "gone.key"
+    code = cli.run(["key", "import", str(gone), "--dir", str(tmp_path / "site")])
+    assert code == errors.VrepError.exit_code
+    assert str(gone) in capsys.readouterr().err
+
+
+def test_a_site_and_its_keys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VREP_DIR", str(tmp_path / "site"))
+    code, made, _ = run_json(capsys, "site", "init", "--name", "east", "--listen", "127.0.0.1:9000")
+    assert (code, made["name"], made["listen"]) == (0, "east", "127.0.0.1:9000")
+    _, listed, _ = run_json(capsys, "site", "list")
+    assert listed["site"]["site_id"] == made["site_id"]
+    assert listed["peers"] == []
+    _, invited, _ = run_json(capsys, "site", "invite", "--lifetime", "10m")
+    assert invited["lifetime_s"] == 600
+    assert invited["token"]
+
+    secret = tmp_path / "passphrase"
+    secret.write_text("correct horse\n")
+    export = tmp_path / "acme.key"
+    _, created, _ = run_json(capsys, "key", "create", "acme")
+    sealed = ["--passphrase-file", str(secret)]
+    assert run_json(capsys, "key", "export", "acme", "--out", str(export), *sealed)[1]["sealed"]
+    code, _, error = run_json(capsys, "key", "verify", "acme", str(export))
+    assert code == errors.TenantKeyError.exit_code
+    assert "passphrase" in error["error"]["text"]
+    _, verified, _ = run_json(capsys, "key", "verify", "acme", str(export), *sealed)
+    assert verified["key_id"] == created["key_id"]
+    _, keys, _ = run_json(capsys, "key", "list")
+    assert [(k["name"], k["verified"] is not None) for k in keys["keys"]] == [("acme", True)]
+    code, _, error = run_json(capsys, "key", "export", "acme", "--out", str(export))
+    assert code == errors.VrepError.exit_code  # an existing file is never replaced
+    assert "exists" in error["error"]["text"]
+
+
+def test_status_of_a_site_that_does_not_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="east")
+    where = ["--dir", str(tmp_path / "site")]
+    code, answer, _ = run_json(capsys, "status", *where)
+    assert code == 0
+    assert answer["roles"] == {"filter": False, "source": False, "target": False}
+    code, answer, _ = run_json(capsys, "status", "--check", *where)
+    assert (code, answer["exit_code"], answer["verdict"]) == (2, 2, "critical")
+    code, _, error = run_json(capsys, "status", "nothing", *where)
+    assert code == errors.NotFoundError.exit_code
+    assert "nothing" in error["error"]["text"]
+
+
+def test_status_for_people() -> None:
+    target = {
+        "site": "east", "rpo_ms": 1234, "lag_bytes": 3 << 20, "dirty_bytes": 65536,
+        "unshipped_bytes": 25, "total_bytes": 100, "durable_seq": 7,
+    }  # fmt: skip
+    group = {
+        "role": "source", "state": "initial-sync", "conditions": ["fenced"], "clients": 1,
+        "targets": [target], "error": "no route", "unverified": "",
+    }  # fmt: skip
+    held = {
+        "role": "target",
+        "state": "replicating",
+        "conditions": [],
+        "source": {"site": "west"},
+        "durable": "1/0/9",
+    }
+    status = {
+        "site": {"name": "west"},
+        "roles": {"filter": True, "source": True, "target": False},
+        "groups": {"web": group, "mail": held},
+    }
+    lines = text_of(status).splitlines()
+    assert lines[0] == "site west; not running here: target"
+    assert lines[1].split()[:3] == ["GROUP", "STATE", "CONDITIONS"]
+    assert re.split(r" {2,}", lines[2]) == [
+        "web", "initial-sync 75 %", "fenced", "east", "1.2 s", "3.0 MiB", "64.0 KiB", "1", "to seq 7",
+    ]  # fmt: skip
+    assert re.split(r" {2,}", lines[3]) == [
+        "mail", "replicating (held here)", "-", "west", "-", "-", "-", "-", "to pos:1/0/9",
+    ]  # fmt: skip
+    assert lines[4] == "web: no route"
+
+
+@pytest.mark.parametrize("verb", ["test", "failover"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["web"],
+        ["web", "--at", "-5m"],
+        ["--at", "nightly", "web", "--json"],
+        ["--at=pos:1/0/7", "web"],
+        ["web", "--at", "2026-01-02T03:04:05Z"],
+    ],
+    ids=" ".join,
+)
+def test_the_short_way_means_what_the_parser_means(
+    verb: str,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Stopped(errors.VrepError):
+        """Stopped."""
+
+    def start(site: Site, group: str, at: str = "latest", *, force: bool = False) -> None:
+        calls.append((site.paths.root, group, at, force))
+        raise Stopped
+
+    monkeypatch.setattr(Site, "test_start", start)
+    monkeypatch.setattr(Site, "failover_start", start)
+    line = [verb, "start", *words, "--dir", str(tmp_path)]
+    if verb == "failover":
+        line.append("--force")
+    assert cli.run(line) == Stopped.exit_code
+    with pytest.raises(Stopped):
+        cli_tree.invoke(line)
+    capsys.readouterr()
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+    assert calls[0][0] == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "absent"),
+    [
+        (["status"], ["numpy", "rich", "vrep.recovery"]),
+        (["pause", "web"], ["numpy", "rich", "vrep.recovery"]),
+        (["test", "start", "web"], ["typer", "rich", "structlog", "pydantic"]),
+    ],
+    ids=["status", "pause", "test start"],
+)
+def test_a_command_imports_what_it_needs_only(
+    arguments: list[str], absent: list[str], tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from vrep.app.cli import run; run(sys.argv[2:]);"
+        "print([m for m in sys.argv[1].split(',') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, ",".join(absent), *arguments, "--dir", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m vrep.app.cli --help | true",
+        shell=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("64K", 65536),
+        ("1.5G", 3 << 29),
+        ("2T", 2 << 40),
+        ("10MiB", 10 << 20),
+        ("7b", 7),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("30s", 30), ("10m", 600), ("24h", 86400), ("1.5d", 129600)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1X", "1e3", "K", "1 2"])
+def test_wrong_sizes_and_durations(text: str) -> None:
+    with pytest.raises(errors.InvalidError):
+        parse_size(text)
+    with pytest.raises(errors.InvalidError):
+        parse_duration(text)
+
+
+def test_disks() -> None:
+    assert parse_disks(["root=file:/a=b", "data=block:/dev/sdb"]) == {
+        "root": "file:/a=b",
+        "data": "block:/dev/sdb",
+    }
+    for wrong in (["root"], ["=file:/a"], ["root="], ["a=file:/a", "a=file:/b"]):
+        with pytest.raises(errors.UsageError):
+            parse_disks(wrong)
+
+
+def test_figures_for_people() -> None:
+    assert [size_text(n) for n in (0, 1023, 1024, 5 << 30, 3 << 40)] == [
+        "0 B", "1023 B", "1.0 KiB", "5.0 GiB", "3.0 TiB",
+    ]  # fmt: skip
+    assert [age_text(n) for n in (0, 999, 1500, 600_000, 7_200_000)] == [
+        "0 ms", "999 ms", "1.5 s", "10 min", "2.0 h",
+    ]  # fmt: skip
+    assert table(("A", "B"), [("long", "x")]) == "A     B\nlong  x"
+    assert table(("A",), [], "none") == "none"

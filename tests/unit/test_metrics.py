@@ -1,0 +1,100 @@
+"""Metrics are API: their names are pinned here, and the reference documents each."""
+
+from __future__ import annotations
+
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.app.metrics import METRICS, MetricsServer, samples
+from vrep.errors import ConfigError
+from vrep.site import Site
+from vrep.status import STATES
+
+# Change a line and dashboards break: a release may add, not rename or take away.
+PINNED = """
+vrep_up gauge site
+vrep_role_up gauge role
+vrep_verdict gauge
+vrep_group_state gauge group,role,state
+vrep_group_condition gauge group,condition
+vrep_group_epoch gauge group
+vrep_group_clients gauge group
+vrep_group_size_bytes gauge group,disk
+vrep_target_connected gauge group,target
+vrep_target_rpo_seconds gauge group,target
+vrep_target_lag_bytes gauge group,target
+vrep_target_dirty_bytes gauge group,target
+vrep_target_unshipped_bytes gauge group,target
+vrep_target_seq gauge group,target
+vrep_target_durable_seq gauge group,target
+vrep_target_round_trip_seconds gauge group,target
+vrep_target_sent_bytes_total counter group,target
+vrep_target_sent_records_total counter group,target
+vrep_store_bytes gauge group
+vrep_store_durable_seq gauge group
+vrep_store_segments gauge group
+"""
+
+TARGET = {
+    "site": "east", "connected": True, "rpo_ms": 250, "lag_bytes": 1, "dirty_bytes": 2,
+    "unshipped_bytes": 3, "seq": 10, "durable_seq": 9, "round_trip_ms": 1.5, "bytes_sent": 4,
+    "records_sent": 5,
+}  # fmt: skip
+STATUS: dict[str, Any] = {
+    "site": {"name": "west"},
+    "roles": {"filter": True, "source": False, "target": True},
+    "groups": {
+        "web": {
+            "role": "source", "state": "gap", "conditions": ["fenced"], "epoch": 3, "clients": 1,
+            "disks": [{"name": "root", "size": 4096}], "targets": [TARGET],
+        },
+        "mail": {
+            "role": "target", "state": "offline", "conditions": [], "epoch": 1, "bytes": 7,
+            "durable_seq": 8, "segments": 2,
+        },
+        "bad": {"role": "target", "state": "error", "conditions": ["damaged"]},
+    },
+}  # fmt: skip
+
+
+def test_names_types_and_labels_are_pinned() -> None:
+    lines = [f"{m.name} {m.kind} {','.join(m.labels)}".strip() for m in METRICS]
+    assert lines == PINNED.strip().splitlines()
+
+
+def test_the_reference_documents_each(repository: Path) -> None:
+    text = (repository / "docs" / "reference" / "metrics.md").read_text()
+    rows = {f"| `{m.name}` | {m.kind} | {', '.join(m.labels)} | {m.help} |" for m in METRICS}
+    assert rows == {line for line in text.splitlines() if line.startswith("| `")}
+
+
+def test_every_value_belongs_to_a_metric() -> None:
+    known = {metric.name: metric for metric in METRICS}
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for name, labels, value in samples("west", STATUS):
+        assert len(labels) == len(known[name].labels)
+        assert labels not in found.setdefault(name, {})
+        found[name][labels] = value
+    assert set(found) == set(known)
+    assert found["vrep_target_rpo_seconds"] == {("web", "east"): 0.25}
+    assert found["vrep_target_round_trip_seconds"] == {("web", "east"): 0.0015}
+    assert found["vrep_verdict"] == {(): 2}
+    assert found["vrep_role_up"][("source",)] == 0
+    states = {k[2]: v for k, v in found["vrep_group_state"].items() if k[0] == "web"}
+    assert set(states) == set(STATES)
+    assert [state for state, value in states.items() if value] == ["gap"]
+
+
+def test_served_over_http(tmp_path: Path) -> None:
+    site = Site.init(tmp_path / "site", name="west")
+    with MetricsServer(site, "127.0.0.1:0") as server:
+        with pytest.raises(ConfigError, match="in use"):
+            MetricsServer(site, f"127.0.0.1:{server.port}")
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as answer:
+            text = answer.read().decode()
+    assert 'vrep_up{site="west"} 1.0' in text
+    assert 'vrep_role_up{role="filter"} 0.0' in text
+    assert "# TYPE vrep_verdict gauge" in text
