@@ -21,7 +21,7 @@ struct rig {
     struct vrep_group_config config;
     struct vrep_group *group;
     struct vrep_ring_reader *reader;
-    uint64_t applied;
+    uint64_t applied, reported;
     bool seen_begin, seen_end, in_gap;
     uint32_t kinds[16];
     uint16_t last_flags;
@@ -196,9 +196,10 @@ CHECK_UNUSED static void rig_attach(struct rig *rig)
     uint64_t released = vrep_ring_reader_released(rig->reader);
     if (rig->applied < released)
         rig->applied = released;
+    rig->reported = rig->applied;
 }
 
-/* Applies every record to the shadow disk; they are durable there at once when asked. */
+/* Applies every record to the shadow disk, and says that they are durable there when asked. */
 CHECK_UNUSED static void rig_apply(struct rig *rig, bool durable)
 {
     uint64_t head = vrep_ring_reader_head(rig->reader);
@@ -228,7 +229,9 @@ CHECK_UNUSED static void rig_apply(struct rig *rig, bool durable)
         }
         rig->applied++;
     }
-    vrep_ring_reader_set(rig->reader, head, head, durable ? head : 0);
+    if (durable)
+        rig->reported = head;
+    vrep_ring_reader_set(rig->reader, head, head, rig->reported);
 }
 
 /* Polls until the gap has ended and all is durable at the shadow. */

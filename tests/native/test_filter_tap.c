@@ -207,17 +207,17 @@ static void resync_ends_under_load(void)
     rig_open(&rig);
     rig_attach(&rig);
     CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
-    uint64_t written = 0;
     bool ended = false;
-    for (int i = 0; i < 20000 && !ended; i++) {
-        if (i % 40 != 0) {
-            CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (written++ % 8) * 4096, 4096, i));
-        } else {
-            rig_apply(&rig, true);
-            usleep(200);
-            vrep_group_poll(rig.group);
-            ended = rig_status(&rig).gap == 0;
-        }
+    time_t until = time(NULL) + 20;
+    for (int i = 0; time(NULL) < until && !ended; i++) {
+        CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (uint64_t)(i % 8) * 4096, 4096, i));
+        if (i % 40 != 0)
+            continue;
+        rig_apply(&rig, false);
+        rig.reported += rig.reported + 20 < rig.applied ? 20 : rig.applied - rig.reported;
+        usleep(500);
+        vrep_group_poll(rig.group);
+        ended = rig_status(&rig).gap == 0;
     }
     CHECK(ended);
     rig_settle(&rig);

@@ -6,6 +6,8 @@
 
 #include "filter/internal.h"
 
+/* The most that is copied on the group's thread to record a change after all. */
+#define LATE_BYTES_MAX (1u << 20)
 /* Enough iovecs for the largest payload, whatever chunks or blocks it got. */
 #define ROOM_COUNT (VREP_WRITE_BYTES_MAX / VREP_CHUNK_BYTES + 2u)
 
@@ -154,6 +156,62 @@ int vrep_payload_iov(struct vrep_group *group, struct command *command)
     return count;
 }
 
+/* A guest's change goes into the ring unless seq ran into its durable limit, or sync copies are
+ * owed room. */
+static bool may_record(const struct vrep_group *group)
+{
+    return group->resync_owed <= 0 &&
+           vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN < group->seq_limit;
+}
+
+/* Copies a payload that was received into private memory into the ring's; the backing is then
+ * written from there. */
+static void private_to_ring(struct vrep_group *group, struct command *command,
+                            const struct iovec *to)
+{
+    uint64_t left = command->base.length;
+    size_t used = 0;
+    for (uint32_t block = command->block; left > 0; block = group->private_next[block]) {
+        const uint8_t *from = group->private_memory + (size_t)block * PRIVATE_BLOCK;
+        size_t bytes = left < PRIVATE_BLOCK ? (size_t)left : PRIVATE_BLOCK;
+        left -= bytes;
+        while (bytes > 0) {
+            size_t part = to->iov_len - used < bytes ? to->iov_len - used : bytes;
+            memcpy((uint8_t *)to->iov_base + used, from, part);
+            from += part;
+            bytes -= part;
+            used += part;
+            if (used == to->iov_len) {
+                to++;
+                used = 0;
+            }
+        }
+    }
+}
+
+void vrep_payload_record(struct vrep_group *group, struct command *command)
+{
+    uint64_t payload = command->base.op == VREP_OP_WRITE ? command->base.length : 0;
+    if (payload > LATE_BYTES_MAX || !may_record(group))
+        return;
+    struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, payload);
+    if (slot == NULL)
+        return;
+    if (payload > 0) {
+        if (vrep_ring_iov(group->ring, slot, 0, (uint32_t)payload, command->room, (int)ROOM_COUNT) <
+            0) {
+            vrep_ring_cancel(group->ring, slot);
+            return;
+        }
+        private_to_ring(group, command, command->room);
+        vrep_payload_free(group, command);
+    }
+    if (command->slot != NULL)
+        vrep_ring_cancel(group->ring, command->slot);
+    command->slot = slot;
+    command->recorded = true;
+}
+
 /* ---- prepare ----------------------------------------------------------------- */
 
 static int check_bounds(const struct vrep_group *group, const struct vrep_command *command)
@@ -191,14 +249,6 @@ static void trim_discard(const struct vrep_group *group, struct command *command
     uint64_t to = end == info->bytes ? end : end / block * block;
     command->at = from;
     command->bytes = info->zero_is_cheap && to > from ? to - from : 0;
-}
-
-/* A guest's change goes into the ring unless seq ran into its durable limit, or sync copies are
- * owed room. */
-static bool may_record(const struct vrep_group *group)
-{
-    return group->resync_owed <= 0 &&
-           vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN < group->seq_limit;
 }
 
 int vrep_command_prepare(struct vrep_command *base)

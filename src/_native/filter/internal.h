@@ -206,7 +206,8 @@ struct vrep_group {
     uint16_t cursor_disk;
     uint64_t cursor;
     uint32_t copies_inflight;
-    bool resync_again; /* poll soon */
+    uint64_t copies_bytes; /* of those in flight */
+    bool resync_again;     /* poll soon */
     struct {
         uint16_t disk;
         uint64_t offset, length;
@@ -259,6 +260,8 @@ void vrep_pool_destroy(struct vrep_group *group);
 /* A ring that was attached may have been made with fewer slots than are configured now. */
 int vrep_pool_limit(struct vrep_group *group, uint32_t ring_slots);
 void vrep_payload_free(struct vrep_group *group, struct command *command);
+/* A change that found no room when it was prepared, and now may: it is recorded after all. */
+void vrep_payload_record(struct vrep_group *group, struct command *command);
 int vrep_payload_iov(struct vrep_group *group, struct command *command);
 
 /* tap.c */

@@ -49,6 +49,7 @@ static void end(struct vrep_group *group, struct command *copy)
         vrep_overlap_release(group->overlap, &copy->range, vrep_tap_granted, group);
     copy->ranged = copy->in_use = false;
     group->copies_inflight--;
+    group->copies_bytes -= copy->bytes;
     vrep_tap_drain(group);
 }
 
@@ -241,11 +242,17 @@ static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bo
     copy->range.length = length;
     copy->ranged = true;
     group->copies_inflight++;
+    group->copies_bytes += length;
     group->cursor = offset + length;
     if (!hole)
         group->resync_budget -= (int64_t)length;
     group->resync_owed -= group->resync_owed > 0 ? (int64_t)length : 0;
     group->resync_starved_ns = 0;
+    /* The last ones: what the guest writes behind them must be recorded, or a block that it writes
+     * all the time would never be done. */
+    if (vrep_map_unshipped_bits(group->map) * vrep_map_header(group->map)->bit_bytes <=
+        group->copies_bytes)
+        group->resync_owed = 0;
     if (vrep_overlap_acquire(group->overlap, &copy->range))
         list_push(&group->ready, copy);
     vrep_tap_drain(group);

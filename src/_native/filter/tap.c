@@ -85,6 +85,8 @@ static void granted(struct vrep_group *group, struct command *command)
         return;
     }
     uint8_t kind = command->base.op == VREP_OP_WRITE ? VREP_KIND_WRITE : VREP_KIND_ZEROES;
+    if (!command->recorded)
+        vrep_payload_record(group, command);
     if (command->recorded)
         vrep_tap_grant(group, command, kind);
     else
