@@ -149,8 +149,11 @@ class _Check:
                         f"begins at {Position.of(headers[begin])}, without a stream"
                     )
                 self.tally.update(data[int(starts[begin]) : int(ends[at - 1])])
-                self.pending += [(span.segment, int(s)) for s in starts[begin:at]]
+                if self.access is not None:
+                    self.pending += [(span.segment, int(s)) for s in starts[begin:at]]
                 self.state.records += at - begin
+            if at:
+                self._reach(headers[at - 1])
             if at < len(headers):
                 whole = data[int(starts[at]) : int(ends[at])]
                 if kinds[at] == layout.KIND_STREAM:
@@ -158,9 +161,10 @@ class _Check:
                 else:
                     self._tally(span.segment, int(starts[at]), headers[at], whole)
             begin = at + 1
-        last = headers[-1]
-        self.state.position = (int(last["epoch"]), int(last["lane"]), int(last["seq"]))
         return records
+
+    def _reach(self, header: Any) -> None:
+        self.state.position = (int(header["epoch"]), int(header["lane"]), int(header["seq"]))
 
     def _order(self, span: RecordSpan, headers: Structs, starts: Any, data: memoryview) -> None:
         """Each record follows the one before it."""
