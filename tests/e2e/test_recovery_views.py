@@ -1,0 +1,462 @@
+"""Views and failovers as their users meet them: real clients, kills, restarts, refusals."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep import errors
+from vrep.control import ControlServer
+from vrep.recovery import export as export_module
+from vrep.recovery import failover, view
+from vrep.recovery.export import export
+from vrep.recovery.points import list_points
+from vrep.target.epochs import EpochDoor
+from vrep.target.manifest import DiskEntry, EpochState, Position
+
+
+def load_lab() -> Any:
+    name = "recovery_lab"
+    if name not in sys.modules:
+        path = Path(__file__).resolve().parents[1] / "oracle" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+lab_module = load_lab()
+DISKS = [DiskEntry("root", 2 << 20, 0), DiskEntry("data", 1 << 20, 1)]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
+    lab = lab_module.Lab(tmp_path / "site", DISKS, rng)
+    lab.sync()
+    for _ in range(60):
+        lab.random_write()
+    lab.mark("noon")
+    for _ in range(30):
+        lab.random_write()
+    lab.commit()
+    yield lab
+    for each in view.view_directories(lab.paths):
+        view.end_process(each)
+    lab.close()
+
+
+def position_of(point: str) -> Position:
+    return Position(*(int(part) for part in point[4:].split("/")))
+
+
+def wait_dead(paths: Any, view_id: str) -> None:
+    directory = view.ViewDirectory(paths, view_id)
+    deadline = time.monotonic() + 30
+    while directory.holder() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def kill(paths: Any, info: view.ViewInfo) -> None:
+    assert info.pid is not None
+    os.kill(info.pid, signal.SIGKILL)
+    wait_dead(paths, info.id)
+
+
+def read_all(info: view.ViewInfo) -> list[bytes]:
+    found = []
+    for disk in info.disks:
+        with lab_module.Nbd(info.socket, disk.name) as nbd:
+            found.append(nbd.read(0, nbd.size))
+    return found
+
+
+# ---- tests ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-utils")
+@pytest.mark.parametrize("at", ["latest", "noon"])
+def test_real_clients_see_what_export_writes(lab: Any, at: str, tmp_path: Path) -> None:
+    info = view.start_test(lab.paths, "web", at)
+    raw = export(lab.paths, "web", at, tmp_path / "raw", sha256=True)
+    packed = export(lab.paths, "web", at, tmp_path / "qcow2", "qcow2")
+    wanted = lab.at(position_of(info.point))
+    for disk, one, other, content in zip(info.disks, raw.disks, packed.disks, wanted, strict=True):
+        assert Path(one.path).read_bytes() == content
+        for file, kind in ((one.path, "raw"), (other.path, "qcow2")):
+            command = ["qemu-img", "compare", "-f", kind, "-F", "raw", file, disk.uri]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
+        copied = tmp_path / f"{disk.name}.copy"
+        subprocess.run(["nbdcopy", disk.uri, str(copied)], check=True)
+        assert copied.read_bytes() == content
+    view.stop_test(lab.paths, "web")
+
+
+def test_a_killed_view_comes_back_with_its_writes(lab: Any) -> None:
+    info = view.start_test(lab.paths, "web")
+    with lab_module.Nbd(info.socket, "root") as nbd:
+        nbd.write(5000, b"kept" * 1000)
+        nbd.flush()
+    kill(lab.paths, info)
+    assert view.list_views(lab.paths)[0].conditions == ["not-running"]
+    # the source goes on meanwhile: the view stays where it was
+    for _ in range(20):
+        lab.random_write()
+    lab.commit()
+    assert view.restart_views(lab.paths) == []
+    again = view.list_views(lab.paths)[0]
+    assert again.running
+    assert again.pid != info.pid
+    assert (again.id, again.point, again.socket) == (info.id, info.point, info.socket)
+    root, data = lab.at(position_of(info.point))
+    root[5000:9000] = b"kept" * 1000
+    assert read_all(again) == [root, data]
+    assert view.restart_views(lab.paths) == []
+    assert view.list_views(lab.paths)[0].pid == again.pid
+
+
+def test_several_tests_of_a_group_and_the_end_of_one(lab: Any) -> None:
+    one = view.start_test(lab.paths, "web", "noon")
+    two = view.start_test(lab.paths, lab.group_id.hex())
+    assert {each.id for each in view.list_views(lab.paths)} == {one.id, two.id}
+    view.stop_test(lab.paths, "web", one.id)
+    assert [each.id for each in view.list_views(lab.paths)] == [two.id]
+    assert read_all(two) == lab.at(position_of(two.point))
+    view.stop_test(lab.paths, two.id)
+    assert view.list_views(lab.paths) == []
+    assert [path for path in lab.paths.run.iterdir() if "view" in path.name] == []
+    with pytest.raises(errors.NotFoundError):
+        view.stop_test(lab.paths, "web")
+
+
+def test_a_test_leaves_replication_alone(lab: Any) -> None:
+    info = view.start_test(lab.paths, "web")
+    with lab_module.Nbd(info.socket, "root") as nbd:
+        nbd.write(0, b"scribble" * 512)
+    lab.random_write()
+    newest = lab.commit()
+    view.stop_test(lab.paths, "web")
+    found = list_points(lab.paths, "web")
+    assert found.verdict.whole
+    assert found.newest is not None
+    assert found.newest.point == f"pos:{newest}"
+    assert read_all(view.start_test(lab.paths, "web")) == lab.at(newest)
+
+
+def test_a_test_that_cannot_start_leaves_nothing(lab: Any) -> None:
+    for group, at, kind in (
+        ("mail", "latest", errors.NotFoundError),
+        ("web", "midnight", errors.PointNotFoundError),
+        ("web", "pos:1/0/1", errors.GapError),
+    ):
+        with pytest.raises(kind):
+            view.start_test(lab.paths, group, at)
+    (lab.root / "keys" / "acme.key").unlink()
+    for at in ("latest", "noon"):
+        with pytest.raises(errors.TenantKeyError, match=lab.tenant.key_id):
+            view.start_test(lab.paths, "web", at)
+    assert view.list_views(lab.paths) == []
+    assert not lab.paths.views.exists() or list(lab.paths.views.iterdir()) == []
+    assert list(lab.paths.log.iterdir()) == []
+
+
+def test_no_key_is_in_the_files_of_a_view(lab: Any) -> None:
+    info = view.start_test(lab.paths, "web")
+    secrets = [lab.tenant.secret, lab.key.secret]
+    forms = [form for each in secrets for form in (each, each.hex().encode())]
+    root = lab.paths.views / info.id
+    files = [path for path in root.iterdir() if path.is_file()]
+    assert root / "view.json" in files
+    for path in files:
+        content = path.read_bytes()
+        assert not [form for form in forms if form in content], path
+
+
+# ---- export -------------------------------------------------------------------------------
+
+
+def test_an_export_never_replaces_a_file(lab: Any, tmp_path: Path) -> None:
+    (tmp_path / "data.raw").write_bytes(b"mine")
+    with pytest.raises(errors.ExistsError, match=r"data\.raw"):
+        export(lab.paths, "web", "latest", tmp_path)
+    assert (tmp_path / "data.raw").read_bytes() == b"mine"
+    assert not (tmp_path / "root.raw").exists()
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real, left = os.pwrite, [3]
+
+    def full(fd: int, data: Any, offset: int) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(export_module.os, "pwrite", full)
+    with pytest.raises(errors.StorageError, match="no space left"):
+        export(lab.paths, "web", "latest", out)
+    assert list(out.iterdir()) == []
+
+
+def test_qcow2_without_qemu_img_is_refused_at_once(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(errors.UnsupportedError, match="qemu-utils"):
+        export(lab.paths, "web", "latest", tmp_path / "out", "qcow2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_sparse_and_tells_how_far_it_is(lab: Any, tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    result = export(
+        lab.paths, "web", "pos:1/0/3", tmp_path, progress=lambda *step: told.append(step)
+    )
+    for disk in result.disks:
+        blocks = Path(disk.path).stat().st_blocks * 512
+        assert blocks <= disk.data_bytes + 65536
+        assert (disk.name, disk.bytes, disk.bytes) in told
+
+
+# ---- failover -------------------------------------------------------------------------------
+
+
+def epochs(lab: Any) -> list[tuple[int, str]]:
+    door = EpochDoor(lab.paths.store, lab.paths.socket("target"), lab.group_id)
+    return [(e["epoch"], e["state"]) for e in door.state()["epochs"]]
+
+
+def test_a_failover_fences_fills_and_is_kept(lab: Any) -> None:
+    lab.close()
+    info = failover.start(lab.paths, "web", "noon")
+    assert (info.kind, info.state, info.epoch) == ("failover", "serving", 2)
+    assert epochs(lab) == [(1, "accepted"), (2, "provisional")]
+    with pytest.raises(errors.StateError, match="not a test"):
+        view.stop_test(lab.paths, "web")
+    with lab_module.Nbd(info.socket, "root") as nbd:
+        nbd.write(0, b"after" * 100)
+        nbd.flush()
+    kept = failover.commit(lab.paths, "web")
+    assert kept.state == "committed"
+    assert epochs(lab) == [(1, "accepted"), (2, "accepted")]
+    assert failover.commit(lab.paths, "web").pid == kept.pid
+    with pytest.raises(errors.StateError, match="committed"):
+        failover.rollback(lab.paths, "web")
+    deadline = time.monotonic() + 60
+    while not view.list_views(lab.paths)[0].fill["done"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    lab.open()
+    with pytest.raises(errors.FencedError):
+        lab.random_write()
+    root, data = lab.at(position_of(info.point))
+    root[:500] = b"after" * 100
+    assert read_all(kept) == [root, data]
+    # a committed failover survives a reboot too
+    kill(lab.paths, kept)
+    assert view.restart_views(lab.paths) == []
+    assert read_all(view.list_views(lab.paths)[0]) == [root, data]
+    newest = list_points(lab.paths, "web").newest
+    assert newest is not None
+    assert position_of(newest.point).seq == position_of(info.point).seq
+
+
+def test_a_failover_that_is_rolled_back_gives_the_group_back(lab: Any) -> None:
+    lab.close()
+    info = failover.start(lab.paths, "web", "noon")
+    with lab_module.Nbd(info.socket, "root") as nbd:
+        nbd.write(0, b"gone" * 100)
+    failover.rollback(lab.paths, "web")
+    assert view.list_views(lab.paths) == []
+    assert epochs(lab) == [(1, "accepted"), (2, "abandoned"), (3, "accepted")]
+    with pytest.raises(errors.NotFoundError):
+        failover.rollback(lab.paths, "web")
+    lab.open()
+    entry = lab.store.manifest.current_epoch
+    assert (entry.writer, entry.parent.seq) == (lab.source_id, lab.seq)
+    lab.new_epoch(entry)
+    lab.random_write()
+    newest = lab.commit()
+    again = view.start_test(lab.paths, "web")
+    assert position_of(again.point) == newest
+    assert read_all(again) == lab.at(newest)
+
+
+class Cut(Exception):
+    """The command is killed here."""
+
+
+@pytest.mark.parametrize("step", ["create", "raise", "change", "serve", "serving"])
+def test_a_failover_that_is_cut_off_goes_on(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Killed after any step, the same command ends in one epoch and one view."""
+    lab.close()
+
+    def cut(owner: Any, name: str, count: int = 1) -> None:
+        real, left = getattr(owner, name), [count]
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = real(*args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Cut
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    {
+        "create": lambda: cut(view.ViewDirectory, "create"),
+        "raise": lambda: cut(EpochDoor, "raise_epoch"),
+        "change": lambda: cut(view.ViewDirectory, "change"),
+        "serve": lambda: cut(view.ViewProcess, "serve"),
+        "serving": lambda: cut(view.ViewDirectory, "change", 2),
+    }[step]()
+    with pytest.raises(Cut):
+        failover.start(lab.paths, "web", "noon")
+    monkeypatch.undo()
+    info = failover.start(lab.paths, "web", "noon")
+    assert info.running
+    assert info.state == "serving"
+    assert epochs(lab) == [(1, "accepted"), (2, "provisional")]
+    assert len(view.list_views(lab.paths)) == 1
+    lab.open()
+    assert read_all(info) == lab.at(position_of(info.point))
+    lab.close()
+    with pytest.raises(errors.StateError, match="under way"):
+        failover.start(lab.paths, "web", "pos:1/0/5")
+    failover.rollback(lab.paths, "web")
+    assert epochs(lab)[1:] == [(2, "abandoned"), (3, "accepted")]
+
+
+@pytest.mark.parametrize("step", ["end", "roll_back"])
+def test_a_rollback_that_is_cut_off_goes_on(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    lab.close()
+    failover.start(lab.paths, "web")
+    owner, name = {"end": (failover, "end_process"), "roll_back": (EpochDoor, "roll_back")}[step]
+    real = getattr(owner, name)
+
+    def wrapped(*args: Any) -> None:
+        real(*args)
+        raise Cut
+
+    monkeypatch.setattr(owner, name, wrapped)
+    with pytest.raises(Cut):
+        failover.rollback(lab.paths, "web")
+    monkeypatch.undo()
+    with pytest.raises(errors.StateError, match="rolled back"):
+        failover.start(lab.paths, "web")
+    failover.rollback(lab.paths, "web")
+    assert epochs(lab) == [(1, "accepted"), (2, "abandoned"), (3, "accepted")]
+    assert view.list_views(lab.paths) == []
+
+
+def test_a_failover_is_refused_while_the_source_lives(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.close()
+    alive = {"connected": True, "guest_clients": 1, "seen_ns": 0, "state": "replicating"}
+    real = EpochDoor.state
+    monkeypatch.setattr(EpochDoor, "state", lambda self: {**real(self), "source": alive})
+    with pytest.raises(errors.SourceAliveError, match="vrep move"):
+        failover.start(lab.paths, "web")
+    assert epochs(lab) == [(1, "accepted")]
+    assert view.list_views(lab.paths) == []
+    info = failover.start(lab.paths, "web", force=True)
+    assert info.epoch == 2
+
+
+def test_latest_is_decided_when_the_old_writer_is_shut_out(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What became durable between the choice of the point and the new epoch is not lost."""
+    lab.close()
+    real = EpochDoor.raise_epoch
+    late: list[Position] = []
+
+    def raise_late(self: EpochDoor, **kwargs: Any) -> Any:
+        if not late:
+            lab.open()
+            lab.start_stream()
+            late.append(lab.random_write())
+            lab.close()
+        return real(self, **kwargs)
+
+    monkeypatch.setattr(EpochDoor, "raise_epoch", raise_late)
+    info = failover.start(lab.paths, "web")
+    assert info.point == f"pos:{late[0]}"
+    lab.open()
+    assert read_all(info) == lab.at(late[0])
+
+
+def test_latest_falls_back_when_a_gap_begins_in_that_moment(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.close()
+    before = lab.seq
+    real = EpochDoor.raise_epoch
+    seen: list[Any] = []
+
+    def raise_late(self: EpochDoor, **kwargs: Any) -> Any:
+        if not seen:
+            lab.open()
+            lab.start_stream()
+            lab.gap_begin()
+            lab.close()
+        seen.append(real(self, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(EpochDoor, "raise_epoch", raise_late)
+    info = failover.start(lab.paths, "web")
+    assert info.point == f"pos:1/0/{before}"
+    assert epochs(lab)[-1] == (info.epoch, EpochState.PROVISIONAL.name.lower())
+
+
+def test_a_failover_needs_its_key_before_it_fences_anybody(lab: Any) -> None:
+    lab.close()
+    (lab.root / "keys" / "acme.key").unlink()
+    with pytest.raises(errors.TenantKeyError, match=lab.tenant.key_id):
+        failover.start(lab.paths, "web")
+    assert epochs(lab) == [(1, "accepted")]
+    assert view.list_views(lab.paths) == []
+
+
+def test_a_view_whose_process_hangs_is_killed(lab: Any) -> None:
+    """A stop that is not answered ends in a kill, not in a wait without end."""
+    info = view.start_test(lab.paths, "web")
+    directory = view.ViewDirectory(lab.paths, info.id)
+    assert info.pid is not None
+    os.kill(info.pid, signal.SIGSTOP)
+    view.end_process(directory, timeout_s=0.5)
+    assert directory.holder() is None
+    directory.remove()
+
+
+def test_a_foreign_socket_is_not_taken_for_a_view(lab: Any) -> None:
+    """Whether a view runs is its lock's to say, not its socket's."""
+    info = view.start_test(lab.paths, "web")
+    kill(lab.paths, info)
+    directory = view.ViewDirectory(lab.paths, info.id)
+    directory.control.unlink()
+    with ControlServer(directory.control, {"status": lambda _params: {"conditions": []}}):
+        assert not view.list_views(lab.paths)[0].running
