@@ -241,7 +241,8 @@ def test_status_for_people() -> None:
     assert lines[0] == "site west; not running here: target"
     assert lines[1].split()[:3] == ["GROUP", "STATE", "CONDITIONS"]
     assert re.split(r" {2,}", lines[2]) == [
-        "web", "initial-sync 75 %", "fenced", "east", "1.2 s", "3.0 MiB", "64.0 KiB", "1", "to seq 7",
+        "web", "initial-sync 75 %", "fenced", "east", "1.2 s", "3.0 MiB", "64.0 KiB", "1",
+        "to seq 7",
     ]  # fmt: skip
     assert re.split(r" {2,}", lines[3]) == [
         "mail", "replicating (held here)", "-", "west", "-", "-", "-", "-", "to pos:1/0/9",

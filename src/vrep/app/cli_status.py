@@ -25,7 +25,7 @@ HEADINGS: Final = (
     "LAG",
     "DIRTY",
     "CLIENTS",
-    "POINTS",
+    "HELD",
 )
 WATCH_EVERY_S: Final = 0.5
 
