@@ -1,0 +1,430 @@
+"""A pair of sites on one host: real processes, a real network, and a cable that can be cut.
+
+`Pair` owns everything that it makes: directories, processes, shared memory, sockets. The
+connection from site `a` (source) to site `b` (target) runs through a `Cable`, which records
+what it carries and can be cut, slowed and made to flip a bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vrep import errors
+from vrep._core import layout, record
+from vrep.app.demo.nbd_client import FLUSH, NbdClient
+from vrep.groups import GroupDefinition
+from vrep.recovery.access import KeyAccess
+from vrep.site import Site
+from vrep.target.reader import StoreReader
+
+MIB = 1 << 20
+GROUP = "web"
+KEY = "acme"
+WAIT_S = 120.0
+TRIM, WRITE_ZEROES = 4, 6
+FUA, NO_HOLE, FAST_ZERO = 1, 2, 16
+CHUNK = 1 << 16
+
+
+class Client(NbdClient):
+    """The demonstration's client, with the commands that it has no use for."""
+
+    def zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        self._request(WRITE_ZEROES, offset, length, b"", flags)
+
+    def trim(self, offset: int, length: int) -> None:
+        self._request(TRIM, offset, length, b"", 0)
+
+    def flush(self) -> None:
+        self._request(FLUSH, 0, 0, b"", 0)
+
+    def read_all(self) -> bytes:
+        step = 4 * MIB
+        return b"".join(
+            self.read(at, min(step, self.bytes - at)) for at in range(0, self.bytes, step)
+        )
+
+
+def wait_until(
+    what: str, probe: Callable[[], Any], timeout_s: float = WAIT_S, every_s: float = 0.1
+) -> Any:
+    """The first true answer of `probe`. Errors of vrep count as "not yet"; the last of them, or
+    the last answer, is in the message when time is up."""
+    deadline = time.monotonic() + timeout_s
+    last: Any = None
+    while True:
+        try:
+            last = probe()
+            if last:
+                return last
+        except errors.VrepError as error:
+            last = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}; last seen: {last!r}")
+        time.sleep(every_s)
+
+
+class Cable:
+    """A TCP proxy in this process. Threads: one that accepts, two for each connection."""
+
+    def __init__(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.target = ("127.0.0.1", 0)
+        self.up = True
+        """false: new connections are closed at once"""
+        self.recorded: list[bytes] = []
+        self.recording = False
+        self.bytes_per_s = 0
+        self.connections = 0
+        self.corrupted = 0
+        self._corrupt = False
+        self._open: set[socket.socket] = set()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            if not self.up:
+                near.close()
+                continue
+            try:
+                far = socket.create_connection(self.target, 5)
+            except OSError:
+                near.close()  # nobody listens there now
+                continue
+            with self._lock:
+                self._open |= {near, far}
+                self.connections += 1
+            for source, sink, forward in ((near, far, True), (far, near, False)):
+                threading.Thread(
+                    target=self._pump, args=(source, sink, forward), daemon=True
+                ).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, forward: bool) -> None:
+        try:
+            while data := source.recv(CHUNK):
+                if self.recording:
+                    with self._lock:
+                        self.recorded.append(data)
+                if forward and self._corrupt and len(data) > 64:
+                    self._corrupt = False
+                    self.corrupted += 1
+                    data = data[:40] + bytes([data[40] ^ 1]) + data[41:]
+                sink.sendall(data)
+                if self.bytes_per_s:
+                    time.sleep(len(data) / self.bytes_per_s)
+        except OSError:
+            return  # one end is gone: the other follows below
+        finally:
+            self._drop(source, sink)
+
+    def _drop(self, *ends: socket.socket) -> None:
+        with self._lock:
+            self._open -= set(ends)
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+
+    def cut(self, *, down: bool = False) -> None:
+        """End every connection; with `down` no new one comes about until `repair`."""
+        self.up = not down
+        with self._lock:
+            ends = list(self._open)
+        self._drop(*ends)
+
+    def repair(self) -> None:
+        self.up = True
+
+    def corrupt(self) -> None:
+        """Flip one bit of what the source sends next."""
+        self._corrupt = True
+
+    def close(self) -> None:
+        self.cut(down=True)
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class Pair:
+    """Sites `a` and `b`. Nothing runs until `start`."""
+
+    def __init__(
+        self,
+        *,
+        disks: Mapping[str, int] | None = None,
+        ring_bytes: int = 64 * MIB,
+        compression: int = 1,
+        target_settings: str = "",
+        store: Path | None = None,
+    ) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
+        self.cable = Cable()
+        self._store = store
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.cable.target = ("127.0.0.1", probe.getsockname()[1])
+        self.a = Site.init(self.root / "a", name="alpha")
+        self.b = Site.init(self.root / "b", name="beta")
+        quick = "connect_s = 5.0\nping_after_s = 1.0\ndead_after_s = 5.0\n"
+        self.a.paths.config.write_text(f"[network]\n{quick}")
+        self.b.paths.config.write_text(
+            f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
+            f'advertise = "{self.cable.address}"\n[target]\n{target_settings}\n'
+        )
+        if store is not None:
+            store.mkdir(exist_ok=True)
+            self.b.paths.store.symlink_to(store)
+        self.options = self.a.group_options(ring_bytes=ring_bytes, compression=compression)
+        self.sizes = dict(disks or {"root": 16 * MIB})
+        self.images = {name: self.root / f"{name}.raw" for name in self.sizes}
+        for name, size in self.sizes.items():
+            with self.images[name].open("wb") as file:
+                file.truncate(size)
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.exported_key = self.root / "acme.key"
+        self.definition: GroupDefinition
+
+    # ---- processes -----------------------------------------------------------------
+
+    def _site(self, role: str) -> Site:
+        return self.b if role == "target" else self.a
+
+    def start(self, *roles: str) -> None:
+        for role in roles or ("target", "filter", "source"):
+            assert role not in self.processes
+            with (self.root / f"{role}.log").open("ab") as log:
+                self.processes[role] = subprocess.Popen(
+                    [sys.executable, "-m", "vrep.app.daemon", role, self._site(role).paths.root],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                )
+
+    def kill(self, *roles: str) -> None:
+        """kill -9 of all of them at once."""
+        gone = [self.processes.pop(role) for role in roles]
+        for process in gone:
+            process.kill()
+        for process in gone:
+            process.wait()
+
+    def stop(self, *roles: str) -> None:
+        """A clean end."""
+        for role in roles:
+            process = self.processes.pop(role)
+            process.terminate()
+            assert process.wait(60) == 0, f"the {role} process ended with {process.returncode}"
+
+    def alive(self) -> None:
+        """Nothing that was started ended by itself."""
+        for role, process in self.processes.items():
+            assert process.poll() is None, f"the {role} process ended: {process.returncode}"
+
+    # ---- protection ----------------------------------------------------------------
+
+    def join(self) -> None:
+        """Needs the target."""
+        wait_until("the target listens", lambda: self.b.running("target"))
+        self.a.join(self.b.invite())
+
+    def make_key(self) -> None:
+        self.a.key_create(KEY)
+        self.a.key_export(KEY, self.exported_key)
+        self.a.key_verify(KEY, self.exported_key)
+
+    def protect(self) -> None:
+        self.definition = self.a.protect(
+            GROUP,
+            {name: f"file:{path}" for name, path in self.images.items()},
+            to="beta",
+            key=KEY,
+            options=self.options,
+        )
+
+    def up(self, *, settle: bool = True) -> Pair:
+        """Everything that comes before the first interesting event."""
+        self.start("target")
+        self.join()
+        self.make_key()
+        self.protect()
+        self.start("filter", "source")
+        self.served()
+        self.b.key_import(self.exported_key)
+        if settle:
+            self.settle()
+        return self
+
+    def served(self) -> None:
+        wait_until("the filter serves", lambda: self.a.wait_served(GROUP) is None)
+
+    def client(self, disk: str | None = None, timeout_s: float = 60.0) -> Client:
+        return Client(self.a.nbd_uri(GROUP, disk), timeout_s)
+
+    # ---- what is seen --------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.a.status(GROUP)["groups"][GROUP]
+        return found
+
+    def stored(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.b.status(GROUP)["groups"][GROUP]
+        return found
+
+    def settled(self) -> dict[str, Any] | None:
+        """The status, once everything is durable at the target; None before."""
+        status = self.status()
+        target = status["targets"][0]
+        done = (
+            status["state"] == "replicating"
+            and target["seq"] == target["durable_seq"]
+            and not target["dirty_bytes"]
+        )
+        self.last_status = status
+        return status if done else None
+
+    def settle(self, timeout_s: float = WAIT_S) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = wait_until("all is durable", self.settled, timeout_s)
+        except AssertionError:
+            print("last status:", getattr(self, "last_status", None))
+            raise
+        return found
+
+    # ---- what is stored ------------------------------------------------------------
+
+    @property
+    def group_id(self) -> bytes:
+        return bytes.fromhex(self.definition.group_id)
+
+    @property
+    def store(self) -> Path:
+        return self.b.paths.store / self.group_id.hex()
+
+    @contextlib.contextmanager
+    def view(self, at: str = "latest") -> Iterator[dict[str, str]]:
+        """A test at a point: the NBD URI of each disk."""
+        view = self.b.test_start(GROUP, at)
+        try:
+            yield {disk.name: disk.uri for disk in view.disks}
+        finally:
+            self.b.test_stop(view.id)
+
+    def read_view(self, at: str = "latest") -> dict[str, bytes]:
+        found = {}
+        with self.view(at) as uris:
+            for name, uri in uris.items():
+                with Client(uri, 120.0) as client:
+                    found[name] = client.read_all()
+        return found
+
+    def same_as_source(self) -> None:
+        """What can be recovered at `latest` is what the source's disks hold."""
+        for name, content in self.read_view().items():
+            compare(name, content, self.images[name].read_bytes())
+
+    # ---- the end -------------------------------------------------------------------
+
+    def _left(self) -> list[int]:
+        """Processes of the sites, views too: their command lines name the directories."""
+        roots = {os.fsencode(site.paths.root) for site in (self.a, self.b)}
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != os.getpid():
+                with contextlib.suppress(OSError):
+                    if roots & set((entry / "cmdline").read_bytes().split(b"\0")):
+                        found.append(int(entry.name))
+        return found
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.cable.close()
+        for log in sorted(self.root.glob("*.log")) + sorted(self.b.paths.log.glob("*.log")):
+            lines = log.read_text(errors="replace").splitlines()
+            print(f"---- {log.name}: last {min(len(lines), 60)} of {len(lines)} lines")
+            print("\n".join(lines[-60:]))
+        for site in (self.a, self.b):
+            shutil.rmtree(site.paths.shm(), ignore_errors=True)
+            run = site.paths.root / "run"
+            if run.is_symlink():
+                shutil.rmtree(run.resolve(), ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def compare(name: str, found: bytes, wanted: bytes) -> None:
+    """Equal, or the first bytes that differ, by name."""
+    assert len(found) == len(wanted), name
+    if found != wanted:
+        wrong = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(wanted, np.uint8))
+        at = int(wrong[0])
+        raise AssertionError(
+            f"disk {name!r}: {len(wrong)} bytes differ, from {at} to {int(wrong[-1])}; there is "
+            f"{found[at : at + 16].hex()}, there should be {wanted[at : at + 16].hex()}"
+        )
+
+
+class Entry:
+    """One record of the journal, opened."""
+
+    __slots__ = ("data", "disk", "epoch", "kind", "label", "length", "offset", "seq")
+
+    def __init__(self, header: Any, data: bytes, label: str) -> None:
+        self.epoch, self.seq = int(header["epoch"]), int(header["seq"])
+        self.kind, self.disk = int(header["kind"]), int(header["disk"])
+        self.offset, self.length = int(header["offset"]), int(header["length"])
+        self.data, self.label = data, label
+
+
+def journal(pair: Pair) -> list[Entry]:
+    """Every record of the target's history that takes a position, in order, read and opened
+    without any of the code that builds views."""
+    found = []
+    with StoreReader(pair.b.paths.store, pair.group_id) as reader:
+        access = KeyAccess.open(pair.b.paths, pair.group_id, reader.wrapped_keys)
+        stream: Any = None
+        for span in reader.records():
+            data = reader.segment(span.segment)
+            for each in span.found:
+                header = each["header"]
+                at = span.start + int(each["position"])
+                whole = data[at : at + layout.RECORD.itemsize + int(header["body_bytes"])]
+                kind = int(header["kind"])
+                if kind == layout.KIND_STREAM:
+                    stream = record.parse_stream(whole)
+                elif kind != layout.KIND_TALLY:
+                    found.append(_entry(access, stream, header, kind, whole))
+    return found
+
+
+def _entry(access: KeyAccess, stream: Any, header: Any, kind: int, whole: memoryview) -> Entry:
+    if kind == layout.KIND_MARK:
+        return Entry(header, b"", access.opener(stream).mark(whole)[1])
+    if kind in (layout.KIND_WRITE, layout.KIND_SYNC):
+        room = bytearray(int(header["length"]))
+        access.opener(stream).record(whole, room)
+        return Entry(header, bytes(room), "")
+    return Entry(header, b"", "")

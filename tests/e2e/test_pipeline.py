@@ -1,0 +1,375 @@
+"""The whole pipeline under random load and random faults, judged by what its clients know.
+
+Real processes on real sockets; the disks of a group are written through the filter's NBD socket
+while its processes are killed. See `witness` for what is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from sites import (
+    FAST_ZERO,
+    FUA,
+    GROUP,
+    MIB,
+    NO_HOLE,
+    Client,
+    Entry,
+    Pair,
+    compare,
+    journal,
+    wait_until,
+)
+from witness import Replay, Witness
+
+from vrep import errors
+from vrep._core import layout
+
+pytestmark = pytest.mark.e2e
+
+DISKS = {"root": 40 * MIB, "data": 12 * MIB}
+LENGTHS = (1, 7, 512, 512, 1000, 4096, 4096, 4096, 4096, 12288, 65536, 100_000, 200_000)
+
+
+@dataclass
+class Load:
+    """Clients that write until stopped, each on a thread with a connection of its own."""
+
+    pair: Pair
+    witness: Witness
+    seed: int
+    pause_s: float = 0.002
+    reconnects: int = 0
+
+    def __post_init__(self) -> None:
+        self._stop = threading.Event()
+        self._failures: list[BaseException] = []
+        self._threads: list[threading.Thread] = []
+
+    def start(self, disks: list[int]) -> None:
+        for number, disk in enumerate(disks):
+            thread = threading.Thread(target=self._run, args=(number, disk), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a client hangs"
+        if self._failures:
+            raise self._failures[0]
+
+    def _run(self, number: int, disk: int) -> None:
+        rng = random.Random(f"{self.seed}/client/{number}")
+        try:
+            while not self._stop.is_set():
+                try:
+                    with self.pair.client(self.witness.disks[disk]) as client:
+                        while not self._stop.is_set():
+                            self._command(rng, client, disk)
+                except (OSError, errors.UnreachableError):
+                    # Killed while it served us: what was not answered stays so.
+                    self.reconnects += 1
+                    time.sleep(0.05)
+        except BaseException as error:  # noqa: BLE001 - raised by `stop`, on the test's thread
+            self._failures.append(error)
+
+    def _command(self, rng: random.Random, client: Client, disk: int) -> None:
+        size = self.witness.sizes[disk]
+        length = rng.choice(LENGTHS)
+        if rng.random() < 0.003:
+            length = rng.choice([1, 4, 8, 32]) * MIB
+        length = min(length, size)
+        # Half of it falls into a narrow zone, so that commands overlap.
+        span = min(size - length, 2 * MIB) if rng.random() < 0.5 else size - length
+        offset = rng.randrange(span + 1)
+        if rng.random() < 0.5:
+            offset -= offset % 4096
+        shape = rng.choices(["noise", "text", "zeroes", "trim"], [6, 3, 1, 0.5])[0]
+        command = self.witness.begin(rng, disk, offset, length, shape)
+        if shape == "zeroes":
+            self._zeroes(rng, client, command.offset, command.length)
+        elif command.data is None:
+            client.trim(offset, length)
+        else:
+            client.write(offset, command.data, fua=rng.random() < 0.05)
+        command.answered = time.monotonic()
+        if rng.random() < 0.03:
+            client.flush()
+        time.sleep(self.pause_s * rng.random())
+
+    @staticmethod
+    def _zeroes(rng: random.Random, client: Client, offset: int, length: int) -> None:
+        flags = rng.choice([0, NO_HOLE, FAST_ZERO, FUA])
+        try:
+            client.zeroes(offset, length, flags)
+        except errors.StorageError:
+            # A fast zero may be refused, and then nothing was done.
+            assert flags == FAST_ZERO
+            client.zeroes(offset, length)
+
+
+class Faults:
+    """One fault after another, from the seed."""
+
+    def __init__(self, pair: Pair, witness: Witness, rng: random.Random) -> None:
+        self.pair, self.witness, self.rng = pair, witness, rng
+        self.done: list[str] = []
+        self.marks = 0
+
+    def one(self) -> None:
+        kind = self.rng.choice(
+            ["filter", "source", "target", "site", "pause", "cut", "mark", "mark", "starve"]
+        )
+        self.done.append(kind)
+        getattr(self, kind)()
+
+    def _restart(self, *roles: str) -> None:
+        self.pair.kill(*roles)
+        time.sleep(self.rng.uniform(0, 0.5))
+        self.pair.start(*roles)
+
+    def filter(self) -> None:
+        self._restart("filter")
+
+    def source(self) -> None:
+        self._restart("source")
+
+    def target(self) -> None:
+        self._restart("target")
+
+    def site(self) -> None:
+        self._restart("filter", "source")
+
+    def pause(self) -> None:
+        self.pair.a.pause(GROUP)
+        time.sleep(self.rng.uniform(0.1, 1.0))
+        self.pair.a.resume(GROUP)
+
+    def cut(self) -> None:
+        self.pair.cable.cut()
+
+    def mark(self) -> None:
+        self.marks += 1
+        label = f"mark {self.marks}"
+        asked = time.monotonic()
+        try:
+            seq = self.pair.a.checkpoint(GROUP, label)["seq"]
+        except errors.VrepError:
+            return  # the filter just died, or there was no room: no answer, no mark
+        self.witness.marked(label, int(seq), asked)
+
+    def starve(self) -> None:
+        """Long enough without a target that the ring overflows."""
+        self.pair.kill("target")
+        rng = random.Random(self.rng.random())
+        end = time.monotonic() + 30
+        try:
+            with self.pair.client("root", 30.0) as client:
+                while time.monotonic() < end and not self.pair.status()["filter"]["gap"]:
+                    length = 8 * MIB
+                    offset = rng.randrange(DISKS["root"] - length)
+                    command = self.witness.begin(rng, 0, offset, length, "noise")
+                    client.write(offset, command.data or b"")
+                    command.answered = time.monotonic()
+        finally:
+            self.pair.start("target")
+
+
+def check(pair: Pair, witness: Witness, rng: random.Random, points: int) -> dict[str, int]:
+    """Everything that must hold once the load has ended and all is durable."""
+    entries = journal(pair)
+    seqs = [entry.seq for entry in entries]
+    assert seqs == sorted(set(seqs)), "the journal is out of order, or has a record twice"
+    recorded = witness.recorded(entries)
+    witness.check_order(recorded)
+    witness.check_marks(entries, recorded)
+    listed = pair.b.points(GROUP)
+    assert listed.verdict.whole, listed.verdict
+    assert listed.verdict.sealed, listed.verdict
+    ranges = [(_seq(r.first.point), _seq(r.last.point)) for r in listed.ranges]
+    good = [seq for seq in seqs if any(first <= seq <= last for first, last in ranges)]
+    newest = seqs[-1]
+    assert good[-1] == newest
+    chosen = {newest, *rng.sample(good, min(points, len(good)))}
+    marks = {m.seq: m for m in witness.marks if m.seq in set(good)}
+    chosen |= set(rng.sample(sorted(marks), min(points, len(marks))))
+    replay = Replay(dict(enumerate(witness.sizes)))
+    known = 0
+    for entry in entries:
+        replay.apply(entry)
+        if entry.seq not in chosen:
+            continue
+        mark = marks.get(entry.seq)
+        view = pair.read_view(f"pos:{entry.epoch}/0/{entry.seq}")
+        for index, name in enumerate(witness.disks):
+            compare(f"{name} at {entry.seq}", view[name], bytes(replay.disks[index]))
+            if mark is not None:
+                known += witness.check_content(
+                    index, view[name], asked=mark.asked, answered=mark.answered
+                )
+    for index, name in enumerate(witness.disks):
+        disk = pair.images[name].read_bytes()
+        compare(f"{name} at the source", disk, bytes(replay.disks[index]))
+        known += witness.check_content(index, disk)
+    return {
+        "records": len(entries),
+        "written": len(recorded),
+        "gaps": len(listed.gaps),
+        "points": len(chosen),
+        "marks": len(marks),
+        "bytes known": known,
+    }
+
+
+def _seq(point: str) -> int:
+    return int(point.rsplit("/", 1)[1])
+
+
+def storm(make_pair: Callable[..., Pair], seed: int, faults: int, points: int) -> None:
+    rng = random.Random(seed)
+    print(f"seed {seed}")
+    pair = make_pair(
+        disks=DISKS, ring_bytes=rng.choice([40, 64]) * MIB, compression=rng.choice([0, 1])
+    )
+    for image in pair.images.values():
+        with image.open("r+b") as file:
+            file.write(rng.randbytes(MIB))
+    pair.up(settle=False)  # the load begins while the first sync runs
+    witness = Witness(list(DISKS), list(DISKS.values()))
+    load = Load(pair, witness, seed)
+    load.start([0, 0, 1, 1])
+    plan = Faults(pair, witness, rng)
+    try:
+        for _ in range(faults):
+            time.sleep(rng.uniform(0.3, 2.0))
+            plan.one()
+            pair.alive()
+        time.sleep(0.5)
+    finally:
+        load.stop()
+        print("faults:", *plan.done)
+    pair.settle()
+    plan.mark()
+    pair.settle()
+    found = check(pair, witness, rng, points)
+    print(found, "answered", witness.answered, "of", len(witness.commands))
+    assert witness.answered > 100
+    assert found["written"] > 50
+    pair.stop("source", "filter", "target")
+
+
+def test_storm(make_pair: Callable[..., Pair], seed: int) -> None:
+    storm(make_pair, seed, faults=10, points=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("turn", range(int(os.environ.get("VREP_STORMS", "10"))))
+def test_storms(make_pair: Callable[..., Pair], seed: int, turn: int) -> None:
+    storm(make_pair, seed + turn, faults=25, points=4)
+
+
+def test_overflow_makes_a_gap_that_ends(make_pair: Callable[..., Pair], seed: int) -> None:
+    """A ring that overflows costs recovery points, and no write."""
+    rng = random.Random(seed)
+    pair = make_pair(disks=DISKS, ring_bytes=40 * MIB).up()
+    witness = Witness(list(DISKS), list(DISKS.values()))
+    plan = Faults(pair, witness, rng)
+    plan.mark()
+    plan.starve()
+    assert pair.status()["filter"]["gap"]
+    assert pair.status()["filter"]["unrecorded"] > 0
+    wait_until("the resync has ended", pair.settled)
+    plan.mark()
+    pair.settle()
+    found = check(pair, witness, rng, 2)
+    assert found["gaps"] == 2  # the first sync, and this one
+    kinds = [entry.kind for entry in journal(pair)]
+    assert kinds.count(layout.KIND_GAP_BEGIN) == kinds.count(layout.KIND_GAP_END) == 2
+
+
+# ---- the oracle itself: it must see what it is there for ------------------------------------
+
+
+def _history() -> tuple[Witness, list[Entry]]:
+    """Two writes, a mark, and a third write, one after the other."""
+    rng = random.Random(1)
+    witness = Witness(["root"], [MIB])
+    entries = []
+    for seq, offset in ((1, 0), (2, 4096), (4, 2048)):
+        if seq == 4:
+            witness.marked("here", 3, time.monotonic())
+            entries.append(_entry(layout.KIND_MARK, 3, label="here"))
+        command = witness.begin(rng, 0, offset, 4096, "noise")
+        command.answered = time.monotonic()
+        entries.append(_entry(layout.KIND_WRITE, seq, offset, command.data or b""))
+    return witness, entries
+
+
+def _entry(kind: int, seq: int, offset: int = 0, data: bytes = b"", label: str = "") -> Entry:
+    header = {"epoch": 1, "seq": seq, "kind": kind, "disk": 0, "offset": offset}
+    return Entry({**header, "length": len(data)}, data, label)
+
+
+def _content(entries: list[Entry]) -> bytes:
+    replay = Replay({0: MIB})
+    for entry in entries:
+        replay.apply(entry)
+    return bytes(replay.disks[0])
+
+
+def test_oracle_accepts_what_is_right() -> None:
+    witness, entries = _history()
+    recorded = witness.recorded(entries)
+    witness.check_order(recorded)
+    witness.check_marks(entries, recorded)
+    assert witness.check_content(0, _content(entries)) == 3 * 4096
+    mark = witness.marks[0]
+    before = _content(entries[:2])
+    assert witness.check_content(0, before, asked=mark.asked, answered=mark.answered) == 2 * 4096
+
+
+def test_oracle_sees_writes_in_the_wrong_order() -> None:
+    witness, entries = _history()
+    entries[0].seq, entries[1].seq = 2, 1
+    with pytest.raises(AssertionError, match="stands after it"):
+        witness.check_order(witness.recorded([entries[1], entries[0]]))
+
+
+def test_oracle_sees_a_write_on_the_wrong_side_of_a_mark() -> None:
+    witness, entries = _history()
+    entries[2].seq, entries[3].seq = 4, 3
+    witness.marks[0].seq = 4
+    with pytest.raises(AssertionError, match="has command 3"):
+        witness.check_marks(entries, witness.recorded(entries))
+
+
+def test_oracle_sees_lost_torn_and_foreign_writes() -> None:
+    witness, entries = _history()
+    with pytest.raises(AssertionError, match="command 2"):
+        witness.check_content(0, _content([entries[0], entries[3]]))
+    torn = bytearray(_content(entries))
+    torn[4000] ^= 1
+    with pytest.raises(AssertionError, match="no other command explains"):
+        witness.check_content(0, bytes(torn))
+    with pytest.raises(AssertionError, match="twice"):
+        witness.recorded([*entries, entries[0]])
+    entries[0].data = bytes(4096)
+    with pytest.raises(AssertionError, match="no client wrote"):
+        witness.recorded(entries)
+
+
+def test_oracle_sees_a_later_write_in_an_earlier_point() -> None:
+    witness, entries = _history()
+    mark = witness.marks[0]
+    with pytest.raises(AssertionError, match="no other command explains"):
+        witness.check_content(0, _content(entries), asked=mark.asked, answered=mark.answered)
