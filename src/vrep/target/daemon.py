@@ -23,7 +23,8 @@ from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config
 from vrep.target.epochs import plain, wire_epoch
-from vrep.target.receive import GroupHost, RefusedError, Session
+from vrep.target.receive import GroupHost, RefusedError
+from vrep.target.session import Session
 from vrep.target.store import StoreOptions
 from vrep.wire import messages as m
 from vrep.wire.invite import InviteBook
@@ -180,7 +181,7 @@ class Target:
 
     def _serve(self, transport: FrameTransport) -> None:
         """One connection of a peer, on its thread, until it ends."""
-        sessions: dict[int, Session] = {}
+        sessions: dict[int, tuple[GroupHost, Session]] = {}
         try:
             while True:
                 event = transport.receive(RECEIVE_S)
@@ -190,13 +191,13 @@ class Target:
                     return
                 self._handle(transport, sessions, event.channel, event.message)
         finally:
-            for session in sessions.values():
-                session.host.drop_session(session)
+            for host, session in sessions.values():
+                host.drop_session(session)
 
     def _handle(
         self,
         transport: FrameTransport,
-        sessions: dict[int, Session],
+        sessions: dict[int, tuple[GroupHost, Session]],
         channel: int,
         message: m.Message | m.Data,
     ) -> None:
@@ -207,9 +208,9 @@ class Target:
             case m.Request():
                 transport.post(self._answer(transport, message))
                 return
-        session = sessions.get(channel)
-        if session is None:
+        if channel not in sessions:
             return  # ended by this end while it was on its way
+        host, session = sessions[channel]
         try:
             match message:
                 case m.Data():
@@ -220,7 +221,7 @@ class Target:
                     session.note(message)
                 case m.Bye() | m.Error() | m.Refused():
                     del sessions[channel]
-                    session.host.drop_session(session)
+                    host.drop_session(session)
         except FencedError as error:
             manifest = session.store.manifest
             current = wire_epoch(manifest, manifest.current_epoch)
@@ -231,13 +232,14 @@ class Target:
     def _open(
         self,
         transport: FrameTransport,
-        sessions: dict[int, Session],
+        sessions: dict[int, tuple[GroupHost, Session]],
         channel: int,
         message: m.OpenGroup,
     ) -> None:
         peer = transport.name
         try:
-            session = self._host(message.group_id).open_session(transport, channel, message)
+            host = self._host(message.group_id)
+            session = host.open_session(transport, channel, message)
         except RefusedError as error:
             log.warning("a group is refused", group=message.name, peer=peer, reason=str(error))
             transport.send(error.message, channel)
@@ -248,7 +250,7 @@ class Target:
             log.warning("a group is refused", group=message.name, peer=peer, reason=str(error))
             transport.send(m.Refused(code="busy", text=str(error)[:4096]), channel)
             return
-        sessions[channel] = session
+        sessions[channel] = (host, session)
         log.info("a source sends", group=message.name, peer=peer, epoch=session.epoch.epoch)
 
     def _answer(self, transport: FrameTransport, request: m.Request) -> m.Response:

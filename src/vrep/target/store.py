@@ -12,8 +12,6 @@ Threads: `append` belongs to one thread at a time; everything else may be called
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
 import re
@@ -33,10 +31,8 @@ from vrep._core.index import Index
 from vrep.durable import make_private_directory
 from vrep.errors import (
     CorruptError,
-    ExistsError,
     FencedError,
     InvalidError,
-    LockedError,
     NotFoundError,
     StateError,
     StorageError,
@@ -47,15 +43,13 @@ from vrep.errors import (
 from vrep.target import runs
 from vrep.target.files import Buffer, Files, is_full
 from vrep.target.journal import Journal
+from vrep.target.lease import Lease
 from vrep.target.manifest import (
     DiskEntry,
     EpochEntry,
     EpochState,
     Manifest,
     Position,
-    load_newest,
-    manifest_numbers,
-    manifest_path,
 )
 from vrep.target.reader import StoreReader
 from vrep.target.segment import (
@@ -83,8 +77,6 @@ __all__ = [
 
 Structs = NDArray[np.void]
 NO_SITE: Final = bytes(16)
-_MANIFESTS_KEPT: Final = 2
-_SPARE_BYTES: Final = 1 << 20
 _LEFTOVER: Final = re.compile(r"\.(manifest|run)-.*\.tmp")
 
 log = logging.getLogger("vrep.target")
@@ -124,7 +116,7 @@ class GroupStore:
         self,
         directory: Path,
         group_id: bytes,
-        lock_fd: int,
+        lease: Lease,
         options: StoreOptions,
         files: Files,
         wall_ns: Callable[[], int],
@@ -138,14 +130,12 @@ class GroupStore:
         self.committed_ticket = 0
         """bytes appended (since it was opened) that are durable"""
         self._appended_ticket = 0
-        self._lock_fd = lock_fd
+        self._lease = lease
         self._files = files
         self._wall_ns = wall_ns
         self._order = record.Order()
         self._has_stream = False
         self._listeners: list[Callable[[], None]] = []
-        self._manifest_lock = threading.RLock()
-        self._manifest: Manifest
         self._writer: SegmentWriter
         self._closed = False
         self._merge_wanted = threading.Event()
@@ -181,27 +171,25 @@ class GroupStore:
         if create is None and not path.is_dir():
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
         make_private_directory(path)
-        lock_fd = _take_lock(path / "lock")
+        lease = Lease(path, group_id, files, wall_ns)
         try:
-            store = cls(path, group_id, lock_fd, options or StoreOptions(), files, wall_ns)
+            store = cls(path, group_id, lease, options or StoreOptions(), files, wall_ns)
             if create is not None:
                 store._create(create)
             store._recover()
         except OSError as error:
-            os.close(lock_fd)
+            lease.close()
             if is_full(error):
                 raise StoreFullError(f"{path}: {error.strerror}") from None
             raise StorageError(f"{path}: {error.strerror or error}") from None
         except BaseException:
-            os.close(lock_fd)
+            lease.close()
             raise
         store._journal.start()
         store._start_merging()
         return store
 
     def _create(self, spec: StoreSpec) -> None:
-        if manifest_numbers(self.directory):
-            raise ExistsError(f"the store of group {self.group_id.hex()}")
         manifest = Manifest(
             group_id=self.group_id,
             store_id=secrets.token_bytes(16),
@@ -213,14 +201,14 @@ class GroupStore:
             runs=np.zeros(0, layout.MANIFEST_RUN),
             wall_ns=self._wall_ns(),
         )
-        self._files.publish(manifest_path(self.directory, 1), manifest.encode())
+        self._lease.create(manifest)
 
     def _recover(self) -> None:
         """Take the store over: close what was open, begin a segment under a new lease."""
         for leftover in self.directory.iterdir():
             if _LEFTOVER.fullmatch(leftover.name):
                 self._files.unlink(leftover)
-        manifest = self._manifest = load_newest(self.directory, self.group_id)
+        manifest = self._lease.load()
         for segment in manifest.segments:
             path = segment_path(self.directory, int(segment["segment"]))
             runs.check_file(path, int(segment["file_bytes"]))
@@ -231,7 +219,7 @@ class GroupStore:
         self.durable = self.received = last
         self._has_stream = stream is not None
         self._seed_order()
-        self._make_spare()
+        self._lease.keep_spare()
         self._drop_files()
 
     def _close_active(self, manifest: Manifest) -> tuple[Structs, Position, Any]:
@@ -276,14 +264,14 @@ class GroupStore:
 
     def _begin(self, segments: Structs, after: Position, stream: Any, lease: int) -> None:
         """Create the next segment and the manifest that names it."""
-        manifest = self._manifest
+        manifest = self.manifest
         number = manifest.next_segment
         path = segment_path(self.directory, number)
         ident = SegmentId(self.group_id, manifest.store_id, number, lease)
         writer = SegmentWriter(self._files, path, ident, after, stream, self._wall_ns())
         try:
             self._files.sync_directory(self.directory)
-            self._publish(
+            self._lease.publish(
                 segments=segments, active_segment=number, next_segment=number + 1, lease=lease
             )
         except BaseException:
@@ -291,77 +279,32 @@ class GroupStore:
             raise
         self._writer = writer
 
-    def _publish(self, **changes: Any) -> None:
-        """Create the next manifest. LockedError when somebody else did."""
-        with self._manifest_lock:
-            manifest = self._manifest.next(self._wall_ns(), **changes)
-            path = manifest_path(self.directory, manifest.number)
-            data = manifest.encode()
-            try:
-                self._publish_data(path, data)
-            except FileExistsError:
-                raise LockedError(
-                    f"{path.name} exists: another process took the store over"
-                ) from None
-            self._manifest = manifest
-            for number in manifest_numbers(self.directory):
-                if number <= manifest.number - _MANIFESTS_KEPT:
-                    self._files.unlink(manifest_path(self.directory, number))
-
-    def _publish_data(self, path: Path, data: bytes) -> None:
-        try:
-            self._files.publish(path, data)
-        except OSError as error:
-            if not is_full(error) or path.exists():
-                raise
-            # What was kept for this moment: a failover must not fail for want of a few KiB.
-            self._files.unlink(self._spare)
-            self._files.publish(path, data)
-
-    @property
-    def _spare(self) -> Path:
-        return self.directory / "spare"
-
-    def _make_spare(self) -> None:
-        """Keep room for a manifest on a disk that others may fill."""
-        if self._spare.exists():
-            return
-        fd = self._files.create(self._spare)
-        try:
-            os.posix_fallocate(fd, 0, _SPARE_BYTES)
-        except OSError as error:
-            self._files.unlink(self._spare)
-            if not is_full(error) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-        finally:
-            os.close(fd)
-
     # ---- what it is ------------------------------------------------------------------
 
     @property
     def name(self) -> str:
-        return self._manifest.name
+        return self.manifest.name
 
     @property
     def manifest(self) -> Manifest:
         """The newest manifest: immutable."""
-        return self._manifest
+        return self._lease.manifest
 
     @property
     def lease(self) -> int:
-        return self._manifest.lease
+        return self.manifest.lease
 
     @property
     def disks(self) -> tuple[DiskEntry, ...]:
-        return self._manifest.disks
+        return self.manifest.disks
 
     @property
     def wrapped_keys(self) -> tuple[bytes, ...]:
-        return self._manifest.wrapped_keys
+        return self.manifest.wrapped_keys
 
     @property
     def epochs(self) -> tuple[EpochEntry, ...]:
-        return self._manifest.epochs
+        return self.manifest.epochs
 
     @property
     def failure(self) -> VrepError | None:
@@ -379,7 +322,7 @@ class GroupStore:
 
     def status(self) -> dict[str, Any]:
         """Figures for people and programs."""
-        manifest, writer = self._manifest, self._writer
+        manifest, writer = self.manifest, self._writer
         failure = self.failure
         return {
             "group_id": self.group_id.hex(),
@@ -453,7 +396,7 @@ class GroupStore:
             self._order.seed(epoch=self.received.epoch, seq=self.received.seq)
 
     def _check_records(self, headers: Structs) -> None:
-        manifest = self._manifest
+        manifest = self.manifest
         if not self._has_stream and headers[0]["kind"] != layout.KIND_STREAM:
             raise CorruptError("a history begins with a STREAM record")
         accepted = manifest.current_epoch
@@ -513,7 +456,7 @@ class GroupStore:
                 f"{writer.path.name} could not be synced ({error.strerror or error}): nothing "
                 f"after {self.durable} is acknowledged before it was read back"
             ) from None
-        self._check_lease()
+        self._lease.check()
         writer.committed(batches, end)
         if batches:
             self.durable = writer.last
@@ -535,22 +478,15 @@ class GroupStore:
         except StoreFullError:
             return  # it comes with the next records
 
-    def _check_lease(self) -> None:
-        """Nothing is acknowledged once another process has taken the store over."""
-        with self._manifest_lock:
-            newer = manifest_path(self.directory, self._manifest.number + 1)
-            if newer.exists():
-                raise LockedError(f"{newer.name} exists: another process took the store over")
-
     # ---- segments and runs ---------------------------------------------------------------
 
     def _rotate(self) -> None:
         """Close the segment and begin the next. May be repeated after a full disk."""
-        with self._manifest_lock:
+        with self._lease.lock:
             old = self._writer
             entry = old.seal()
-            segments = np.append(self._manifest.segments, entry.reshape(1))
-            self._begin(segments, old.last, old.builder.stream, self._manifest.lease)
+            segments = np.append(self.manifest.segments, entry.reshape(1))
+            self._begin(segments, old.last, old.builder.stream, self.manifest.lease)
             old.close()
         self._merge_wanted.set()
 
@@ -580,21 +516,21 @@ class GroupStore:
 
     def merge_once(self) -> bool:
         """Merge one set of neighbours, if there is one; for the merging thread and tests."""
-        manifest = self._manifest
+        manifest = self.manifest
         chosen = runs.units_to_merge(manifest)
         if not chosen:
             return False
         entry = runs.merge_units(self.directory, manifest, chosen, self._files)
         self._files.sync_directory(self.directory)
-        with self._manifest_lock:
-            self._publish(runs=runs.replace_runs(self._manifest, entry))
+        with self._lease.lock:
+            self._lease.publish(runs=runs.replace_runs(self.manifest, entry))
         self._drop_files()
         return True
 
     def _drop_files(self) -> None:
         """Remove what no manifest names and no reader holds."""
-        with self._manifest_lock:
-            manifest = self._manifest
+        with self._lease.lock:
+            manifest = self.manifest
             named = {int(number) for number in manifest.segments["segment"]}
             named.add(manifest.active_segment)
             for path in self.directory.glob("seg-*"):
@@ -609,7 +545,7 @@ class GroupStore:
 
     def resume_position(self) -> Position:
         """Where the writer of the current epoch goes on."""
-        epoch = self._manifest.current_epoch
+        epoch = self.manifest.current_epoch
         if self.received.epoch == epoch.epoch:
             return self.received
         return Position(epoch.epoch, 0, epoch.parent.seq)
@@ -623,8 +559,8 @@ class GroupStore:
         epoch_id: bytes | None = None,
     ) -> EpochEntry:
         """Append an epoch, durably: from here on no other writer is heard."""
-        with self._manifest_lock:
-            manifest = self._manifest
+        with self._lease.lock:
+            manifest = self.manifest
             known = manifest.epoch(parent.epoch)
             if parent.epoch == self.durable.epoch and parent.seq > self.durable.seq:
                 raise InvalidError(f"the parent {parent} is not durable: {self.durable} is")
@@ -636,23 +572,23 @@ class GroupStore:
                 parent=Position(known.epoch, parent.lane, parent.seq),
                 wall_ns=self._wall_ns(),
             )
-            self._publish(epochs=(*manifest.epochs, entry))
+            self._lease.publish(epochs=(*manifest.epochs, entry))
             return entry
 
     def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
         """Change how an epoch stands, durably."""
-        with self._manifest_lock:
-            entry = replace(self._manifest.epoch(epoch), state=EpochState(state))
-            self._publish(
-                epochs=tuple(entry if e.epoch == epoch else e for e in self._manifest.epochs)
+        with self._lease.lock:
+            entry = replace(self.manifest.epoch(epoch), state=EpochState(state))
+            self._lease.publish(
+                epochs=tuple(entry if e.epoch == epoch else e for e in self.manifest.epochs)
             )
             return entry
 
     def roll_back_epoch(self, epoch: int) -> EpochEntry:
         """Abandon a provisional epoch and, in the same step, give the group back to the writer
         before it: an accepted epoch that goes on behind all that this writer has here."""
-        with self._manifest_lock:
-            manifest = self._manifest
+        with self._lease.lock:
+            manifest = self.manifest
             given_up = manifest.epoch(epoch)
             if given_up is not manifest.current_epoch:
                 raise StateError(f"epoch {epoch} is not the current one")
@@ -672,18 +608,18 @@ class GroupStore:
                 parent=Position(before.epoch, 0, self.durable.seq if own else before.parent.seq),
                 wall_ns=self._wall_ns(),
             )
-            self._publish(epochs=(*epochs, entry))
+            self._lease.publish(epochs=(*epochs, entry))
             return entry
 
     def set_wrapped_keys(self, keys: Sequence[bytes]) -> None:
         """Replace the wrapped data keys, durably."""
-        if tuple(keys) != self._manifest.wrapped_keys:
-            self._publish(wrapped_keys=tuple(keys))
+        if tuple(keys) != self.manifest.wrapped_keys:
+            self._lease.publish(wrapped_keys=tuple(keys))
 
     def set_unprotected(self, unprotected: bool) -> None:
         """Note whether the source still protects the group."""
-        if unprotected != self._manifest.unprotected:
-            self._publish(unprotected=unprotected)
+        if unprotected != self.manifest.unprotected:
+            self._lease.publish(unprotected=unprotected)
 
     # ---- end ---------------------------------------------------------------------------------
 
@@ -697,20 +633,10 @@ class GroupStore:
         if self._merger is not None:
             self._merger.join()
         self._writer.close()
-        os.close(self._lock_fd)
+        self._lease.close()
 
     def __enter__(self) -> GroupStore:
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
-
-
-def _take_lock(path: Path) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise LockedError(f"{path.parent}: another process writes this store") from None
-    return fd
