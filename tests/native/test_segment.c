@@ -11,17 +11,20 @@ static uint8_t bytes[ROOM];
 static uint8_t copy[ROOM];
 static uint64_t ends[COMMITS + 1];
 
-/* A record of no body, which consumes a seq. */
+/* A write of 100 bytes in one piece: only the commit's digest covers its body. */
 static size_t put_record(uint8_t *at, uint64_t seq)
 {
     struct vrep_record record;
 
-    vrep_record_init(&record, VREP_KIND_ZEROES, 3, 0);
+    vrep_record_init(&record, VREP_KIND_WRITE, 3, 0);
     record.seq = seq;
-    record.length = 4096;
+    record.length = 100;
+    record.pieces = 1;
+    record.body_bytes = 4 + 100 + VREP_TAG_BYTES;
     vrep_record_finish(&record);
     memcpy(at, &record, sizeof record);
-    return sizeof record;
+    memset(at + sizeof record, (int)seq, record.body_bytes);
+    return sizeof record + record.body_bytes;
 }
 
 static size_t put_commit(uint8_t *file, size_t start, size_t end, uint32_t number, uint32_t records,

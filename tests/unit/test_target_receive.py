@@ -418,7 +418,7 @@ def test_a_failover_fences_the_source_at_once(world: World) -> None:
     assert refused.value.message.epoch is not None
     assert refused.value.message.epoch.counter == 2
     with pytest.raises(RefusedByTarget, match="fenced"):
-        Client(world, feed=records.Feed()).open()
+        Client(world, feed=records.Feed(seq=4)).open()
     assert records.seqs(content(world)) == [1, 2, 3]
     assert world.status()["state"] == "failed-over"
 
