@@ -36,6 +36,7 @@ struct vrep_front {
     void (*stop)(struct vrep_front *front, bool drain);
     /* True when nothing of it is in flight any more, and after stop every reply is sent. */
     bool (*idle)(const struct vrep_front *front);
+    uint32_t requests; /* that came in the last turn: set by turn */
 };
 
 int vrep_loop_create(struct vrep_group *group, struct vrep_loop **out);

@@ -387,6 +387,8 @@ static bool front_turn(struct vrep_front *front)
         if (c->state == NBD_FINISHING && c->outstanding == 0)
             nbd_end(c, NULL);
     }
+    front->requests = server->received;
+    server->received = 0;
     return server->active_first != NULL || (server->freed && server->stalled_first != NULL);
 }
 
@@ -480,7 +482,7 @@ int vrep_nbd_create(struct vrep_loop *loop, const struct vrep_nbd_config *config
     struct vrep_nbd_server *server = calloc(1, sizeof *server);
     if (server == NULL)
         return VREP_E_NOMEM;
-    server->front = (struct vrep_front){front_turn, front_wakeup, front_stop, front_idle};
+    server->front = (struct vrep_front){front_turn, front_wakeup, front_stop, front_idle, 0};
     server->loop = loop;
     server->group = vrep_loop_group(loop);
     server->unix_listener.fd = server->tcp_listener.fd = -1;

@@ -96,6 +96,7 @@ struct vrep_nbd_server {
     uint32_t connections_max;
     uint32_t inflight; /* commands submitted and not done */
     uint32_t orphans;  /* those whose connection ended */
+    uint32_t received; /* requests of this turn */
     bool stopping;
     bool freed;                         /* something that a stalled connection may wait for */
     struct nbd_connection *long_reader; /* it waits for pages: nobody else takes any */

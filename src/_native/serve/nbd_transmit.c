@@ -374,6 +374,7 @@ static enum progress consume(struct nbd_connection *c)
             return PROGRESS_STALLED;
         }
         c->in_from += VREP_NBD_REQUEST_BYTES;
+        c->server->received++;
         nbd_count(&c->client.requests, 1);
     }
 }

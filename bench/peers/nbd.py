@@ -1,0 +1,51 @@
+"""NBD servers over a page-cached file, and the client that loads them all alike.
+
+Every server: one Unix socket, writeback through the page cache, flush offered. Three
+tunings each; the rows take the fastest of a short trial.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+NBDKIT: list[list[str]] = [
+    [],
+    ["--threads=1"],
+    ["--threads=4"],
+]
+QEMU_NBD: list[list[str]] = [
+    ["--cache=writeback", "--aio=threads"],
+    ["--cache=writeback", "--aio=io_uring"],
+    ["--cache=writeback", "--aio=threads", "--discard=unmap", "--detect-zeroes=off"],
+]
+
+
+def nbdkit(socket: Path, image: Path, tuning: int) -> list[str]:
+    return ["nbdkit", "-f", "-U", str(socket), *NBDKIT[tuning], "file", str(image)]
+
+
+def qemu_nbd(socket: Path, image: Path, tuning: int) -> list[str]:
+    options = ["-f", "raw", "-t", "-e", "8", "-k", str(socket), *QEMU_NBD[tuning]]
+    return ["qemu-nbd", *options, str(image)]
+
+
+def fio(socket: Path, *, rw: str, bs: str, depth: int, size: int, seconds: float) -> dict[str, Any]:
+    """One timed load; IOPS and the latency percentiles of whole requests, in µs."""
+    command = [
+        *("fio", "--name=load", "--ioengine=nbd", f"--uri=nbd+unix:///?socket={socket}"),
+        *(f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", f"--size={size}"),
+        *("--time_based", f"--runtime={seconds}", "--randrepeat=0", "--lat_percentiles=1"),
+        "--output-format=json",
+    ]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    job = json.loads(out[out.index("{") :])["jobs"][0]
+    side = job["write" if "write" in rw else "read"]
+    share = side["lat_ns"]["percentile"]
+    return {
+        "iops": side["iops"],
+        "p50": share["50.000000"] / 1000,
+        "p99": share["99.000000"] / 1000,
+    }
