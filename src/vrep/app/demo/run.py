@@ -61,8 +61,11 @@ class Report:
     kill_ms: int = 0
     processes_killed: int = 0
     lines_witnessed: int = 0
+    first_sync_bytes_sent: int = 0
     bytes_written: int = 0
+    """by the guest, once the first sync had ended"""
     bytes_sent: int = 0
+    """from site to site for those"""
     first_sync_s: float = 0.0
     rpo_ms_seen: list[int] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
@@ -117,6 +120,7 @@ class Demo:
         self.guest: Guest | None = None
         self.writer: Writer | None = None
         self.kept: list[WitnessedLine] = []
+        self.synced_written = 0
         self.manifest: Manifest | None = None
         self.image: GuestImage | None = None
         self.checkpoint_before_ms = 0
@@ -223,7 +227,16 @@ class Demo:
 
         self.wait("the first sync ends", replicating, SYNC_LIMIT_S)
         self.report.first_sync_s = round(time.monotonic() - began, 1)
+        written, sent = self.traffic()
+        self.synced_written, self.report.first_sync_bytes_sent = written, sent
         say(f"first sync done in {self.report.first_sync_s} s, under the guest's writes")
+
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that the guest wrote, and bytes that the source sent, so far."""
+        status = self.require_a().group_status(GROUP)
+        if status is None:
+            raise DemoError("the source site does not answer")
+        return int(status["filter"]["write_bytes"]), int(status["targets"][0]["bytes_sent"])
 
     def witness(self) -> Sequence[WitnessedLine]:
         if self.guest is not None:
@@ -278,11 +291,12 @@ class Demo:
 
     def disaster(self) -> None:
         a = self.require_a()
-        status = a.group_status(GROUP)
-        if status is not None:
-            self.report.bytes_written = int(status["filter"]["write_bytes"])
-            self.report.bytes_sent = int(status["targets"][0]["bytes_sent"])
-        say("kill -9 of QEMU and of every process of the source site")
+        written, sent = self.traffic()
+        self.report.bytes_written = written - self.synced_written
+        self.report.bytes_sent = sent - self.report.first_sync_bytes_sent
+        say(
+            f"kill -9 of {'QEMU and of ' if self.with_guest else ''}every process of the source site"
+        )
         if self.guest is not None:
             self.guest.kill9()
         self.report.kill_ms = time.time_ns() // 1_000_000
@@ -447,8 +461,9 @@ def table(report: Report) -> str:
     if report.bytes_written:
         ratio = report.bytes_sent / report.bytes_written
         lines.append(
-            f"bytes sent / bytes written by the guest: {ratio:.3f}, first sync included "
-            f"({report.bytes_sent / 1048576:.1f} / {report.bytes_written / 1048576:.1f} MiB)"
+            f"bytes sent / bytes written: {ratio:.3f} "
+            f"({report.bytes_sent / 1048576:.1f} / {report.bytes_written / 1048576:.1f} MiB), "
+            f"after a first sync of {report.first_sync_bytes_sent / 1048576:.1f} MiB"
         )
     if report.rpo_ms_seen:
         seen = sorted(report.rpo_ms_seen)
