@@ -1,6 +1,12 @@
 """Sphinx configuration: MyST pages, the API from its docstrings, warnings are errors."""
 
+import sys
+from pathlib import Path
+
 import vrep
+
+sys.path.insert(0, str(Path(__file__).parent))
+from generate import write_pages
 
 project = "vrep"
 author = "the vrep maintainers"
@@ -9,6 +15,7 @@ version = release = vrep.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 source_suffix = {".md": "markdown"}
+exclude_patterns = ["internals/model/*"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
@@ -17,3 +24,5 @@ autodoc_member_order = "bysource"
 
 html_theme = "furo"
 html_title = "vrep"
+
+write_pages(Path(__file__).parent)
