@@ -309,7 +309,9 @@ def test_damage_of_every_file_is_named_never_cut(tmp_path: Path, rng: random.Ran
     newest = manifest_path(good, manifest.number).name
     active = f"seg-{manifest.active_segment:08x}"
     before_last = Position(1, 0, feed.seq - 3)
-    for number in range(120):
+    with StoreReader(tmp_path / "good", GROUP) as reader:
+        everything = content(reader)
+    for number in range(80):
         there = tmp_path / f"bad-{number}"
         shutil.copytree(good, store_path(there, GROUP))
         names = [p.name for p in store_path(there, GROUP).iterdir()]
@@ -330,8 +332,15 @@ def test_damage_of_every_file_is_named_never_cut(tmp_path: Path, rng: random.Ran
             else:
                 assert found in (before_last, feed.position)
         elif name.startswith("seg"):
-            with pytest.raises(VrepError), StoreReader(there, GROUP) as reader:
-                reader.verify()
+            data_end = int(manifest.segments["data_end"][int(name[4:], 16) - 1])
+            try:
+                with StoreReader(there, GROUP) as reader:
+                    reader.verify()
+                    # Zeroes between the arrays of an index mean nothing.
+                    assert at >= data_end
+                    assert content(reader) == everything
+            except VrepError as error:
+                assert at < data_end or name in str(error) or "run" in str(error)
         else:
             assert found == feed.position
         shutil.rmtree(there)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from vrep.errors import ExistsError, LockedError
+from vrep.errors import ExistsError, LockedError, StorageError, StoreFullError
 from vrep.target.files import Files, is_full
 from vrep.target.manifest import Manifest, load_newest, manifest_numbers, manifest_path
 
@@ -67,6 +67,9 @@ class Lease:
                 self._publish(path, data)
             except FileExistsError:
                 raise self._lost(path) from None
+            except OSError as error:
+                kind = StoreFullError if is_full(error) else StorageError
+                raise kind(f"{path}: {error.strerror or error}") from None
             self.manifest = manifest
             for number in manifest_numbers(self.directory):
                 if number <= manifest.number - _MANIFESTS_KEPT:

@@ -313,39 +313,39 @@ class GroupHost:
             return {**epoch_state(self.require()), "source": self.source()}
 
     def status(self) -> dict[str, Any]:
-        """One group of ``target.sock`` status."""
-        with self._lock:
-            store, session = self._store, self._session
-            if store is None:
-                return {
-                    "group_id": self.group_id.hex(),
-                    "name": self.group_id.hex(),
-                    "state": "error",
-                    "error": str(self.error) if self.error else "not opened",
-                    "conditions": ["damaged"] if isinstance(self.error, IntegrityError) else [],
-                }
-            current = store.manifest.current_epoch
-            source = self.source()
-            conditions = self.conditions()
-            if not source["connected"]:
-                conditions.append("source-silent")
-            state = "replicating" if source["connected"] else "offline"
-            if source["connected"] and source["state"] == "gap":
-                state = "gap"
-            if current.writer != store.epochs[0].writer:
-                state = "failed-over"
-            if store.failure is not None:
-                state = "error"
+        """One group of ``target.sock`` status. Takes no lock: it is asked for when something
+        hangs, too."""
+        store, session = self._store, self._session
+        if store is None:
             return {
-                **store.status(),
-                "state": state,
-                "conditions": conditions,
-                "error": str(store.failure) if store.failure else "",
-                "epochs": [plain(entry) for entry in store.epochs],
-                "source": source,
-                "sessions": int(session is not None),
-                "disks": [{"name": d.name, "size": d.bytes, "index": d.index} for d in store.disks],
+                "group_id": self.group_id.hex(),
+                "name": self.group_id.hex(),
+                "state": "error",
+                "error": str(self.error) if self.error else "not opened",
+                "conditions": ["damaged"] if isinstance(self.error, IntegrityError) else [],
             }
+        current = store.manifest.current_epoch
+        source = self.source()
+        conditions = self.conditions()
+        if not source["connected"]:
+            conditions.append("source-silent")
+        state = "replicating" if source["connected"] else "offline"
+        if source["connected"] and source["state"] == "gap":
+            state = "gap"
+        if current.writer != store.epochs[0].writer:
+            state = "failed-over"
+        if store.failure is not None:
+            state = "error"
+        return {
+            **store.status(),
+            "state": state,
+            "conditions": conditions,
+            "error": str(store.failure) if store.failure else "",
+            "epochs": [plain(entry) for entry in store.epochs],
+            "source": source,
+            "sessions": int(session is not None),
+            "disks": [{"name": d.name, "size": d.bytes, "index": d.index} for d in store.disks],
+        }
 
     def delete(self, site_id: bytes) -> None:
         """Remove the store, for the site that writes it."""

@@ -125,10 +125,14 @@ class Pin:
     """While it is open, files that its holder may be reading are not removed."""
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / f"pin-{os.getpid()}-{secrets.token_hex(4)}"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._fd = os.open(self.path, flags, 0o600)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        while True:
+            self.path = directory / f"pin-{os.getpid()}-{secrets.token_hex(4)}"
+            self._fd = os.open(self.path, flags, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            if os.fstat(self._fd).st_nlink:
+                return
+            os.close(self._fd)  # a writer took it for a dead one's before it was locked
 
     def close(self) -> None:
         if self._fd >= 0:

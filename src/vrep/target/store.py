@@ -324,9 +324,14 @@ class GroupStore:
         """Figures for people and programs."""
         manifest, writer = self.manifest, self._writer
         failure = self.failure
+        if len(manifest.segments):
+            oldest = Position.of(manifest.segments[0]["first"])
+        else:
+            oldest = Position(*writer.builder.first)
         return {
             "group_id": self.group_id.hex(),
             "name": manifest.name,
+            "oldest": str(oldest),
             "received": str(self.received),
             "durable": str(self.durable),
             "received_seq": self.received.seq,
