@@ -176,11 +176,9 @@ class Pair:
         ring_bytes: int = 64 * MIB,
         compression: int = 1,
         target_settings: str = "",
-        store: Path | None = None,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
         self.cable = Cable()
-        self._store = store
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.cable.target = ("127.0.0.1", probe.getsockname()[1])
         self.a = Site.init(self.root / "a", name="alpha")
@@ -191,9 +189,6 @@ class Pair:
             f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
             f'advertise = "{self.cable.address}"\n[target]\n{target_settings}\n'
         )
-        if store is not None:
-            store.mkdir(exist_ok=True)
-            self.b.paths.store.symlink_to(store)
         self.options = self.a.group_options(ring_bytes=ring_bytes, compression=compression)
         self.sizes = dict(disks or {"root": 16 * MIB})
         self.images = {name: self.root / f"{name}.raw" for name in self.sizes}
@@ -261,7 +256,7 @@ class Pair:
             options=self.options,
         )
 
-    def up(self, *, settle: bool = True) -> Pair:
+    def up(self, *, settle: bool = True, key_at_b: bool = True) -> Pair:
         """Everything that comes before the first interesting event."""
         self.start("target")
         self.join()
@@ -269,7 +264,8 @@ class Pair:
         self.protect()
         self.start("filter", "source")
         self.served()
-        self.b.key_import(self.exported_key)
+        if key_at_b:
+            self.b.key_import(self.exported_key)
         if settle:
             self.settle()
         return self

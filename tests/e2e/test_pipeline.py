@@ -169,6 +169,7 @@ class Faults:
 
     def starve(self) -> None:
         """Long enough without a target that the ring overflows."""
+        self.pair.served()  # another fault may just have been here
         self.pair.kill("target")
         rng = random.Random(self.rng.random())
         end = time.monotonic() + 30
