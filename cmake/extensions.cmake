@@ -17,7 +17,7 @@ foreach(source IN LISTS core_modules)
         COMMENT "Cython vrep._core.${stem}"
         VERBATIM)
     python_add_library(core_${stem} MODULE WITH_SOABI ${generated})
-    set_target_properties(core_${stem} PROPERTIES OUTPUT_NAME ${stem})
+    set_target_properties(core_${stem} PROPERTIES OUTPUT_NAME ${stem} INSTALL_RPATH "$ORIGIN")
     target_compile_definitions(core_${stem} PRIVATE NPY_NO_DEPRECATED_API=NPY_1_7_API_VERSION)
     target_link_libraries(core_${stem} PRIVATE vrep_native Python::NumPy)
     install(TARGETS core_${stem} LIBRARY DESTINATION vrep/_core)

@@ -10,6 +10,7 @@
 #ifndef VREP_BASE_LOG_H
 #define VREP_BASE_LOG_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #define VREP_LOG_LINE_MAX 480
@@ -30,6 +31,9 @@ struct vrep_log_sink {
 
 /* sink must outlive every thread that logs; NULL restores standard error. */
 void vrep_log_set_sink(const struct vrep_log_sink *sink);
+
+/* Standard error, as JSON lines (event, logger, level, timestamp) or as text. */
+void vrep_log_set_json(bool json);
 
 /* Lines below the level are dropped; INFO at start. */
 void vrep_log_set_level(enum vrep_log_level level);

@@ -7,6 +7,7 @@ import sys
 
 import structlog
 
+from vrep._core.log import setup as setup_native_log
 from vrep.settings import LogConfig
 
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
@@ -44,6 +45,7 @@ def setup_logs(config: LogConfig, role: str = "") -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    setup_native_log(config.level, json=not text)
     if role:
         structlog.contextvars.bind_contextvars(role=role)
 

@@ -294,9 +294,8 @@ class Demo:
         written, sent = self.traffic()
         self.report.bytes_written = written - self.synced_written
         self.report.bytes_sent = sent - self.report.first_sync_bytes_sent
-        say(
-            f"kill -9 of {'QEMU and of ' if self.with_guest else ''}every process of the source site"
-        )
+        victims = "QEMU and of every process" if self.with_guest else "every process"
+        say(f"kill -9 of {victims} of the source site")
         if self.guest is not None:
             self.guest.kill9()
         self.report.kill_ms = time.time_ns() // 1_000_000

@@ -1,0 +1,3 @@
+LEVELS: dict[str, int]
+
+def setup(level: str = "info", *, json: bool = False) -> None: ...
