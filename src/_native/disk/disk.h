@@ -5,7 +5,7 @@
  * engine owns a small pool of threads and an eventfd.  A request may complete
  * inside submit (page-cached reads by RWF_NOWAIT, small page-cached writes by
  * pwritev2, when the last ones were fast), on a pool thread, or by io_uring
- * (O_DIRECT); completions are reaped on the thread that owns the engine.
+ * (O_DIRECT without FUA); completions are reaped on the thread that owns the engine.
  *
  * Units: bytes.  Limits: a request <= 32 MiB of data, zero and extents any
  * length.  Threading: one owner thread per engine; nothing blocks it but
@@ -40,12 +40,14 @@ struct vrep_io {
     int iovcnt;
     int status;   /* enum vrep_status; a short transfer is IO */
     int os_error; /* errno of a failure, 0 otherwise */
+    /* A failed FLUSH, or a FUA that may have failed in its sync: the kernel tells a loss once, so
+     * this failure may speak of any write since the last good sync of the disk. */
+    bool sync_failed;
     void (*done)(struct vrep_io *io);
     void *owner;
     /* private to the disk room */
     struct vrep_disk *disk;
     struct vrep_io *next;
-    uint64_t words[8];
 };
 
 struct vrep_engine;
@@ -73,7 +75,7 @@ struct vrep_disk_info {
 /* uri: "file:PATH" or "block:PATH"; any other scheme is UNSUPPORTED.  Takes the locks that QEMU
  * takes on an image (OFD byte locks: permissions at 100, what it does not share at 200), so that a
  * VM started past the filter and vrep refuse each other: LOCKED.  A size that is no multiple of 512
- * is INVALID. */
+ * is INVALID; with DIRECT, UNSUPPORTED when it is none of the filesystem's alignment either. */
 int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
                    struct vrep_disk **out);
 void vrep_disk_close(struct vrep_disk *disk);
@@ -96,8 +98,8 @@ int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint
 
 /* ---- overlay ------------------------------------------------------------- */
 
-/* Creates `path` (sparse, disk_bytes) and `path`.presence; opens them when they exist (CORRUPT,
- * VERSION, INVALID). */
+/* Creates `path` (sparse, disk_bytes) and `path`.presence, names synced; opens them when they exist
+ * (LOCKED, INVALID: other size or view; CORRUPT, TORN, VERSION: the presence file). */
 int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
                       uint64_t disk_bytes, uint32_t block_bytes, struct vrep_disk **out);
 bool vrep_disk_is_overlay(const struct vrep_disk *disk);

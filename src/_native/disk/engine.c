@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <liburing.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -11,8 +12,9 @@
 
 #define THREADS_MAX 64u
 #define BOUNCE_BYTES (1u << 20) /* a multiple of every logical block size */
-#define BOUNCE_ALIGN 4096u
+#define BOUNCE_ALIGN (64u << 10)
 #define RING_ENTRIES 256u
+#define RING_INFLIGHT_MAX (2 * RING_ENTRIES) /* as many completions have room */
 
 struct list {
     struct vrep_io *first, *last;
@@ -24,12 +26,13 @@ struct vrep_engine {
     struct list queue, done; /* under lock */
     bool stop;
     int event_fd;
-    uint32_t threads;
+    uint32_t threads, started; /* started: under lock, numbers the threads */
     pthread_t thread[THREADS_MAX];
 
     /* owner thread only */
+    uint32_t pool_inflight;
     struct io_uring ring;
-    bool ring_ready;
+    bool ring_ready, ring_refused;
     uint32_t ring_inflight;
 };
 
@@ -70,6 +73,7 @@ static void *worker(void *argument)
     if (posix_memalign(&bounce, BOUNCE_ALIGN, BOUNCE_BYTES) != 0)
         bounce = NULL; /* requests that need it fail with NOMEM */
     pthread_mutex_lock(&engine->lock);
+    uint32_t number = engine->started++;
     for (;;) {
         struct vrep_io *io = list_pop(&engine->queue);
         if (io == NULL) {
@@ -79,7 +83,7 @@ static void *worker(void *argument)
             continue;
         }
         pthread_mutex_unlock(&engine->lock);
-        vrep_disk_run(io, bounce, bounce != NULL ? BOUNCE_BYTES : 0);
+        vrep_disk_run(io, number, bounce, bounce != NULL ? BOUNCE_BYTES : 0);
         pthread_mutex_lock(&engine->lock);
         bool first = engine->done.first == NULL;
         list_push(&engine->done, io);
@@ -103,6 +107,8 @@ int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
     engine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (engine->event_fd < 0) {
         int status = vrep_status_from_errno(errno);
+        pthread_cond_destroy(&engine->work);
+        pthread_mutex_destroy(&engine->lock);
         free(engine);
         return status;
     }
@@ -128,10 +134,11 @@ void vrep_engine_destroy(struct vrep_engine *engine)
 {
     if (engine == NULL)
         return;
-    while (engine->ring_inflight > 0) {
-        struct io_uring_cqe *cqe;
-        if (io_uring_wait_cqe(&engine->ring, &cqe) == 0)
-            vrep_engine_reap(engine);
+    /* Completions may submit again: until nothing is left. */
+    while (engine->ring_inflight > 0 || engine->pool_inflight > 0) {
+        struct pollfd event = {.fd = engine->event_fd, .events = POLLIN};
+        (void)poll(&event, 1, -1); /* a failure, EINTR, only makes the loop turn */
+        vrep_engine_reap(engine);
     }
     pthread_mutex_lock(&engine->lock);
     engine->stop = true;
@@ -139,13 +146,17 @@ void vrep_engine_destroy(struct vrep_engine *engine)
     pthread_mutex_unlock(&engine->lock);
     for (uint32_t i = 0; i < engine->threads; i++)
         pthread_join(engine->thread[i], NULL);
-    vrep_engine_reap(engine);
     if (engine->ring_ready)
         io_uring_queue_exit(&engine->ring);
     close(engine->event_fd);
     pthread_cond_destroy(&engine->work);
     pthread_mutex_destroy(&engine->lock);
     free(engine);
+}
+
+uint32_t vrep_engine_threads(const struct vrep_engine *engine)
+{
+    return engine->threads;
 }
 
 int vrep_engine_fd(const struct vrep_engine *engine)
@@ -155,6 +166,7 @@ int vrep_engine_fd(const struct vrep_engine *engine)
 
 void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
 {
+    engine->pool_inflight++;
     pthread_mutex_lock(&engine->lock);
     list_push(&engine->queue, io);
     pthread_cond_signal(&engine->work);
@@ -163,28 +175,32 @@ void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
 
 bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io)
 {
-    if (!engine->ring_ready)
+    if (!engine->ring_ready || engine->ring_inflight >= RING_INFLIGHT_MAX)
         return false;
     struct io_uring_sqe *sqe = io_uring_get_sqe(&engine->ring);
     if (sqe == NULL)
         return false;
     int fd = io->disk->fd;
-    if (io->op == VREP_IO_READ) {
+    if (io->op == VREP_IO_READ)
         io_uring_prep_readv(sqe, fd, io->iov, (unsigned)io->iovcnt, io->offset);
-    } else {
+    else
         io_uring_prep_writev(sqe, fd, io->iov, (unsigned)io->iovcnt, io->offset);
-        if (io->flags & VREP_IO_FUA)
-            sqe->rw_flags = RWF_DSYNC;
-    }
     io_uring_sqe_set_data(sqe, io);
     int submitted;
     do
         submitted = io_uring_submit(&engine->ring);
     while (submitted == -EINTR);
-    /* A failed submit leaves the entry queued in the ring; it goes out with the next one, and an
-     * io_uring that is broken for good shows as a request that never completes: so tell. */
-    if (submitted < 0)
-        VREP_WARN("disk", "io_uring submit: %s", strerror(-submitted));
+    /* The kernel takes entries in order: if any is left, this one is. It becomes a no-op that
+     * goes out with a later one, and the pool does its work. */
+    if (io_uring_sq_ready(&engine->ring) > 0) {
+        if (!engine->ring_refused)
+            VREP_WARN("disk", "io_uring took no request (%s), threads do what it refuses",
+                      submitted < 0 ? strerror(-submitted) : "no room");
+        engine->ring_refused = true;
+        io_uring_prep_nop(sqe);
+        io_uring_sqe_set_data(sqe, NULL);
+        return false;
+    }
     engine->ring_inflight++;
     return true;
 }
@@ -193,17 +209,17 @@ static uint32_t reap_ring(struct vrep_engine *engine)
 {
     uint32_t count = 0;
     struct io_uring_cqe *cqe;
-    while (engine->ring_inflight > 0 && io_uring_peek_cqe(&engine->ring, &cqe) == 0) {
+    while (io_uring_peek_cqe(&engine->ring, &cqe) == 0) {
         struct vrep_io *io = io_uring_cqe_get_data(cqe);
         int result = cqe->res;
         io_uring_cqe_seen(&engine->ring, cqe);
+        if (io == NULL) /* a no-op */
+            continue;
         engine->ring_inflight--;
         if (result < 0 && result != -EAGAIN && result != -EINTR) {
             vrep_io_fail(io, -result);
         } else if ((uint64_t)(result < 0 ? 0 : result) == io->length) {
-            io->status = VREP_OK;
-            if (io->op == VREP_IO_WRITE && io->disk->presence != NULL)
-                vrep_overlay_written(io->disk, io->offset, io->length);
+            io->status = VREP_OK; /* an overlay is never direct: it has no presence to mark */
         } else {
             vrep_engine_queue(engine, io); /* short: the whole again, by blocking calls */
             continue;
@@ -225,6 +241,7 @@ uint32_t vrep_engine_reap(struct vrep_engine *engine)
     engine->done = (struct list){NULL, NULL};
     pthread_mutex_unlock(&engine->lock);
     for (struct vrep_io *io = list_pop(&done); io != NULL; io = list_pop(&done)) {
+        engine->pool_inflight--;
         io->done(io);
         count++;
     }

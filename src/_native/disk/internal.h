@@ -11,6 +11,11 @@
 struct vrep_disk {
     struct vrep_engine *engine;
     int fd;
+    /* One open file description for each thread of the pool, for what must sync: the kernel
+     * reports a lost write once per description, so of two syncs at once on a shared one, the
+     * other would succeed wrongly. After a loss each reports it once: false alarms, no silence. */
+    int *sync_fd;
+    uint32_t sync_fds;
     bool direct, block_device, read_only, zero_cheap;
     uint32_t align_bytes, block_bytes;
     uint64_t bytes;
@@ -19,19 +24,21 @@ struct vrep_disk {
     struct vrep_presence *presence; /* overlays only */
 };
 
-/* raw.c: runs the whole request with blocking calls; sets status and os_error. Any thread. */
-void vrep_disk_run(struct vrep_io *io, void *bounce, size_t bounce_bytes);
+/* raw.c: runs the whole request with blocking calls on thread `number` of the pool; sets status and
+ * os_error. */
+void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bounce_bytes);
 /* overlay.c */
 void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 void vrep_overlay_free(struct vrep_disk *disk);
 /* engine.c */
 void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io);
+uint32_t vrep_engine_threads(const struct vrep_engine *engine);
 /* True when io_uring took the request. */
 bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io);
 
 uint64_t vrep_iov_bytes(const struct iovec *iov, int iovcnt);
 /* Drops the first bytes of an iovec array in place. */
 void vrep_iov_advance(struct iovec **iov, int *iovcnt, size_t bytes);
-int vrep_io_fail(struct vrep_io *io, int os_error);
+void vrep_io_fail(struct vrep_io *io, int os_error);
 
 #endif

@@ -1,5 +1,7 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <libgen.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,9 +22,10 @@ struct vrep_presence {
     int fd;
     uint32_t block_bytes;
     uint64_t blocks, words;
-    uint64_t *live;   /* set as data are written; any thread, atomically */
-    uint64_t *synced; /* what the file holds; under lock */
-    int failed;       /* first failed sync; sticky: what it covered cannot be trusted any more */
+    uint64_t *live;     /* set as data are written; any thread, atomically */
+    uint64_t *synced;   /* what the file holds; under lock */
+    uint64_t *snapshot; /* of live, when a sync begins; under lock */
+    int failed;         /* first failed sync; sticky: what it covered cannot be trusted any more */
     pthread_mutex_t lock;
 };
 
@@ -77,7 +80,8 @@ static int presence_create(struct vrep_presence *p, const uint8_t view_id[16], u
     };
     memcpy(header.view_id, view_id, 16);
     header.checksum = vrep_checksum32(&header, offsetof(struct vrep_presence_header, checksum));
-    if (ftruncate(p->fd, (off_t)(HEADER_BYTES + p->words * 8)) != 0)
+    /* To nothing first: bits of a file that was there before must not survive. */
+    if (ftruncate(p->fd, 0) != 0 || ftruncate(p->fd, (off_t)(HEADER_BYTES + p->words * 8)) != 0)
         return vrep_status_from_errno(errno);
     int status = full_write(p->fd, &header, sizeof header, 0);
     if (status == VREP_OK && fsync(p->fd) != 0)
@@ -128,9 +132,10 @@ static int presence_open(struct vrep_disk *disk, const char *path, const uint8_t
     p->words = (p->blocks + 63) / 64;
     p->live = calloc(p->words + 1, 8);
     p->synced = calloc(p->words + 1, 8);
-    char name[4096];
+    p->snapshot = calloc(p->words + 1, 8);
+    char name[PATH_MAX];
     int n = snprintf(name, sizeof name, "%s.presence", path);
-    if (p->live == NULL || p->synced == NULL)
+    if (p->live == NULL || p->synced == NULL || p->snapshot == NULL)
         return VREP_E_NOMEM;
     if (n < 0 || (size_t)n >= sizeof name)
         return VREP_E_INVALID;
@@ -143,25 +148,37 @@ static int presence_open(struct vrep_disk *disk, const char *path, const uint8_t
                  : presence_load(p, view_id, disk->bytes, st.st_size);
 }
 
-static int open_data(const char *path, uint64_t disk_bytes, bool *fresh)
+/* An empty file when there is none. */
+static int touch(const char *path)
 {
-    int fd = open(path, O_RDWR | O_CLOEXEC);
-    if (fd >= 0) {
-        struct stat st;
-        bool sized = fstat(fd, &st) == 0 && (uint64_t)st.st_size == disk_bytes;
-        /* Creation sets the size last: an empty file is one that was never finished. */
-        *fresh = !sized && fstat(fd, &st) == 0 && st.st_size == 0;
-        close(fd);
-        return sized || *fresh ? VREP_OK : VREP_E_INVALID;
-    }
-    if (errno != ENOENT)
-        return vrep_status_from_errno(errno);
-    fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK, 0600);
     if (fd < 0)
         return vrep_status_from_errno(errno);
     close(fd);
-    *fresh = true;
     return VREP_OK;
+}
+
+static int sync_names(const char *path)
+{
+    char copy[PATH_MAX];
+    if (snprintf(copy, sizeof copy, "%s", path) >= (int)sizeof copy)
+        return VREP_E_INVALID;
+    int fd = open(dirname(copy), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return vrep_status_from_errno(errno);
+    int status = fsync(fd) == 0 ? VREP_OK : vrep_status_from_errno(errno);
+    close(fd);
+    return status;
+}
+
+/* Creation sets the size last, when the presence file and both names are stable: an empty data file
+ * is one that was never finished, and one with a size has its presence. */
+static int set_size(struct vrep_disk *disk, const char *path, uint64_t disk_bytes)
+{
+    int status = sync_names(path);
+    if (status == VREP_OK && (ftruncate(disk->fd, (off_t)disk_bytes) != 0 || fsync(disk->fd) != 0))
+        status = vrep_status_from_errno(errno);
+    return status;
 }
 
 int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
@@ -171,11 +188,10 @@ int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_
         (block_bytes & (block_bytes - 1)) != 0 || disk_bytes == 0 ||
         disk_bytes % VREP_SECTOR_BYTES != 0)
         return VREP_E_INVALID;
-    bool fresh = false;
-    int status = open_data(path, disk_bytes, &fresh);
+    int status = touch(path);
     if (status != VREP_OK)
         return status;
-    char uri[4096];
+    char uri[PATH_MAX];
     int n = snprintf(uri, sizeof uri, "file:%s", path);
     if (n < 0 || (size_t)n >= sizeof uri)
         return VREP_E_INVALID;
@@ -183,10 +199,14 @@ int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_
     status = vrep_disk_open(engine, uri, 0, &disk);
     if (status != VREP_OK)
         return status;
+    bool fresh = disk->bytes == 0; /* judged under the lock: nobody else creates it now */
+    if (!fresh && disk->bytes != disk_bytes)
+        status = VREP_E_INVALID;
     disk->bytes = disk_bytes;
-    status = presence_open(disk, path, view_id, block_bytes, fresh);
-    if (status == VREP_OK && fresh && ftruncate(disk->fd, (off_t)disk_bytes) != 0)
-        status = vrep_status_from_errno(errno);
+    if (status == VREP_OK)
+        status = presence_open(disk, path, view_id, block_bytes, fresh);
+    if (status == VREP_OK && fresh)
+        status = set_size(disk, path, disk_bytes);
     if (status != VREP_OK) {
         vrep_disk_close(disk);
         return status;
@@ -202,6 +222,7 @@ void vrep_overlay_free(struct vrep_disk *disk)
         close(p->fd);
     free(p->live);
     free(p->synced);
+    free(p->snapshot);
     pthread_mutex_destroy(&p->lock);
     free(p);
     disk->presence = NULL;
@@ -283,10 +304,8 @@ int vrep_overlay_sync(struct vrep_disk *disk)
 {
     struct vrep_presence *p = disk->presence;
     pthread_mutex_lock(&p->lock);
-    uint64_t *snapshot = malloc(p->words * 8 + 8);
+    uint64_t *snapshot = p->snapshot;
     int status = p->failed;
-    if (status == VREP_OK && snapshot == NULL)
-        status = VREP_E_NOMEM;
     if (status == VREP_OK) {
         for (uint64_t i = 0; i < p->words; i++)
             snapshot[i] = vrep_load_acquire_u64(&p->live[i]);
@@ -298,9 +317,7 @@ int vrep_overlay_sync(struct vrep_disk *disk)
             write_words(p, snapshot + i, i, p->words - i < SYNC_WORDS ? p->words - i : SYNC_WORDS);
     if (status == VREP_OK && fdatasync(p->fd) != 0)
         status = vrep_status_from_errno(errno);
-    if (status != VREP_E_NOMEM)
-        p->failed = status;
-    free(snapshot);
+    p->failed = status;
     pthread_mutex_unlock(&p->lock);
     return status;
 }

@@ -1,12 +1,15 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -19,6 +22,8 @@
 #define INLINE_SLOW_NS 1000000ull    /* a write that took longer was throttled or blocked */
 #define INLINE_PAUSE_NS 100000000ull /* then the pool takes over for this long */
 #define IOV_STEP 64
+#define ALIGN_DEFAULT 4096u /* where nobody tells: enough for every filesystem */
+#define ALIGN_MAX (64u << 10)
 
 /* QEMU's image locks (its docs/system, "image locking"): a byte for each permission held, at
  * 100 + n, and for each permission not shared with others, at 200 + n. */
@@ -49,11 +54,10 @@ void vrep_iov_advance(struct iovec **iov, int *iovcnt, size_t bytes)
     }
 }
 
-int vrep_io_fail(struct vrep_io *io, int os_error)
+void vrep_io_fail(struct vrep_io *io, int os_error)
 {
     io->os_error = os_error;
     io->status = vrep_status_from_errno(os_error);
-    return io->status;
 }
 
 static uint64_t now_ns(void)
@@ -71,36 +75,34 @@ static int lock_byte(int fd, int at)
     return fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 0 : errno;
 }
 
-static bool locked_by_other(int fd, int at)
+/* EAGAIN when another process holds the byte. */
+static int probe_byte(int fd, int at)
 {
     struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
-    return fcntl(fd, F_OFD_GETLK, &lock) == 0 && lock.l_type != F_UNLCK;
+    if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
+        return errno;
+    return lock.l_type == F_UNLCK ? 0 : EAGAIN;
 }
 
+/* First every byte is taken, then the others' bytes are looked at: of two that do so at once, at
+ * least one sees the other. */
 static int lock_image(int fd, bool read_only)
 {
     static const int held[] = {PERM_READ, PERM_WRITE, PERM_RESIZE};
     static const int unshared[] = {PERM_WRITE, PERM_RESIZE};
     size_t held_count = read_only ? 1 : 3;
-    for (size_t i = 0; i < held_count; i++) {
-        int error = lock_byte(fd, LOCK_HELD + held[i]);
-        if (error != 0)
-            return error == EAGAIN || error == EACCES ? VREP_E_LOCKED
-                                                      : vrep_status_from_errno(error);
-    }
-    for (size_t i = 0; i < 2; i++) {
-        int error = lock_byte(fd, LOCK_UNSHARED + unshared[i]);
-        if (error != 0)
-            return error == EAGAIN || error == EACCES ? VREP_E_LOCKED
-                                                      : vrep_status_from_errno(error);
-    }
-    for (size_t i = 0; i < held_count; i++)
-        if (locked_by_other(fd, LOCK_UNSHARED + held[i]))
-            return VREP_E_LOCKED;
-    for (size_t i = 0; i < 2; i++)
-        if (locked_by_other(fd, LOCK_HELD + unshared[i]))
-            return VREP_E_LOCKED;
-    return VREP_OK;
+    int error = 0;
+    for (size_t i = 0; error == 0 && i < held_count; i++)
+        error = lock_byte(fd, LOCK_HELD + held[i]);
+    for (size_t i = 0; error == 0 && i < 2; i++)
+        error = lock_byte(fd, LOCK_UNSHARED + unshared[i]);
+    for (size_t i = 0; error == 0 && i < held_count; i++)
+        error = probe_byte(fd, LOCK_UNSHARED + held[i]);
+    for (size_t i = 0; error == 0 && i < 2; i++)
+        error = probe_byte(fd, LOCK_HELD + unshared[i]);
+    if (error == EAGAIN || error == EACCES)
+        return VREP_E_LOCKED;
+    return error == 0 ? VREP_OK : vrep_status_from_errno(error);
 }
 
 /* ---- open and facts ---------------------------------------------------------- */
@@ -114,30 +116,88 @@ int vrep_disk_refresh(struct vrep_disk *disk)
     disk->inode = st.st_ino;
     disk->mtime_ns = (uint64_t)st.st_mtim.tv_sec * 1000000000ull + (uint64_t)st.st_mtim.tv_nsec;
     disk->ctime_ns = (uint64_t)st.st_ctim.tv_sec * 1000000000ull + (uint64_t)st.st_ctim.tv_nsec;
-    if (disk->block_device) {
-        uint64_t bytes;
-        if (ioctl(disk->fd, BLKGETSIZE64, &bytes) != 0)
-            return vrep_status_from_errno(errno);
-        disk->bytes = bytes;
-    } else {
-        disk->bytes = (uint64_t)st.st_size;
-    }
-    return disk->bytes % VREP_SECTOR_BYTES != 0 ? VREP_E_INVALID : VREP_OK;
+    uint64_t bytes = (uint64_t)st.st_size;
+    if (disk->block_device && ioctl(disk->fd, BLKGETSIZE64, &bytes) != 0)
+        return vrep_status_from_errno(errno);
+    if (bytes % VREP_SECTOR_BYTES != 0 || bytes % disk->align_bytes != 0)
+        return VREP_E_INVALID; /* the size that was known stays */
+    disk->bytes = bytes;
+    return VREP_OK;
 }
 
-static void learn_geometry(struct vrep_disk *disk)
+/* What O_DIRECT asks for of offset, length and memory. */
+static uint32_t direct_align(const struct vrep_disk *disk)
+{
+    int logical = 0;
+    if (disk->block_device)
+        return ioctl(disk->fd, BLKSSZGET, &logical) == 0 && logical > 0 ? (uint32_t)logical
+                                                                        : ALIGN_DEFAULT;
+#ifdef STATX_DIOALIGN
+    struct statx stx;
+    if (statx(disk->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 &&
+        (stx.stx_mask & STATX_DIOALIGN) != 0 && stx.stx_dio_offset_align > 0)
+        return stx.stx_dio_offset_align > stx.stx_dio_mem_align ? stx.stx_dio_offset_align
+                                                                : stx.stx_dio_mem_align;
+#endif
+    return ALIGN_DEFAULT;
+}
+
+/* Whether a range can be made to read zero without writing it. */
+static bool learn_zero_cheap(const struct vrep_disk *disk)
+{
+    if (disk->read_only)
+        return false;
+    if (!disk->block_device) /* past the end a punch changes nothing, but says whether it can */
+        return fallocate(disk->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)disk->bytes,
+                         4096) == 0;
+    static const char *const places[] = {"/sys/dev/block/%u:%u/queue/write_zeroes_max_bytes",
+                                         "/sys/dev/block/%u:%u/../queue/write_zeroes_max_bytes"};
+    for (size_t i = 0; i < 2; i++) { /* of the device, or of the one that it is a partition of */
+        char name[128];
+        (void)snprintf(name, sizeof name, places[i], major(disk->device), minor(disk->device));
+        FILE *file = fopen(name, "re");
+        if (file == NULL)
+            continue;
+        uint64_t most = 0;
+        bool told = fscanf(file, "%" SCNu64, &most) == 1;
+        (void)fclose(file);
+        return told && most > 0;
+    }
+    return false;
+}
+
+static int learn_geometry(struct vrep_disk *disk)
 {
     disk->block_bytes = 4096;
-    disk->align_bytes = 1;
-    disk->zero_cheap = !disk->read_only;
-    if (disk->block_device) {
-        int logical = 512;
-        if (ioctl(disk->fd, BLKSSZGET, &logical) != 0 || logical <= 0)
-            logical = 4096;
-        disk->align_bytes = disk->direct ? (uint32_t)logical : 1;
-    } else if (disk->direct) {
-        disk->align_bytes = 4096; /* safe for every filesystem; unaligned edges are widened */
+    disk->align_bytes = disk->direct ? direct_align(disk) : 1;
+    if (disk->align_bytes > ALIGN_MAX || disk->bytes % disk->align_bytes != 0)
+        return VREP_E_UNSUPPORTED;
+    disk->zero_cheap = learn_zero_cheap(disk);
+    return VREP_OK;
+}
+
+static int open_sync_fds(struct vrep_disk *disk, const char *path, int mode)
+{
+    uint32_t count = vrep_engine_threads(disk->engine);
+    disk->sync_fd = calloc(count, sizeof *disk->sync_fd);
+    if (disk->sync_fd == NULL)
+        return VREP_E_NOMEM;
+    for (; disk->sync_fds < count; disk->sync_fds++) {
+        int fd = open(path, mode);
+        if (fd < 0)
+            return vrep_status_from_errno(errno);
+        disk->sync_fd[disk->sync_fds] = fd;
+        struct stat one, other;
+        if (fstat(disk->fd, &one) != 0 || fstat(fd, &other) != 0) {
+            disk->sync_fds++;
+            return vrep_status_from_errno(errno);
+        }
+        if (one.st_dev != other.st_dev || one.st_ino != other.st_ino) {
+            disk->sync_fds++;
+            return VREP_E_BUSY; /* another file took the name */
+        }
     }
+    return VREP_OK;
 }
 
 int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
@@ -156,10 +216,16 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
     disk->read_only = (flags & VREP_DISK_READ_ONLY) != 0;
     disk->direct = (flags & VREP_DISK_DIRECT) != 0;
     disk->block_device = block;
+    disk->align_bytes = 1;
+    disk->fd = -1;
     int mode = (disk->read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC | (disk->direct ? O_DIRECT : 0);
-    disk->fd = open(path, mode);
-    int status = disk->fd < 0 ? vrep_status_from_errno(errno) : VREP_OK;
+    /* The kind is looked at before too: to open a pipe or a terminal may block or have effects. */
     struct stat st;
+    int status = stat(path, &st) != 0 ? vrep_status_from_errno(errno) : VREP_OK;
+    if (status == VREP_OK && !(block ? S_ISBLK(st.st_mode) : S_ISREG(st.st_mode)))
+        status = VREP_E_INVALID;
+    if (status == VREP_OK && (disk->fd = open(path, mode)) < 0)
+        status = vrep_status_from_errno(errno);
     if (status == VREP_OK && fstat(disk->fd, &st) != 0)
         status = vrep_status_from_errno(errno);
     if (status == VREP_OK && !(block ? S_ISBLK(st.st_mode) : S_ISREG(st.st_mode)))
@@ -168,13 +234,14 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
         status = lock_image(disk->fd, disk->read_only);
     if (status == VREP_OK)
         status = vrep_disk_refresh(disk);
+    if (status == VREP_OK)
+        status = learn_geometry(disk);
+    if (status == VREP_OK && !disk->read_only)
+        status = open_sync_fds(disk, path, mode);
     if (status != VREP_OK) {
-        if (disk->fd >= 0)
-            close(disk->fd);
-        free(disk);
+        vrep_disk_close(disk);
         return status;
     }
-    learn_geometry(disk);
     *out = disk;
     return VREP_OK;
 }
@@ -185,7 +252,11 @@ void vrep_disk_close(struct vrep_disk *disk)
         return;
     if (disk->presence != NULL)
         vrep_overlay_free(disk);
-    close(disk->fd);
+    for (uint32_t i = 0; i < disk->sync_fds; i++)
+        close(disk->sync_fd[i]);
+    free(disk->sync_fd);
+    if (disk->fd >= 0)
+        close(disk->fd);
     free(disk);
 }
 
@@ -218,13 +289,13 @@ void vrep_disk_widen(const struct vrep_disk *disk, uint64_t *offset, uint64_t *l
 
 /* ---- transfers ----------------------------------------------------------------- */
 
-static int transfer(struct vrep_disk *disk, bool write, struct iovec *iov, int iovcnt,
-                    uint64_t offset, uint64_t length, int flags)
+static int transfer(int fd, bool write, struct iovec *iov, int iovcnt, uint64_t offset,
+                    uint64_t length, int flags)
 {
     while (length > 0) {
         int count = iovcnt < IOV_MAX ? iovcnt : IOV_MAX;
-        ssize_t n = write ? pwritev2(disk->fd, iov, count, (off_t)offset, flags)
-                          : preadv2(disk->fd, iov, count, (off_t)offset, flags);
+        ssize_t n = write ? pwritev2(fd, iov, count, (off_t)offset, flags)
+                          : preadv2(fd, iov, count, (off_t)offset, flags);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
@@ -238,11 +309,17 @@ static int transfer(struct vrep_disk *disk, bool write, struct iovec *iov, int i
     return 0;
 }
 
-static int whole(struct vrep_disk *disk, bool write, void *buffer, uint64_t offset, uint64_t length,
-                 int flags)
+static int whole(int fd, bool write, void *buffer, uint64_t offset, uint64_t length, int flags)
 {
     struct iovec iov = {buffer, length};
-    return transfer(disk, write, &iov, 1, offset, length, flags);
+    return transfer(fd, write, &iov, 1, offset, length, flags);
+}
+
+/* How much of [offset, offset + length) comes first: at most `most`, cut so that the rest starts on
+ * a whole block. */
+static uint64_t step(const struct vrep_disk *disk, uint64_t offset, uint64_t length, uint64_t most)
+{
+    return length <= most ? length : most - (offset + most) % disk->align_bytes;
 }
 
 static void copy_iov(struct iovec **iov, int *iovcnt, char *flat, size_t bytes, bool to_iov)
@@ -261,8 +338,8 @@ static void copy_iov(struct iovec **iov, int *iovcnt, char *flat, size_t bytes, 
 
 /* O_DIRECT with edges or memory that are not aligned: through the thread's bounce buffer; the
  * caller holds the widened range, so the edges cannot change under us. */
-static int bounced(struct vrep_disk *disk, struct vrep_io *io, char *bounce, size_t bounce_bytes,
-                   int flags)
+static int bounced(struct vrep_disk *disk, int fd, struct vrep_io *io, char *bounce,
+                   size_t bounce_bytes, int flags)
 {
     if (bounce == NULL)
         return ENOMEM;
@@ -270,19 +347,17 @@ static int bounced(struct vrep_disk *disk, struct vrep_io *io, char *bounce, siz
     struct iovec *iov = io->iov;
     int iovcnt = io->iovcnt;
     while (at < end) {
-        uint64_t start = at, length = end - at;
-        if (length > bounce_bytes / 2)
-            length = bounce_bytes / 2;
-        uint64_t bytes = length;
+        uint64_t bytes = step(disk, at, end - at, bounce_bytes / 2);
+        uint64_t start = at, length = bytes;
         vrep_disk_widen(disk, &start, &length);
         int error = 0;
         bool partial = start != at || length != bytes;
         if (io->op == VREP_IO_READ || partial)
-            error = whole(disk, false, bounce, start, length, 0);
+            error = whole(fd, false, bounce, start, length, 0);
         if (error == 0)
             copy_iov(&iov, &iovcnt, bounce + (at - start), bytes, io->op == VREP_IO_READ);
         if (error == 0 && io->op == VREP_IO_WRITE)
-            error = whole(disk, true, bounce, start, length, flags);
+            error = whole(fd, true, bounce, start, length, flags);
         if (error != 0)
             return error;
         at += bytes;
@@ -300,25 +375,28 @@ static bool aligned(const struct vrep_disk *disk, const struct vrep_io *io)
 
 /* ---- zeroes ----------------------------------------------------------------------- */
 
+#define ZERO_STEP_BYTES (2 * ALIGN_MAX)
+#define EDGE_BYTES (ZERO_STEP_BYTES + 2 * ALIGN_MAX)
+
 static int write_zeroes(struct vrep_disk *disk, uint64_t offset, uint64_t length)
 {
-    static _Alignas(4096) const char zeroes[64 << 10];
+    static _Alignas(ALIGN_MAX) const char zeroes[ZERO_STEP_BYTES];
     char *edge = NULL;
     int error = 0;
     while (length > 0 && error == 0) {
-        uint64_t start = offset, n = length < sizeof zeroes ? length : sizeof zeroes;
-        uint64_t bytes = n;
+        uint64_t bytes = step(disk, offset, length, sizeof zeroes);
+        uint64_t start = offset, n = bytes;
         vrep_disk_widen(disk, &start, &n);
         if (start == offset && n == bytes) {
             struct iovec iov = {(void *)(uintptr_t)zeroes, n};
-            error = transfer(disk, true, &iov, 1, start, n, 0);
+            error = transfer(disk->fd, true, &iov, 1, start, n, 0);
         } else { /* an edge inside a block of an O_DIRECT disk */
-            if (edge == NULL && posix_memalign((void **)&edge, 4096, 2 * sizeof zeroes) != 0)
+            if (edge == NULL && posix_memalign((void **)&edge, ALIGN_MAX, EDGE_BYTES) != 0)
                 return ENOMEM;
-            error = whole(disk, false, edge, start, n, 0);
+            error = whole(disk->fd, false, edge, start, n, 0);
             memset(edge + (offset - start), 0, bytes);
             if (error == 0)
-                error = whole(disk, true, edge, start, n, 0);
+                error = whole(disk->fd, true, edge, start, n, 0);
         }
         offset += bytes;
         length -= bytes;
@@ -332,6 +410,8 @@ static int zero_cheaply(struct vrep_disk *disk, uint64_t offset, uint64_t length
     if (disk->block_device) {
         uint64_t range[2] = {offset, length};
         if ((offset | length) % VREP_SECTOR_BYTES != 0)
+            return EOPNOTSUPP;
+        if (!disk->zero_cheap) /* the kernel would write zeroes itself, and tell nobody */
             return EOPNOTSUPP;
         return ioctl(disk->fd, BLKZEROOUT, range) == 0 ? 0 : errno;
     }
@@ -351,42 +431,50 @@ static int zero(struct vrep_disk *disk, const struct vrep_io *io)
             return EOPNOTSUPP;
         error = write_zeroes(disk, io->offset, io->length);
     }
-    if (error == 0 && (io->flags & VREP_IO_FUA) && fdatasync(disk->fd) != 0)
-        error = errno;
     return error;
 }
 
 /* ---- running ------------------------------------------------------------------------ */
 
-void vrep_disk_run(struct vrep_io *io, void *bounce, size_t bounce_bytes)
+void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bounce_bytes)
 {
     struct vrep_disk *disk = io->disk;
     bool overlay = disk->presence != NULL;
-    /* On an overlay "stable" means data and presence: its own sync does both. */
-    int flags = (io->flags & VREP_IO_FUA) && !overlay ? RWF_DSYNC : 0;
+    /* On an overlay "stable" means data and presence: its own sync does both, and remembers a
+     * failure. */
+    bool stable = (io->flags & VREP_IO_FUA) != 0 && io->op != VREP_IO_READ;
+    int flags = stable && !overlay ? RWF_DSYNC : 0;
+    int sync_fd = number < disk->sync_fds ? disk->sync_fd[number] : disk->fd;
+    int fd = flags != 0 ? sync_fd : disk->fd;
     int error = 0, status = VREP_OK;
+    io->sync_failed = false;
     switch (io->op) {
     case VREP_IO_READ:
     case VREP_IO_WRITE:
         if (disk->direct && !aligned(disk, io))
-            error = bounced(disk, io, bounce, bounce_bytes, flags);
+            error = bounced(disk, fd, io, bounce, bounce_bytes, flags);
         else
-            error = transfer(disk, io->op == VREP_IO_WRITE, io->iov, io->iovcnt, io->offset,
+            error = transfer(fd, io->op == VREP_IO_WRITE, io->iov, io->iovcnt, io->offset,
                              io->length, flags);
+        io->sync_failed = error != 0 && flags != 0;
         break;
     case VREP_IO_ZERO:
         error = zero(disk, io);
         break;
     default:
-        if (!overlay && !disk->read_only && fdatasync(disk->fd) != 0)
-            error = errno;
         break;
+    }
+    bool sync = io->op == VREP_IO_FLUSH || (io->op == VREP_IO_ZERO && stable);
+    if (error == 0 && sync && !overlay && !disk->read_only && fdatasync(sync_fd) != 0) {
+        error = errno;
+        io->sync_failed = true;
     }
     if (error == 0 && overlay) {
         if (io->op == VREP_IO_WRITE || io->op == VREP_IO_ZERO)
             vrep_overlay_written(disk, io->offset, io->length);
-        if (io->op == VREP_IO_FLUSH || (io->op != VREP_IO_READ && (io->flags & VREP_IO_FUA)))
+        if (io->op == VREP_IO_FLUSH || stable)
             status = vrep_overlay_sync(disk);
+        io->sync_failed = status != VREP_OK;
     }
     io->os_error = 0;
     io->status = status;
@@ -430,6 +518,7 @@ void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io)
 {
     io->disk = disk;
     io->inline_done = false;
+    io->sync_failed = false;
     io->os_error = 0;
     bool data = io->op == VREP_IO_READ || io->op == VREP_IO_WRITE;
     bool ranged = data || io->op == VREP_IO_ZERO;
@@ -455,8 +544,9 @@ void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io)
         return;
     if (io->op == VREP_IO_WRITE && small && !(io->flags & VREP_IO_FUA) && write_now(disk, io))
         return;
-    bool simple = !(disk->presence != NULL && (io->flags & VREP_IO_FUA));
-    if (data && disk->direct && simple && io->iovcnt <= IOV_MAX && aligned(disk, io) &&
+    /* What syncs needs a description of its own, which a thread has. */
+    bool stable = io->op == VREP_IO_WRITE && (io->flags & VREP_IO_FUA) != 0;
+    if (data && disk->direct && !stable && io->iovcnt <= IOV_MAX && aligned(disk, io) &&
         vrep_engine_ring(disk->engine, io))
         return;
     vrep_engine_queue(disk->engine, io);

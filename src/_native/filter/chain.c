@@ -68,6 +68,7 @@ void vrep_backing_start(struct command *command, uint8_t op, uint8_t flags, uint
     io->iovcnt = iovcnt;
     io->status = VREP_OK;
     io->os_error = 0;
+    io->sync_failed = false;
     io->done = io_done;
     io->owner = command;
     command->resume = resume;

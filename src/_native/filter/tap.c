@@ -225,6 +225,8 @@ static void failed(struct vrep_group *group, struct command *command)
         command->base.status == VREP_E_UNSUPPORTED && command->base.op != VREP_OP_WRITE;
     if (!untouched)
         group->count.errors++;
+    if (command->io.sync_failed) /* a FUA: the kernel will not tell the next flush of it again */
+        vrep_tap_flush_failed(group);
     if (!group->tap || untouched || !command->recorded) {
         drop_slot(group, command);
     } else if (command->base.op == VREP_OP_WRITE) {
