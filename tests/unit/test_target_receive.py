@@ -393,6 +393,18 @@ def test_a_disk_of_another_size_is_refused(world: World) -> None:
         Client(world, disks=[m.DiskInfo(index=0, name="boot", size=records.DISK_BYTES)]).open()
 
 
+def test_a_peer_that_was_removed_is_cut_off(world: World) -> None:
+    client = Client(world).start()
+    PeerRegistry(world.paths.root).remove("a")
+    world.control.call("reload")
+    with contextlib.suppress(VrepError):
+        while not isinstance(client.take(), m.Bye):
+            pass
+    with pytest.raises(VrepError), world.connect("a") as link:
+        link.expect(WAIT_S)
+    assert not world.status()["source"]["connected"]
+
+
 def test_a_site_that_never_joined_gets_nothing(world: World, tmp_path: Path) -> None:
     stranger = SiteIdentity.create(tmp_path / "stranger", "stranger")
     trust(tmp_path / "stranger", world.b)
@@ -500,6 +512,33 @@ def test_a_full_disk_is_told_and_passes(world: World, monkeypatch: pytest.Monkey
         client.take()
 
 
+def test_a_failover_does_not_wait_for_a_full_disk(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vrep.target.files import Files
+
+    client = Client(world).start()
+    client.send(client.feed.writes(2))
+    client.wait(2)
+    monkeypatch.setattr(Files, "free_bytes", lambda _self, _path: 0)
+    client.send(client.feed.writes(1))
+    while "target-full" not in client.ack.conditions:
+        client.take()
+    raised = world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    assert raised.parent == Position(1, 0, 2)
+    with pytest.raises(RefusedByTarget, match="fenced"):
+        client.wait(3)
+    monkeypatch.undo()
+    back = world.door.roll_back(raised.epoch)
+    again = Client(world, feed=records.Feed(epoch=back, seq=3))
+    here = again.start().feed.seq
+    again.send(again.feed.writes(1))
+    again.wait(here + 1)
+    with StoreReader(world.paths.store, GROUP) as reader:
+        assert reader.durable == Position(3, 0, here + 1)
+        assert reader.ancestry(reader.durable) == [(3, here + 1), (1, back.parent.seq)]
+
+
 def test_a_failed_sync_ends_the_session_and_the_store_is_read_again(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,6 +581,10 @@ def test_a_damaged_store_is_refused_and_named(world: World) -> None:
     assert newest.name in status["error"]
     with pytest.raises(RefusedByTarget, match="damaged"):
         Client(world, feed=client.feed).open()
+    data[300] ^= 1
+    newest.write_bytes(data)
+    world.control.call("reload")
+    assert world.status()["durable"] == "1/0/1"
 
 
 def test_a_group_is_deleted_by_its_writer_only(world: World) -> None:

@@ -155,11 +155,11 @@ class Target:
         except VrepError as error:
             log.error("a store cannot be used", group_id=group_id.hex(), error=str(error))
 
-    def _scan(self) -> None:
+    def _scan(self, *, again: bool = False) -> None:
         for group_id in self._stored():
             with self._lock:
                 known = self._hosts.get(group_id)
-            if known is None or (known.failed and known.retry_due()):
+            if known is None or again or (known.failed and known.retry_due()):
                 self._load(group_id)
 
     def _of(self, params: Mapping[str, Any]) -> GroupHost:
@@ -304,13 +304,14 @@ class Target:
         ]
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
-        """Peers that were removed are cut off; stores that appeared are opened."""
+        """Peers that were removed are cut off; stores that appeared, or were damaged, are
+        opened."""
         listener = self._listener
         if listener is not None:
             trusted = {peer.site_id for peer in self._peers.list()}
             for site_id in listener.connected() - trusted:
                 listener.drop_peer(site_id)
-        self._scan()
+        self._scan(again=True)
         return {}
 
     def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,6 +41,7 @@ __all__ = ["WINDOW_BYTES_MIN", "GroupHost", "RefusedError"]
 
 WINDOW_BYTES_MIN: Final = 40 << 20
 """a whole record of the largest kind must fit"""
+FULL_DRAIN_S: Final = 1.0
 REOPEN_S: Final = 5.0
 ALIVE_S: Final = 10.0
 """a source that said something so lately counts as reachable"""
@@ -92,9 +93,12 @@ class GroupHost:
 
     @property
     def failed(self) -> bool:
-        """Whether the store must be opened (again) before it is of use."""
+        """Whether opening the store (again) may help: a damaged one stays damaged until
+        somebody sees to it and says `reload`, or the source asks for it."""
         store = self._store
-        return store is None or store.failure is not None
+        if store is None:
+            return not isinstance(self.error, IntegrityError)
+        return store.failure is not None
 
     def retry_due(self) -> bool:
         """Whether it is time to try: not more often than the pauses allow."""
@@ -145,7 +149,7 @@ class GroupHost:
             self._check_disks(store, message)
             self._end_session(m.Bye(reason="the source connected again"))
             try:
-                store.commit(DRAIN_S)
+                store.commit(FULL_DRAIN_S if store.full else DRAIN_S)
             except (StoreFullError, TimeLimitError) as error:
                 raise RefusedError("full" if store.full else "busy", str(error)) from None
             if message.wrapped_keys:
@@ -245,7 +249,7 @@ class GroupHost:
             if self._session is not None:
                 self._session.mute()
             try:
-                store.commit(DRAIN_S)
+                self._drain_for_failover(store)
                 entry = store.add_epoch(
                     writer=writer, parent=store.durable if parent is None else parent, state=state
                 )
@@ -254,6 +258,13 @@ class GroupHost:
                 raise
             self._fence(store)
             return entry
+
+    def _drain_for_failover(self, store: GroupStore) -> None:
+        try:
+            store.commit(FULL_DRAIN_S if store.full else DRAIN_S)
+        except (StoreFullError, TimeLimitError) as error:
+            # What waits was never acknowledged as durable: a disaster does not wait for it.
+            log.warning("group %s: records are left behind: %s", store.name, error)
 
     def accept_epoch(self, epoch: int) -> EpochEntry:
         with self._lock:
