@@ -570,7 +570,8 @@ cdef class RingProducer(Mapped):
                     slot.cancel()
 
     def release(self, uint64_t upto):
-        """Free descriptors and payloads up to ``upto``; InvalidError unless released <= upto <= head."""
+        """Free descriptors and payloads up to ``upto``; InvalidError unless it is within
+        released and head."""
         check(vrep_ring_release(self.get(), upto))
 
     def consumer(self, *, uint32_t role=OBSERVER, target_id=bytes(16), durable=None):
