@@ -196,10 +196,11 @@ class History:
     # ---- records -------------------------------------------------------------------
 
     def _start(self, segment: int, first: Position) -> int:
-        """A byte from where a walk meets every record of a closed segment from `first` on."""
+        """A byte from where a walk meets every record of a segment from `first` on."""
         if segment == self.manifest.active_segment:
-            return 128
-        entries = Index.open(segment_path(self.reader.directory, segment)).short_entries
+            entries = self.reader.indexes[-1].short_entries
+        else:
+            entries = Index.open(segment_path(self.reader.directory, segment)).short_entries
         before = (entries["epoch"] < first.epoch) | (
             (entries["epoch"] == first.epoch) & (entries["seq"] <= first.seq)
         )
