@@ -300,6 +300,16 @@ def recovered(directory: Path) -> Position | VrepError:
         return error
 
 
+def damage_of(directory: Path) -> VrepError | None:
+    """What a full check of a store finds."""
+    try:
+        with StoreReader(directory, GROUP) as reader:
+            reader.verify()
+    except VrepError as error:
+        return error
+    return None
+
+
 def test_damage_of_every_file_is_named_never_cut(tmp_path: Path, rng: random.Random) -> None:
     """Flips in all files of a store. What a later commit block, the manifest or an index
     vouches for is an error that names the file; only the last commit may end the prefix."""
@@ -333,13 +343,12 @@ def test_damage_of_every_file_is_named_never_cut(tmp_path: Path, rng: random.Ran
                 assert found in (before_last, feed.position)
         elif name.startswith("seg"):
             data_end = int(manifest.segments["data_end"][int(name[4:], 16) - 1])
-            try:
+            error = damage_of(there)
+            if error is None:  # zeroes between the arrays of an index mean nothing
+                assert at >= data_end
                 with StoreReader(there, GROUP) as reader:
-                    reader.verify()
-                    # Zeroes between the arrays of an index mean nothing.
-                    assert at >= data_end
                     assert content(reader) == everything
-            except VrepError as error:
+            else:
                 assert at < data_end or name in str(error) or "run" in str(error)
         else:
             assert found == feed.position
