@@ -334,6 +334,30 @@ def test_a_killed_appliance_and_a_killed_target_cost_nothing(pair: Pair) -> None
     assert result["verdict"]["whole"]
 
 
+def test_a_killed_supervisor_leaves_its_roles_to_the_next(pair: Pair) -> None:
+    uri = pair.protect()
+    assert pair.west.process is not None
+    second = subprocess.run(pair.west.command("run"), capture_output=True, timeout=60, check=False)
+    assert second.returncode == 23  # one supervisor a site
+    roles = set(pair.west.pids()) - {pair.west.process.pid}
+    assert len(roles) == 3
+    pair.west.process.kill()
+    pair.west.process.wait()
+    io(uri, "write -P 0x21 0 1M", "flush")
+    pair.settle()
+    pair.west.start()
+    assert set(pair.west.pids()) - {pair.west.process.pid} == roles
+    victim = next(pid for pid in roles if is_role(pid, "source"))
+    os.kill(victim, signal.SIGKILL)
+    io(uri, "write -P 0x22 1M 1M", "flush")
+    pair.settle()
+    replaced = set(pair.west.pids()) - {pair.west.process.pid}
+    assert len(replaced) == 3
+    assert victim not in replaced
+    assert pair.west.stop() == 0
+    assert pair.west.pids() == []
+
+
 def test_status_and_metrics_say_how_a_group_is(pair: Pair) -> None:
     uri = pair.protect()
     io(uri, "write -P 0x31 0 1M", "flush")

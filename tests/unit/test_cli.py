@@ -160,6 +160,27 @@ def test_an_error_is_one_line_without_a_traceback(
     assert err == "vrep: It was not found: no group 'web' is protected here\n"
 
 
+@pytest.mark.parametrize(
+    "text", ["[network", "[network]\nlisten = 7", "[networks]\n", '[metrics]\nport = "1"']
+)
+def test_wrong_settings_are_named_before_anything_starts(
+    text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site = Site.init(tmp_path / "site", name="a")
+    site.paths.config.write_text(text)
+    assert cli.run(["run", "--dir", str(tmp_path / "site")]) == errors.ConfigError.exit_code
+    assert str(site.paths.config) in capsys.readouterr().err
+    assert not site.paths.socket("site").exists()
+
+
+def test_a_directory_that_is_no_site_runs_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.run(["run", "--dir", str(tmp_path)]) == errors.StateError.exit_code
+    assert "vrep site init" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_of_the_system_names_the_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

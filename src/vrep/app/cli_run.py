@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Everything that the site runs, until SIGTERM or Ctrl-C."""
+    import structlog
+
     from vrep.app.log import setup_logs
     from vrep.app.run import ROLES, Supervisor
 
@@ -33,19 +37,25 @@ def run(
         raise UsageError(f"--role {role}: write all, {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     site = site_of(directory)
     config = site.config
-    assert site.identity.name  # a directory that is no site is refused before anything starts
+    identity = site.identity  # a directory that is no site is refused before anything starts
     setup_logs(config.log, "site")
+    structlog.get_logger("vrep.run").info("site runs", name=identity.name, roles=role)
     roles = ROLES if role == "all" else (role,)
-    supervisor = Supervisor(site.paths, roles)
-    if "target" in roles:
-        # Beside the rest: a recovered VM's disk waits for nothing that replicates.
-        threading.Thread(target=_restart_views, args=(site.paths,), daemon=True).start()
-    if not config.metrics.listen:
-        raise typer.Exit(supervisor.run())
-    from vrep.app.metrics import MetricsServer
 
-    with MetricsServer(site, config.metrics.listen):
-        raise typer.Exit(supervisor.run())
+    @contextlib.contextmanager
+    def beside() -> Iterator[None]:
+        if "target" in roles:
+            # A recovered VM's disk waits for nothing that replicates.
+            threading.Thread(target=_restart_views, args=(site.paths,), daemon=True).start()
+        if not config.metrics.listen:
+            yield
+            return
+        from vrep.app.metrics import MetricsServer
+
+        with MetricsServer(site, config.metrics.listen):
+            yield
+
+    raise typer.Exit(Supervisor(site.paths, roles).run(beside))
 
 
 def _restart_views(paths: SitePaths) -> None:

@@ -3,22 +3,30 @@
 The supervisor starts one child process for each role and keeps it running: a role that dies
 is started again, at once the first time, then after a growing pause. SIGTERM and SIGINT stop
 all: the appliances first, so that nothing is shipped past the filter's last word.
+
+Roles outlive a supervisor that is killed, since a guest may use them: the next one finds them by
+their control sockets, lets them run, starts each again when it ends, and stops them with the rest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Final
 
 import structlog
 
-from vrep.control import ControlServer
-from vrep.errors import BusyError, UsageError
+from vrep.control import ControlClient, ControlServer
+from vrep.errors import BusyError, UsageError, VrepError
 from vrep.paths import SitePaths
 
 ROLES: Final = ("filter", "target", "source")
@@ -27,6 +35,8 @@ PAUSE_FIRST_S: Final = 0.1
 PAUSE_MAX_S: Final = 10.0
 STEADY_S: Final = 30.0
 STOP_S: Final = 30.0
+FOUND_EVERY_S: Final = 1.0
+PING_S: Final = 0.5
 
 log = structlog.get_logger("vrep.run")
 
@@ -42,6 +52,8 @@ class _Child:
     pause_s: float = PAUSE_FIRST_S
     restarts: int = 0
     last_exit: int | None = None
+    found_pid: int | None = None
+    """of a process that an earlier supervisor left behind"""
 
 
 class Supervisor:
@@ -55,8 +67,11 @@ class Supervisor:
         self._children = {role: _Child(role) for role in ROLES if role in roles}
         self._stopping = threading.Event()
 
-    def run(self) -> int:
-        """Until a signal or `request_stop`; 0 when every role ended cleanly."""
+    def run(
+        self, beside: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+    ) -> int:
+        """Until a signal or `request_stop`; 0 when every role ended cleanly. `beside` is
+        entered once this is known to be the only supervisor, before any role starts."""
         run = self._paths.make_run()
         name = "site" if set(self._children) == set(ROLES) else "site-" + "-".join(self._children)
         try:
@@ -66,7 +81,7 @@ class Supervisor:
             )
         except BusyError:
             raise BusyError(f"the site in {self._paths.root} runs already") from None
-        with server:
+        with server, beside():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.request_stop())
             while not self._stopping.is_set():
@@ -84,7 +99,7 @@ class Supervisor:
         now = time.monotonic()
         return {
             role: {
-                "pid": child.process.pid if child.process else None,
+                "pid": child.process.pid if child.process else child.found_pid,
                 "running_s": round(now - child.started, 1) if child.process else 0.0,
                 "restarts": child.restarts,
                 "last_exit": child.last_exit,
@@ -106,6 +121,13 @@ class Supervisor:
             child.pause_s = min(child.pause_s * 2, PAUSE_MAX_S)
             child.restarts += 1
         if now >= child.not_before:
+            found = self._find(child.role)
+            if found is not None:
+                if found != child.found_pid:
+                    log.warning("role runs already", role=child.role, pid=found)
+                child.found_pid, child.not_before = found, now + FOUND_EVERY_S
+                return
+            child.found_pid = None
             child.process = subprocess.Popen(
                 [sys.executable, "-m", "vrep.app.daemon", child.role, str(self._paths.root)],
                 stdin=subprocess.DEVNULL,
@@ -114,12 +136,44 @@ class Supervisor:
             child.started = now
             log.info("role started", role=child.role, pid=child.process.pid)
 
+    def _find(self, role: str) -> int | None:
+        """The process that serves a role's control socket, if any does."""
+        client = ControlClient(self._paths.socket(role), timeout=PING_S)
+        try:
+            return int(client.call("ping")["pid"])
+        except VrepError:
+            return None
+
+    def _stop_found(self, role: str) -> None:
+        """Stop what an earlier supervisor started."""
+        pid = self._find(role)
+        if pid is None:
+            return
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        try:
+            signal.pidfd_send_signal(fd, signal.SIGTERM)
+            if not select.select([fd], [], [], STOP_S)[0]:
+                log.error("role does not stop, killing it", role=role)
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+                select.select([fd], [], [], STOP_S)
+        except ProcessLookupError:
+            return
+        finally:
+            os.close(fd)
+        log.info("role stopped", role=role, pid=pid)
+
     def _stop(self) -> int:
         """Stop the roles in order; the worst exit status."""
         worst = 0
         for role in STOP_ORDER:
             child = self._children.get(role)
-            if child is None or child.process is None:
+            if child is None:
+                continue
+            if child.process is None:
+                self._stop_found(role)
                 continue
             child.process.send_signal(signal.SIGTERM)
             try:
