@@ -79,6 +79,7 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
         vrep_map_mark_all_unshipped(group->map);
         vrep_gap_enter(group);
         group->dirtied++;
+        group->state.durable_seq = 0;
         vrep_maintain_checkpoint(group);
     }
     if (all || (allowed && !group->resync_allowed))
@@ -119,6 +120,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->released = vrep_ring_released(group->ring);
     out->durable = group->durable;
     out->received = group->received;
+    out->acknowledged = group->state.durable_seq;
     out->read = group->read;
     out->ring_free_bytes = vrep_ring_free_bytes(group->ring);
     out->ring_bytes = vrep_ring_payload_bytes(group->ring);

@@ -427,7 +427,6 @@ static bool store_clean(struct vrep_group *group)
     vrep_state_stamp(group);
     group->state.flags &= ~VREP_STATE_OPEN;
     group->state.seq_limit = vrep_ring_head(group->ring);
-    group->state.durable_seq = group->durable;
     return vrep_state_write(&group->state_file, &group->state) == VREP_OK;
 }
 

@@ -117,6 +117,9 @@ struct vrep_group_status {
     uint64_t errors;       /* backing errors */
     uint32_t flush_failed; /* flushes fail until re-verified */
     uint32_t resync_allowed;
+    /* A target that holds less lost what blocks that are clean here rely on: everything must become
+     * unshipped again (vrep_group_resync with `all`).  0: nothing is relied on. */
+    uint64_t acknowledged;
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

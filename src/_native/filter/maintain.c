@@ -132,6 +132,9 @@ void vrep_maintain_checkpoint(struct vrep_group *group)
     if (group->checkpoint_again)
         return;
     group->dirtied = 0;
+    /* A checkpoint forgets bits that an acknowledgement cleared: which one must be known after a
+     * power loss too. */
+    vrep_maintain_state(group);
     group->checkpoint_head = vrep_ring_head(group->ring);
     vrep_worker_post(group->slow, &group->checkpoint_job);
 }

@@ -380,6 +380,18 @@ static void settle_gap(struct vrep_group *group)
     }
 }
 
+/* What the last process saw acknowledged may be more than its state file says: the ring was
+ * released up to there, unless it begins anew, which no target had a part in. */
+static void settle_acknowledged(struct vrep_group *group)
+{
+    uint64_t released = vrep_ring_released(group->ring);
+    const struct vrep_ring_desc *first = vrep_group_desc(group, released + 1);
+    bool anew = first != NULL && first->kind == VREP_KIND_GAP_BEGIN &&
+                (first->flags & VREP_RECORD_JUMP) != 0;
+    if (!anew && released > group->state.durable_seq)
+        group->state.durable_seq = released;
+}
+
 /* ---- all of it --------------------------------------------------------------------------- */
 
 static int store_state(struct vrep_group *group, const struct finding *found)
@@ -430,10 +442,14 @@ int vrep_recover(struct vrep_group *group)
     header->unverified = found.reason;
     group->flush_failed = found.reason == VREP_UNVERIFIED_FLUSH;
     bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
-    if (found.shared)
+    if (found.shared) {
         settle_gap(group);
+        settle_acknowledged(group);
+    }
     if (gap)
         vrep_map_set_gap(group->map);
+    if (found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED)
+        group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */
     group->durable = vrep_ring_released(group->ring);
     /* Before the state says open, what a power loss would need is on disk. */
     if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole)

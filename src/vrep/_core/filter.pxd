@@ -97,6 +97,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t errors
         uint32_t flush_failed
         uint32_t resync_allowed
+        uint64_t acknowledged
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset

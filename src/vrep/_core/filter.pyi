@@ -55,6 +55,7 @@ class GroupStatus(TypedDict):
     errors: int
     flush_failed: bool
     resync_allowed: bool
+    acknowledged: int
 
 class Group:
     def __init__(

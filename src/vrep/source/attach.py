@@ -55,6 +55,10 @@ class RingHold:
             "resync", group=self.group, allowed=allowed, bytes_per_s=bytes_per_s, all=False
         )
 
+    def resync_all(self) -> None:
+        """Everything becomes unshipped: nothing that the target holds counts any more."""
+        self._control.call("resync", group=self.group, allowed=False, bytes_per_s=0, all=True)
+
     def begins_with_jump(self) -> bool:
         """Whether the oldest record is a gap-begin that may follow any position: the ring is
         new after a power loss, or was lost before."""

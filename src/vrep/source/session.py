@@ -292,10 +292,18 @@ class GroupSession:
                 f"the target holds seq {durable_seq} but this site never wrote past "
                 f"{reader.head}: the state of the filter was replaced by an older one"
             )
-        if durable_seq >= reader.released:
+        acknowledged = int(hold.status()["acknowledged"])
+        if durable_seq >= max(acknowledged, reader.released):
             return durable_seq + 1
-        if not hold.begins_with_jump():
-            log.warning("the target lost acknowledged records", group=self.name, seq=durable_seq)
+        if durable_seq < acknowledged or not hold.begins_with_jump():
+            log.warning(
+                "the target lost what it had acknowledged: everything is sent again",
+                group=self.name,
+                durable_seq=durable_seq,
+                acknowledged=acknowledged,
+            )
+            # In this order: cut off between the two, the next attempt finds the loss again.
+            hold.resync_all()
             self._lose_ring(hold)
         return reader.released + 1
 
