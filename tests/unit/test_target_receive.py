@@ -16,7 +16,7 @@ import pytest
 
 from vrep._core import layout
 from vrep.control import ControlClient
-from vrep.errors import LockedError, NotFoundError, VrepError
+from vrep.errors import CorruptError, LockedError, NotFoundError, VrepError
 from vrep.keys import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config, NetworkConfig, TargetConfig
@@ -181,6 +181,14 @@ class Client:
         elif isinstance(message, m.Refused):
             raise RefusedByTarget(message)
         return message
+
+
+class GroupNamed(Client):
+    """A source whose group has this name."""
+
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world)
+        self.offer["name"] = name
 
 
 class RefusedByTarget(Exception):
@@ -599,3 +607,99 @@ def test_a_group_is_deleted_by_its_writer_only(world: World) -> None:
         own.ask("group.delete", {"group_id": GROUP.hex()})
     with pytest.raises(NotFoundError):
         world.control.call("epoch_state", group_id=GROUP.hex())
+
+
+# ---- what a site may say, and when ------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../../../etc/x", "/etc/x", "..", "a/b", ".hidden", "a\nb"])
+def test_names_that_could_leave_a_directory_are_refused(world: World, name: str) -> None:
+    disks = [m.DiskInfo(index=0, name=name, size=records.DISK_BYTES)]
+    with pytest.raises(RefusedByTarget, match="invalid"):
+        Client(world, disks=disks).open()
+    with pytest.raises(RefusedByTarget, match="invalid"):
+        GroupNamed(world, name).open()
+    assert not list(world.paths.store.glob("*/manifest-*"))
+
+
+def test_a_manifest_with_such_a_name_is_damaged(world: World) -> None:
+    from dataclasses import replace
+
+    Client(world).start().transport.close()
+    world.target.close()
+    with GroupStore.open(world.paths.store, GROUP) as store:
+        evil = replace(store.disks[0], name="../../outside")
+        store._lease.publish(disks=(evil,))
+    with pytest.raises(CorruptError, match="outside"):
+        StoreReader(world.paths.store, GROUP)
+
+
+def test_a_source_that_slept_through_two_failovers_goes_on(world: World) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(4))
+    client.wait(4)
+    client.transport.close()
+    ours = bytes.fromhex(world.b.site_id)
+    for _failover in range(2):
+        back = world.door.roll_back(world.door.raise_epoch(writer=ours).epoch)
+    assert (back.epoch, back.parent) == (5, Position(3, 0, 4))
+    again = Client(world, feed=records.Feed(seq=6))
+    opened = again.open()
+    assert (opened.epoch.counter, opened.lanes[0].durable.seq) == (5, 4)
+    again.feed = records.Feed(epoch=back, seq=4)
+    again.announce()
+    again.send(again.feed.writes(2))
+    again.wait(6)
+    with StoreReader(world.paths.store, GROUP) as reader:
+        assert reader.ancestry(reader.durable) == [(5, 6), (3, 4), (1, 4)]
+
+
+def test_a_source_that_missed_its_own_writes_is_fenced(world: World) -> None:
+    """An older copy of the source must not go on behind what a newer one wrote."""
+    client = Client(world).start()
+    client.send(client.feed.writes(4))
+    client.wait(4)
+    ours = bytes.fromhex(world.b.site_id)
+    back = world.door.roll_back(world.door.raise_epoch(writer=ours).epoch)
+    newer = Client(world, feed=records.Feed(epoch=back, seq=4))
+    newer.start()
+    newer.send(newer.feed.writes(3))
+    newer.wait(7)
+    newer.transport.close()
+    world.door.roll_back(world.door.raise_epoch(writer=ours).epoch)
+    with pytest.raises(RefusedByTarget, match="fenced"):
+        Client(world, feed=records.Feed(seq=9)).open()
+
+
+def test_an_epoch_that_was_given_up_cannot_be_kept(world: World) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(2))
+    client.wait(2)
+    raised = world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    world.door.roll_back(raised.epoch)
+    with pytest.raises(VrepError, match="not the current one"):
+        world.door.accept(raised.epoch)
+    kept = world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    assert world.door.accept(kept.epoch) == world.door.accept(kept.epoch)
+
+
+def test_nothing_of_an_ended_epoch_is_written_when_there_is_room_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vrep.target.files import Files
+
+    client = Client(world).start()
+    client.send(client.feed.writes(2))
+    client.wait(2)
+    monkeypatch.setattr(Files, "free_bytes", lambda _self, _path: 0)
+    client.send(client.feed.writes(1))
+    while "target-full" not in client.ack.conditions:
+        client.take()
+    raised = world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    world.door.accept(raised.epoch)
+    monkeypatch.undo()
+    deadline = time.monotonic() + WAIT_S
+    while world.status()["full"] and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert world.status()["received_seq"] == world.status()["durable_seq"] == 2
+    assert records.seqs(content(world)) == [1, 2]

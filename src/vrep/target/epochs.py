@@ -10,6 +10,7 @@ the new epoch and goes on (so ends a failover that was rolled back).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,13 +52,27 @@ def judge(manifest: Manifest, offer: m.EpochInfo, newest_seq: int, site_id: byte
         return Verdict(current, "fenced", f"epoch {current.epoch} took the group over")
     if known.epoch == current.epoch:
         return Verdict(current)
-    if current.parent.epoch != known.epoch or current.parent.seq > newest_seq:
+    if _parting(manifest, current, known.epoch) > newest_seq:
         return Verdict(
             current,
             "fenced",
             f"epoch {current.epoch} begins at {current.parent}, which this site did not write",
         )
     return Verdict(current)
+
+
+def _parting(manifest: Manifest, current: EpochEntry, epoch: int) -> float:
+    """The seq at which the current epoch's line left an older epoch of the same writer; past
+    all when it did not, or when something was written between. Epochs between in which
+    nothing was written are those of a writer that never learnt of them."""
+    by_number = {entry.epoch: entry for entry in manifest.epochs}
+    at = current.parent
+    while at.epoch != epoch:
+        between = by_number.get(at.epoch)
+        if between is None or between.writer != current.writer or at.seq != between.parent.seq:
+            return math.inf
+        at = between.parent
+    return at.seq
 
 
 def wire_epoch(manifest: Manifest, entry: EpochEntry) -> m.EpochInfo:
@@ -153,7 +168,7 @@ class EpochDoor:
         if answer is not None:
             return entry_of(answer)
         with self._store() as store:
-            return store.set_epoch_state(epoch, EpochState.ACCEPTED)
+            return store.accept_epoch(epoch)
 
     def roll_back(self, epoch: int) -> EpochEntry:
         """Abandon a provisional epoch; the new epoch of the writer before it."""

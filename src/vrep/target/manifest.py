@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vrep._core import layout
 from vrep._core import manifest as native
 from vrep.errors import CorruptError, IntegrityError, NotFoundError, PointNotFoundError
+from vrep.groups import NAME
 
 __all__ = [
     "DiskEntry",
@@ -224,7 +225,11 @@ def _encode_disks(disks: Sequence[DiskEntry]) -> Structs:
 
 
 def _decode_disk(raw: Any) -> DiskEntry:
-    return DiskEntry(bytes(raw["name"]).decode(), int(raw["bytes"]), int(raw["index"]))
+    name = bytes(raw["name"]).decode()
+    if not NAME.fullmatch(name):
+        # Views and exports make files of that name.
+        raise CorruptError(f"a disk cannot be called {name!r}")
+    return DiskEntry(name, int(raw["bytes"]), int(raw["index"]))
 
 
 def manifest_path(directory: Path, number: int) -> Path:

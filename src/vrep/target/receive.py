@@ -29,6 +29,7 @@ from vrep.errors import (
     TimeLimitError,
     VrepError,
 )
+from vrep.groups import check_name
 from vrep.target import runs
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
@@ -193,6 +194,15 @@ class GroupHost:
         offer = message.epoch
         if offer.counter < 1:
             raise RefusedError("invalid", "epochs begin at 1")
+        try:
+            # They come from another site, and become names of exports and of files.
+            check_name(message.name)
+            for disk in message.disks:
+                check_name(disk.name, "disk")
+        except InvalidError as error:
+            raise RefusedError("invalid", str(error)) from None
+        if len({disk.name for disk in message.disks}) != len(message.disks):
+            raise RefusedError("invalid", "two disks have one name")
         parent = offer.parent
         spec = StoreSpec(
             name=message.name,
@@ -268,7 +278,7 @@ class GroupHost:
 
     def accept_epoch(self, epoch: int) -> EpochEntry:
         with self._lock:
-            return self.require().set_epoch_state(epoch, EpochState.ACCEPTED)
+            return self.require().accept_epoch(epoch)
 
     def roll_back_epoch(self, epoch: int) -> EpochEntry:
         with self._lock:

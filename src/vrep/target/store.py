@@ -440,6 +440,7 @@ class GroupStore:
 
     def _commit(self, batches: Sequence[Batch]) -> None:
         """Make batches durable; on the journal's thread."""
+        batches = self._of_current_epoch(batches)
         try:
             if self._writer.end >= self.options.segment_bytes:
                 self._rotate()
@@ -467,6 +468,23 @@ class GroupStore:
             self.durable = writer.last
             self.committed_ticket = batches[-1].ticket
         self._notify()
+
+    def _of_current_epoch(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Without those that waited for room while their epoch ended: nobody was told that
+        they are durable, and nothing is written for a writer that is fenced."""
+        epoch = self.manifest.current_epoch.epoch
+        kept = [batch for batch in batches if batch.last.epoch == epoch]
+        if len(kept) < len(batches):
+            log.warning(
+                "%s: %d batches of an epoch that ended are dropped",
+                self.directory,
+                len(batches) - len(kept),
+            )
+            self.committed_ticket = batches[len(batches) - len(kept) - 1].ticket
+            if self.received.epoch != epoch:
+                self.received = self.durable
+                self._seed_order()
+        return kept
 
     def _write(self, batches: Sequence[Batch]) -> int:
         try:
@@ -588,6 +606,17 @@ class GroupStore:
                 epochs=tuple(entry if e.epoch == epoch else e for e in self.manifest.epochs)
             )
             return entry
+
+    def accept_epoch(self, epoch: int) -> EpochEntry:
+        """Keep a provisional epoch. Nothing happens when it is kept already; StateError when
+        it was given up, or another one came after it."""
+        with self._lease.lock:
+            entry = self.manifest.epoch(epoch)
+            if entry is not self.manifest.current_epoch:
+                raise StateError(f"epoch {epoch} is not the current one")
+            if entry.state is EpochState.ACCEPTED:
+                return entry
+            return self.set_epoch_state(epoch, EpochState.ACCEPTED)
 
     def roll_back_epoch(self, epoch: int) -> EpochEntry:
         """Abandon a provisional epoch and, in the same step, give the group back to the writer
