@@ -400,7 +400,11 @@ def describe(view: ViewDirectory) -> ViewInfo:
 
 def list_views(paths: SitePaths) -> list[ViewInfo]:
     """Every view of this site, tests and failovers."""
-    return [describe(view) for view in view_directories(paths)]
+    found = []
+    for view in view_directories(paths):
+        with contextlib.suppress(errors.NotFoundError):  # it ended since the listing
+            found.append(describe(view))
+    return found
 
 
 def end_process(view: ViewDirectory, timeout_s: float = STOP_S) -> None:
