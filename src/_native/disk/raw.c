@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/atomic.h"
 #include "base/status.h"
 #include "disk/internal.h"
 
@@ -22,6 +23,7 @@
 #define INLINE_SLOW_NS 1000000ull    /* a write that took longer was throttled or blocked */
 #define INLINE_PAUSE_NS 100000000ull /* then the pool takes over for this long */
 #define IOV_STEP 64
+#define READ_AHEAD_BYTES (1u << 20)
 #define ALIGN_DEFAULT 4096u /* where nobody tells: enough for every filesystem */
 #define ALIGN_MAX (64u << 10)
 
@@ -200,6 +202,35 @@ static int open_sync_fds(struct vrep_disk *disk, const char *path, int mode)
     return VREP_OK;
 }
 
+/* What the kernel's own read-ahead brings into the page cache lies there in folios of up to
+ * megabytes, and a later write of 4 KiB walks every block of its folio (ext4, kernel 6.18: 44 us
+ * in place of 1.5).  A first sync would do that to the whole disk.  So read-ahead is ours: it
+ * fetches the same bytes as single pages. */
+static void plan_reading(const struct vrep_disk *disk)
+{
+    if (!disk->direct)
+        posix_fadvise(disk->fd, 0, 0, POSIX_FADV_RANDOM); /* advice: works without, only slower */
+}
+
+/* Before a read that goes on where the last one ended, or a little further (short reads of what
+ * was fetched do not come here): starts fetching what comes next. */
+static void read_ahead(struct vrep_disk *disk, uint64_t offset, uint64_t length)
+{
+    uint64_t end = offset + length;
+    uint64_t expected = vrep_load_relaxed_u64(&disk->read_end);
+    vrep_store_relaxed_u64(&disk->read_end, end);
+    if (disk->direct || offset - expected > READ_AHEAD_BYTES)
+        return;
+    uint64_t from = vrep_load_relaxed_u64(&disk->ahead_end);
+    if (from < end || from > end + READ_AHEAD_BYTES)
+        from = end;
+    if (from - end >= READ_AHEAD_BYTES / 2)
+        return;
+    uint64_t to = end + READ_AHEAD_BYTES;
+    posix_fadvise(disk->fd, (off_t)from, (off_t)(to - from), POSIX_FADV_WILLNEED);
+    vrep_store_relaxed_u64(&disk->ahead_end, to);
+}
+
 int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
                    struct vrep_disk **out)
 {
@@ -242,6 +273,7 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
         vrep_disk_close(disk);
         return status;
     }
+    plan_reading(disk);
     *out = disk;
     return VREP_OK;
 }
@@ -451,6 +483,8 @@ void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bou
     switch (io->op) {
     case VREP_IO_READ:
     case VREP_IO_WRITE:
+        if (io->op == VREP_IO_READ)
+            read_ahead(disk, io->offset, io->length);
         if (disk->direct && !aligned(disk, io))
             error = bounced(disk, fd, io, bounce, bounce_bytes, flags);
         else

@@ -172,6 +172,10 @@ class SegmentWriter:
         repeated after an error."""
         return write_footer(self._files, self._fd, self.builder, self.last, self.end)
 
+    def forget(self) -> None:
+        """What was synced needs no memory any more."""
+        self._files.forget(self._fd)
+
     def close(self) -> None:
         os.close(self._fd)
 

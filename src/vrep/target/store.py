@@ -510,6 +510,7 @@ class GroupStore:
             entry = old.seal()
             segments = np.append(self.manifest.segments, entry.reshape(1))
             self._begin(segments, old.last, old.builder.stream, self.manifest.lease)
+            old.forget()
             old.close()
         self._merge_wanted.set()
 
