@@ -83,9 +83,13 @@ class FilterHost:
         )
 
     def run(self) -> None:
-        """Until `request_stop`."""
+        """Until `request_stop`. Nothing that goes wrong with the groups' files ends it: the
+        guests of all groups are served by this process."""
         while not self._stopping.wait(SCAN_EVERY_S):
-            self._scan()
+            try:
+                self._scan()
+            except Exception as error:  # noqa: BLE001 - guests are served all the same
+                log.error("the groups cannot be looked at", error=_text(error))
 
     def request_stop(self) -> None:
         self._stopping.set()
@@ -98,7 +102,7 @@ class FilterHost:
         with self._scanning, self._lock:
             hosted, self._hosted = self._hosted, {}
         for one in hosted.values():
-            self._close(one)
+            self._try_close(one)
 
     # ---- groups ------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class FilterHost:
                 self._failed = {n: f for n, f in self._failed.items() if n in names}
                 missing = sorted(names - set(self._hosted))
             for one in gone:
-                self._close(one)
+                self._try_close(one)
             for name in missing:
                 self._try_open(name)
 
@@ -122,7 +126,9 @@ class FilterHost:
             return
         try:
             hosted = self._open(self._groups.load(name))
-        except VrepError as error:
+        except Exception as caught:  # noqa: BLE001 - it stands in the status
+            # Whatever is wrong with one group, the others' guests are served.
+            error = caught if isinstance(caught, VrepError) else VrepError(_text(caught))
             pause_s = min(failed.pause_s * 2, RETRY_MAX_S) if failed else 1.0
             if failed is None or str(failed.error) != str(error):
                 log.error("group cannot be served", group=name, error=str(error))
@@ -167,10 +173,20 @@ class FilterHost:
             raise
         return _Hosted(definition, group, server, str(shm / "ring"))
 
+    def _try_close(self, hosted: _Hosted) -> None:
+        """One group that does not end well leaves the others alone: its next start finds out."""
+        try:
+            self._close(hosted)
+        except Exception as error:  # noqa: BLE001 - the others are closed all the same
+            name = hosted.definition.name
+            log.error("group was not closed cleanly", group=name, error=_text(error))
+
     @staticmethod
     def _close(hosted: _Hosted) -> None:
-        hosted.server.stop(drain=True)
-        hosted.group.close(clean=True)
+        try:
+            hosted.server.stop(drain=True)
+        finally:
+            hosted.group.close(clean=True)
         log.info("group closed", group=hosted.definition.name)
 
     # ---- control -----------------------------------------------------------------
@@ -241,6 +257,10 @@ class FilterHost:
     def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         self._stopping.set()
         return {}
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, VrepError) else f"{type(error).__name__}: {error}"
 
 
 def _role(params: Mapping[str, Any]) -> Literal["target", "observer"]:

@@ -1,0 +1,146 @@
+"""The filter process: what is wrong with one group never reaches the guests of another."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.app.filterd import FilterHost
+from vrep.control import ControlClient
+from vrep.errors import VrepError
+from vrep.groups import DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
+from vrep.paths import SitePaths
+from vrep.settings import Config
+
+MIB = 1 << 20
+
+
+class Rig:
+    """A site's directory with groups, and its filter."""
+
+    def __init__(self, root: Path) -> None:
+        self.paths = SitePaths(root)
+        self.groups = GroupDirectory(root)
+        self.host = FilterHost(self.paths, Config())
+        self._thread = threading.Thread(target=self.host.run)
+
+    def add(self, name: str) -> Path:
+        image = self.paths.root / f"{name}.raw"
+        with image.open("wb") as file:
+            file.truncate(MIB)
+        self.groups.store(
+            GroupDefinition(
+                version=1,
+                group_id=name.encode().ljust(16, b".").hex(),
+                name=name,
+                disks=(DiskDefinition("root", f"file:{image}", MIB, 0),),
+                to_site="11" * 16,
+                key="acme",
+                tenant_key_id="",
+                epoch=1,
+                epoch_id="22" * 16,
+                wrapped_keys=(),
+                created=0.0,
+                options=GroupOptions(ring_bytes=4 * MIB, descriptors=1024, slots=16),
+            )
+        )
+        return self.groups.path(name) / "group.json"
+
+    def start(self) -> None:
+        self.host.start()
+        self._thread.start()
+
+    def status(self) -> dict[str, Any]:
+        client = ControlClient(self.paths.socket("filter"))
+        client.call("reload")
+        found: dict[str, Any] = client.call("status")
+        return found
+
+    def close(self) -> None:
+        self.host.request_stop()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.host.close()
+        shutil.rmtree(self.paths.shm(), ignore_errors=True)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with tempfile.TemporaryDirectory(prefix="vrep-filterd-") as name:
+        rig = Rig(Path(name))
+        try:
+            yield rig
+        finally:
+            rig.close()
+
+
+def spoil(definition: Path, field: str, value: Any) -> None:
+    raw = json.loads(definition.read_bytes())
+    raw[field] = value
+    definition.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(("field", "value"), [("group_id", "zz"), ("epoch", -1), ("to_site", "")])
+def test_a_group_that_cannot_be_read_stands_alone(rig: Rig, field: str, value: Any) -> None:
+    rig.add("good")
+    spoil(rig.add("bad"), field, value)
+    rig.start()
+    status = rig.status()
+    assert status["good"]["opened_as"] == "new"
+    assert status["bad"]["error"]
+    spoil(rig.add("late"), field, value)
+    assert rig.status()["late"]["error"]
+    with pytest.raises(VrepError):
+        ControlClient(rig.paths.socket("filter")).call("status", group="late")
+    assert rig.status()["good"]["writes"] == 0
+
+
+def test_groups_are_served_while_their_directory_cannot_be_read(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add("good")
+    rig.start()
+    looked = threading.Event()
+
+    def fail(_self: GroupDirectory) -> Iterator[str]:
+        looked.set()
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(GroupDirectory, "names", fail)
+    assert looked.wait(10)
+    monkeypatch.undo()
+    rig.add("another")
+    assert set(rig.status()) == {"good", "another"}
+    assert rig._thread.is_alive()
+
+
+def test_one_group_that_does_not_close_leaves_the_others_clean(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add("a")
+    rig.add("b")
+    rig.start()
+    assert set(rig.status()) == {"a", "b"}
+    real = FilterHost._close
+
+    def fail(hosted: Any) -> None:
+        real(hosted)
+        if hosted.definition.name == "a":
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(FilterHost, "_close", staticmethod(fail))
+    rig.close()
+    monkeypatch.undo()
+    again = Rig(rig.paths.root)
+    try:
+        again.start()
+        assert again.status()["b"]["opened_as"] == "clean"
+    finally:
+        again.close()
