@@ -398,3 +398,49 @@ def test_figures_for_people() -> None:
     ]  # fmt: skip
     assert table(("A", "B"), [("long", "x")]) == "A     B\nlong  x"
     assert table(("A",), [], "none") == "none"
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_points_are_listed_though_the_history_is_damaged(
+    whole: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vrep.recovery.check import Verdict
+    from vrep.recovery.points import Gap, MarkInfo, PointInfo, PointList, PointRange
+
+    first = PointInfo("pos:1/0/5", "2026-01-01T00:00:00.000000Z")
+    last = PointInfo("pos:1/0/9", "2026-01-01T00:01:00.000000Z")
+    lost = PointInfo("pos:1/0/10", "2026-01-01T00:02:00.000000Z")
+    verdict = Verdict(
+        whole=whole,
+        sealed=True,
+        checked_to="pos:1/0/9",
+        tallied_to="pos:1/0/9",
+        records=9,
+        tallies=1,
+        error="" if whole else "OmittedError: record 7 is missing",
+    )
+    found = PointList(
+        group="web",
+        group_id="0" * 32,
+        newest=last,
+        oldest=first,
+        ranges=[PointRange(first, last)],
+        gaps=[Gap(lost, lost, open=True)],
+        marks=[MarkInfo("pos:1/0/6", "2026-01-01T00:00:30.000000Z", "nightly", recoverable=True)],
+        epochs=[],
+        key_held=True,
+        verdict=verdict,
+    )
+    monkeypatch.setattr(Site, "points", lambda _site, _group, progress: found)
+    expected = 0 if whole else errors.IntegrityError.exit_code
+    assert cli.run(["points", "web"]) == expected
+    out, err = capsys.readouterr()
+    assert [line.split()[1:3] for line in out.splitlines()[1:5]] == [
+        ["any", "write"], ["checkpoint", "nightly"], ["to", "here"], ["gap,", "still"],
+    ]  # fmt: skip
+    assert ("history is whole up to pos:1/0/9" in out) is whole
+    assert ("record 7 is missing" in err) is not whole
+    code, answer, error = run_json(capsys, "points", "web")
+    assert code == expected
+    assert answer["verdict"]["whole"] is whole
+    assert (error is None) is whole
