@@ -38,7 +38,9 @@ static int read_newest(int fd, struct vrep_state *state)
             failure = VREP_E_VERSION;
             continue;
         }
-        if (candidate.disks == 0 || candidate.disks > VREP_DISKS_MAX)
+        /* One that stands in the other's place, or that nothing can follow, was never written. */
+        if (candidate.disks == 0 || candidate.disks > VREP_DISKS_MAX ||
+            candidate.counter % SLOTS != (uint64_t)slot || candidate.counter == UINT64_MAX)
             continue;
         if (!found || candidate.counter > state->counter)
             *state = candidate;
