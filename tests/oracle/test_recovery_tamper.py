@@ -21,7 +21,13 @@ from vrep import errors
 from vrep._core import layout, record
 from vrep.recovery.export import export
 from vrep.recovery.points import list_points
-from vrep.recovery.view import list_views, start_test, stop_test
+from vrep.recovery.view import (
+    end_process,
+    list_views,
+    start_test,
+    stop_test,
+    view_directories,
+)
 from vrep.target.files import Files
 from vrep.target.manifest import DiskEntry, Position, load_newest, manifest_path
 from vrep.target.reader import StoreReader
@@ -54,6 +60,8 @@ def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
         lab.write(0, block * STRIDE, rng.randbytes(4096))
         lab.commit()
     yield lab
+    for each in view_directories(lab.paths):
+        end_process(each)  # of a test that failed
     lab.close()
 
 
