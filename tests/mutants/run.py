@@ -4,7 +4,7 @@
 
 Each ``INVARIANT-NAME.patch`` here begins with lines ``# test: ID``, of which one at least must
 turn red (``test_map`` is a native test, ``tests/unit/test_x.py::test_y`` one of pytest), and one
-that says what it breaks. The patches are applied one after another to a copy of the work tree in
+may say what it breaks. The patches are applied one after another to a copy of the work tree in
 ``build/mutants``, which is kept and built incrementally; a test that is red without any patch
 proves nothing and is an error, and so are a patch that does not apply, one that does not build
 and one that survives. Results: ``build/mutants.json``.
@@ -68,8 +68,9 @@ def read(path: Path) -> Mutant:
             mutant.breaks = mutant.breaks or line[2:]
         elif line.startswith(("+++ b/", "--- a/")):
             mutant.files.append(line[6:])
-    if not mutant.tests or not mutant.breaks or not re.match(r"\d+-[a-z0-9-]+$", mutant.name):
-        raise SystemExit(f"{path.name}: its name, a '# test:' line or what it breaks is missing")
+    mutant.breaks = mutant.breaks or " ".join(mutant.name.split("-")[1:])
+    if not mutant.tests or not mutant.files or not re.match(r"\d+-[a-z0-9-]+$", mutant.name):
+        raise SystemExit(f"{path.name}: its name, a '# test:' line or its change is missing")
     return mutant
 
 
