@@ -239,7 +239,7 @@ class Pair:
 
     def join(self) -> None:
         """Needs the target."""
-        wait_until("the target listens", lambda: self.b.running("target"))
+        self.listening()
         self.a.join(self.b.invite())
 
     def make_key(self) -> None:
@@ -270,8 +270,16 @@ class Pair:
             self.settle()
         return self
 
+    def _runs(self, role: str) -> bool:
+        self.alive()  # what ended will not answer any more
+        return self._site(role).running(role)
+
+    def listening(self) -> None:
+        wait_until("the target listens", lambda: self._runs("target"))
+
     def served(self) -> None:
-        wait_until("the filter serves", lambda: self.a.wait_served(GROUP) is None)
+        wait_until("the filter runs", lambda: self._runs("filter"))
+        self.a.wait_served(GROUP, WAIT_S)
 
     def client(self, disk: str | None = None, timeout_s: float = 60.0) -> Client:
         return Client(self.a.nbd_uri(GROUP, disk), timeout_s)

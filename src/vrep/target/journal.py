@@ -35,7 +35,8 @@ class Journal:
     """Commits batches in order, on a thread of its own.
 
     `commit` makes a list of batches durable and returns; StoreFullError means that it may be
-    tried again. `idle` is called once when nothing came for a second after a commit.
+    tried again. `idle` is called once when nothing came for a second after a commit, or when the
+    journal is closed before that second is over.
     """
 
     def __init__(
@@ -115,6 +116,8 @@ class Journal:
             while (batches := self._take()) is not None:
                 if not self._persist(batches):
                     return
+            if not self._marked:
+                self._idle()  # a clean end, too, says that all before it is durable
         except VrepError as error:
             self._fail(error)
         except Exception as error:
