@@ -311,25 +311,32 @@ def test_tally_and_mark() -> None:
     mark["version"], mark["wall_ns"], mark["label_bytes"] = 1, 99, len(label)
     body = mark.tobytes() + label.encode()
     records = np.concatenate(
-        [change(1, 5000), change(2, 4096, offset=4096), change(3, len(body), kind=layout.KIND_MARK)]
+        [
+            change(1, 5000),
+            change(2, 4096, offset=4096),
+            change(3, 8192, kind=layout.KIND_ZEROES),  # nothing but its header is there to miss
+            change(4, len(body), kind=layout.KIND_MARK),
+        ]
     )
-    records[2]["disk"] = 0
+    records[3]["disk"] = 0
     at = sealer.stream(np.zeros((), layout.STREAM), out)
-    written, _ = sealer.seal(records, [b"a" * 5000, os.urandom(4096), body], memoryview(out)[at:])
+    written, _ = sealer.seal(
+        records, [b"a" * 5000, os.urandom(4096), None, body], memoryview(out)[at:]
+    )
     end = at + written
     last = end + sealer.tally(memoryview(out)[end:], wall_ns=5)
     view = memoryview(out)
     opener, tally = seal.Opener(KEY, STREAM), seal.Tally()
     tally.update(view[:end])
     got = opener.tally(view[end:last], tally)
-    assert (int(got["records"]), int(got["first_seq"])) == (3, 1)
+    assert (int(got["records"]), int(got["first_seq"])) == (4, 1)
     assert got["stream_id"].tobytes() == STREAM
     found, _ = record.scan(view[:last], order=record.Order())
     places = [int(place) for place in found["position"]] + [last]
-    assert opener.mark(view[places[3] : places[4]]) == (99, label)
-    for missing in (1, 2, 3):
+    assert opener.mark(view[places[4] : places[5]]) == (99, label)
+    for missing in (1, 2, 3, 4):
         tally.reset()
-        for i in range(4):
+        for i in range(5):
             if i != missing:
                 tally.update(view[places[i] : places[i + 1]])
         with pytest.raises(CorruptError):
