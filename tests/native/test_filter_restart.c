@@ -240,6 +240,27 @@ static void ring_of_another_size_goes_on(void)
     rig_free(&rig);
 }
 
+/* Whether a target holds what it must can be asked after every kind of end. */
+static void acknowledged_survives(void)
+{
+    for (int power = 0; power < 2; power++) {
+        synced();
+        uint64_t known = rig_status(&rig).acknowledged;
+        CHECK_EQ(known, rig_status(&rig).head);
+        if (power)
+            rig_close(&rig, true);
+        else
+            rig_kill(&rig);
+        if (power)
+            rig_shell("rm -f %s/*", rig.shm);
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).acknowledged, known);
+        CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
+        CHECK_EQ(rig_status(&rig).acknowledged, 0);
+        rig_free(&rig);
+    }
+}
+
 static void older_epoch_is_fenced(void)
 {
     synced();
@@ -247,12 +268,53 @@ static void older_epoch_is_fenced(void)
     rig.config.epoch = 2;
     rig.config.epoch_id[0] = 9;
     rig_open(&rig);
-    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_NEW);
     rig_close(&rig, true);
     rig.config.epoch = 1;
     CHECK_STATUS(vrep_group_open(&rig.config, &rig.group), VREP_E_FENCED);
     rig.group = NULL;
     rig_free(&rig);
+}
+
+static void another_epoch_of_the_same_number_begins_anew(void)
+{
+    synced();
+    rig_close(&rig, true);
+    rig.config.epoch_id[0] = 9;
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_NEW);
+    rig_free(&rig);
+}
+
+/* A failover was rolled back while this site's filter was down: what is dirty is known. */
+static void newer_epoch_goes_on(void)
+{
+    static const enum vrep_opened ends[] = {VREP_OPENED_CLEAN, VREP_OPENED_KILLED,
+                                            VREP_OPENED_POWER_LOSS};
+    for (unsigned i = 0; i < 3; i++) {
+        synced();
+        write_some(9, 20); /* not applied by the target yet */
+        if (ends[i] == VREP_OPENED_CLEAN)
+            rig_close(&rig, true);
+        else
+            rig_kill(&rig);
+        if (ends[i] == VREP_OPENED_POWER_LOSS)
+            rig_shell("rm -f %s/*", rig.shm);
+        rig.config.epoch = 2;
+        rig.config.epoch_id[0] = 9;
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).opened_as, ends[i]);
+        CHECK_EQ(rig_status(&rig).unverified, 0);
+        CHECK_EQ(vrep_ring_header(vrep_group_ring(rig.group))->epoch, 2);
+        if (ends[i] != VREP_OPENED_POWER_LOSS)
+            CHECK_EQ(rig_status(&rig).unshipped_bytes, 0);
+        rig_check_dirty(&rig);
+        rig_sync(&rig);
+        rig_compare(&rig);
+        rig_close(&rig, true); /* and again: the ring that was changed is whole */
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_CLEAN);
+        rig_free(&rig);
+    }
 }
 
 /* ---- kills at named points ------------------------------------------------------ */
@@ -338,7 +400,10 @@ int main(void)
     RUN(target_that_lost_history_needs_a_new_beginning);
     RUN(only_one_opens_a_group);
     RUN(ring_of_another_size_goes_on);
+    RUN(acknowledged_survives);
     RUN(older_epoch_is_fenced);
+    RUN(another_epoch_of_the_same_number_begins_anew);
+    RUN(newer_epoch_goes_on);
     RUN(kills_at_every_point_lose_nothing);
     return check_report();
 }

@@ -73,6 +73,16 @@ static bool stamps_match(const struct vrep_group *group)
     return true;
 }
 
+/* A newer epoch of a group goes on where the older one was: a failover was rolled back, and begins
+ * behind all that was ever acknowledged to this writer.  The same number with another id is another
+ * history. */
+static bool one_line(uint32_t epoch, const uint8_t epoch_id[16],
+                     const struct vrep_group_config *config)
+{
+    return epoch < config->epoch ||
+           (epoch == config->epoch && memcmp(epoch_id, config->epoch_id, 16) == 0);
+}
+
 static void attach_shared(struct vrep_group *group, struct finding *found, int *status)
 {
     const struct vrep_group_config *config = &group->config;
@@ -84,9 +94,9 @@ static void attach_shared(struct vrep_group *group, struct finding *found, int *
     *status = vrep_map_attach(found->map, config->group_id, config->target_id, found->disk_bytes,
                               group->disks_count, &group->map);
     const struct vrep_ring_header *header = vrep_ring_header(group->ring);
-    bool same_epoch =
-        header->epoch == config->epoch && memcmp(header->epoch_id, config->epoch_id, 16) == 0;
-    if (*status == VREP_OK && same_epoch) {
+    bool same_line = one_line(header->epoch, header->epoch_id, config);
+    if (*status == VREP_OK && same_line) {
+        vrep_ring_adopt_epoch(group->ring, config->epoch, config->epoch_id);
         found->shared = true;
         return;
     }
@@ -111,8 +121,7 @@ static int find_out(struct vrep_group *group, struct finding *found)
         return VREP_E_LOCKED;
 
     bool other_epoch =
-        status == VREP_OK && (group->state.epoch != config->epoch ||
-                              memcmp(group->state.epoch_id, config->epoch_id, 16) != 0);
+        status == VREP_OK && !one_line(group->state.epoch, group->state.epoch_id, config);
     if (status == VREP_E_NOT_FOUND || other_epoch) {
         found->how = VREP_OPENED_NEW;
         found->first_seq = other_epoch ? group->state.seq_limit : 0;

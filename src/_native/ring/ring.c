@@ -226,6 +226,18 @@ int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_r
     return VREP_OK;
 }
 
+void vrep_ring_adopt_epoch(struct vrep_ring *ring, uint32_t epoch, const uint8_t epoch_id[16])
+{
+    struct vrep_ring_header *header = ring->region.header;
+    if (header->epoch == epoch && memcmp(header->epoch_id, epoch_id, sizeof header->epoch_id) == 0)
+        return;
+    /* A kill between the stores leaves a checksum that does not match: the ring counts as lost
+     * then, and the checkpoint and write-intent tell what was dirty. */
+    header->epoch = epoch;
+    memcpy(header->epoch_id, epoch_id, sizeof header->epoch_id);
+    header->checksum = vrep_checksum32(header, offsetof(struct vrep_ring_header, checksum));
+}
+
 void vrep_ring_detach(struct vrep_ring *ring, bool clean)
 {
     if (ring == NULL)

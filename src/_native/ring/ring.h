@@ -47,6 +47,9 @@ int vrep_ring_create(const char *path, const struct vrep_ring_config *config,
  * is held for the life of the handle), PERMISSION (not our file, or writable by others), IO. */
 int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_ring **out);
 
+/* Records from now on belong to a newer epoch of the same line. Before consumers are served. */
+void vrep_ring_adopt_epoch(struct vrep_ring *ring, uint32_t epoch, const uint8_t epoch_id[16]);
+
 /* Unmaps; clean says that nothing is in flight (recorded only if that is true). */
 void vrep_ring_detach(struct vrep_ring *ring, bool clean);
 
