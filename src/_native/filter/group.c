@@ -96,6 +96,7 @@ static void tear_down(struct vrep_group *group, bool clean)
     /* Kernel I/O ends first: the lock on a disk is released only after the last byte reached it. */
     vrep_worker_destroy(group->quick);
     vrep_worker_destroy(group->slow);
+    vrep_worker_destroy(group->prober);
     vrep_engine_destroy(group->engine);
     for (uint32_t i = 0; i < group->disks_count; i++)
         if (group->disks[i].disk != NULL)
@@ -136,6 +137,8 @@ static int open_all(struct vrep_group *group)
         status = vrep_worker_create(group->notify_fd, &group->quick);
     if (status == VREP_OK)
         status = vrep_worker_create(group->notify_fd, &group->slow);
+    if (status == VREP_OK)
+        status = vrep_worker_create(group->notify_fd, &group->prober);
     if (status == VREP_OK)
         status = vrep_pool_create(group);
     if (status == VREP_OK)
@@ -254,6 +257,7 @@ void vrep_group_poll(struct vrep_group *group)
     vrep_engine_reap(group->engine);
     vrep_worker_collect(group->quick);
     vrep_worker_collect(group->slow);
+    vrep_worker_collect(group->prober);
     run_mail(group);
     if (group->tap) {
         vrep_consumers_poll(group);

@@ -183,8 +183,9 @@ struct vrep_group {
     uint64_t dirtied; /* marks since the last checkpoint */
 
     /* the threads beside, and their jobs */
-    struct vrep_worker *quick; /* write-intent and state: guests wait for it */
-    struct vrep_worker *slow;
+    struct vrep_worker *quick;  /* write-intent and state: guests wait for it */
+    struct vrep_worker *slow;   /* checkpoints */
+    struct vrep_worker *prober; /* holes: their range is held meanwhile, so no sync goes before */
     int notify_fd;
     struct vrep_job intent_job, state_job, checkpoint_job, probe_job;
     bool state_again, checkpoint_again;

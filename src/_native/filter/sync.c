@@ -128,7 +128,7 @@ void vrep_sync_granted(struct command *copy)
         copy->job.run = prove_hole;
         copy->job.done = hole_proven;
         copy->job.owner = copy;
-        vrep_worker_post(group->slow, &copy->job);
+        vrep_worker_post(group->prober, &copy->job);
         return;
     }
     vrep_tap_grant(group, copy, VREP_KIND_SYNC);
@@ -298,7 +298,7 @@ static bool start_next(struct vrep_group *group)
             group->probe.valid = false;
             group->probe.disk = group->cursor_disk;
             group->probe.offset = offset;
-            vrep_worker_post(group->slow, &group->probe_job);
+            vrep_worker_post(group->prober, &group->probe_job);
         }
         return false;
     }
