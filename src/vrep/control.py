@@ -120,11 +120,11 @@ class ControlServer:
                 if probe.connect_ex(str(self.path)) == 0:
                     raise errors.BusyError(f"{self.path} is served by another process")
             self.path.unlink(missing_ok=True)
-        mask = os.umask(0o777 & ~mode)
-        try:
-            self._socket.bind(str(self.path))
-        finally:
-            os.umask(mask)
+        # The name appears with this mode, or less. (The umask belongs to all threads: what
+        # another one makes meanwhile must not get ours.)
+        os.fchmod(self._socket.fileno(), mode)
+        self._socket.bind(str(self.path))
+        self.path.chmod(mode)
         self._socket.listen(CONNECTIONS_MAX)
 
     def _accept(self) -> None:

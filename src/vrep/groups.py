@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from vrep import errors
-from vrep.durable import write_atomic
+from vrep.durable import make_private_directory, write_atomic
 
 VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -115,7 +115,7 @@ class GroupDirectory:
 
     def store(self, definition: GroupDefinition) -> None:
         path = self.path(definition.name)
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_private_directory(path)
         text = msgspec.json.format(msgspec.json.encode(definition), indent=2)
         write_atomic(path / "group.json", text + b"\n", mode=0o600)
 

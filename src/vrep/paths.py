@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,11 @@ class SitePaths:
 
 def _require_owner(path: Path) -> None:
     """In a directory that all may write to, ours may have been made by somebody else."""
-    status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise errors.AccessError(f"{path} belongs to another user, or others may write to it")
+    status = path.lstat()  # a link would lead us where its maker wants
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise errors.AccessError(
+            f"{path} is no directory, belongs to another user, or others may write to it"
+        )
 
 
 __all__ = ["SitePaths"]

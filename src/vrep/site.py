@@ -206,6 +206,8 @@ class Site:
             options=options or self.group_options(),
         )
         assert identity.site_id != peer.site_id
+        # What an unprotect that was cut off left here belongs to another group.
+        shutil.rmtree(self.groups.path(group), ignore_errors=True)
         self.groups.store(definition)
         self._tell("filter", "reload")
         self._tell("source", "reload")
