@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import atheris
+import xxhash
 
 # The finder of an editable install brings a loader that atheris cannot instrument: without
 # coverage nothing is ever found. The wire needs no native module, so plain files do.
@@ -27,13 +28,10 @@ sys.meta_path[:] = [
 sys.path.insert(0, str(Path(__file__).parents[2] / "src"))
 
 with atheris.instrument_imports(include=["vrep.wire"]):
+    from vrep.errors import ProtocolError, StateError, VersionError
     from vrep.wire import messages as m
     from vrep.wire import protocol
     from vrep.wire.frames import FrameHeader, FrameType
-
-import xxhash
-
-from vrep.errors import ProtocolError, StateError, VersionError
 
 CANARY = os.environ.get("VREP_FUZZ_CANARY") == "1"
 WINDOW = 1 << 16
