@@ -355,6 +355,22 @@ def test_damage_of_every_file_is_named_never_cut(tmp_path: Path, rng: random.Ran
         shutil.rmtree(there)
 
 
+def test_the_last_commit_before_a_clean_stop_is_no_torn_tail(tmp_path: Path) -> None:
+    """The store is closed before its second of quiet is over: what was durable stays vouched
+    for."""
+    filled(tmp_path)
+    with StoreReader(tmp_path, GROUP) as reader:
+        last = list(reader.records())[-1]
+    at = last.start + int(last.found[-1]["position"]) + layout.RECORD.itemsize
+    (path,) = store_path(tmp_path, GROUP).glob(f"seg-{last.segment:08x}")
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    found = damage_of(tmp_path)
+    assert isinstance(found, CorruptError), found
+    assert path.name.removeprefix("seg-") in str(found)
+
+
 @pytest.mark.parametrize("how", ["missing", "short", "empty"])
 def test_a_lost_file_is_an_error_with_its_name(tmp_path: Path, how: str) -> None:
     filled(tmp_path, batches=10)
