@@ -37,7 +37,8 @@ static void a_failed_fua_stands_for_the_next_flush(void)
     CHECK(status.unshipped_bytes > 0);
     /* The storage is well again, but what it lost may be any write before. */
     CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
-    rig_sync(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    rig_settle(&rig);
     CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
     rig_compare(&rig);
     rig_free(&rig);
