@@ -32,14 +32,31 @@ def qemu_nbd(socket: Path, image: Path, tuning: int) -> list[str]:
     return ["qemu-nbd", *options, str(image)]
 
 
-def fio(socket: Path, *, rw: str, bs: str, depth: int, size: int, seconds: float) -> dict[str, Any]:
-    """One timed load; IOPS and the latency percentiles of whole requests, in µs."""
-    command = [
+def fio_command(socket: Path, *, rw: str, bs: str, depth: int, size: int) -> list[str]:
+    """A load of whole requests; how long it lasts is the caller's to say. The data cannot be
+    compressed: fio's scrambling would put runs of zeroes into each block."""
+    return [
         *("fio", "--name=load", "--ioengine=nbd", f"--uri=nbd+unix:///?socket={socket}"),
         *(f"--rw={rw}", f"--bs={bs}", f"--iodepth={depth}", f"--size={size}"),
-        *("--time_based", f"--runtime={seconds}", "--randrepeat=0", "--lat_percentiles=1"),
-        "--output-format=json",
+        *("--randrepeat=0", "--scramble_buffers=0", "--lat_percentiles=1", "--output-format=json"),
     ]
+
+
+def fio(
+    socket: Path,
+    *,
+    rw: str,
+    bs: str,
+    depth: int,
+    size: int,
+    seconds: float,
+    rate_iops: int = 0,
+) -> dict[str, Any]:
+    """One timed load; IOPS and the latency percentiles of whole requests, in µs."""
+    command = fio_command(socket, rw=rw, bs=bs, depth=depth, size=size)
+    command += ["--time_based", f"--runtime={seconds}"]
+    if rate_iops:
+        command.append(f"--rate_iops={rate_iops}")
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     job = json.loads(out[out.index("{") :])["jobs"][0]
     side = job["write" if "write" in rw else "read"]

@@ -90,6 +90,8 @@ class Lab:
         self.west.key_create("tenant")
         self.spawn("filter", self.west)
         wait_for(lambda: self.west.running("filter"), "the filter answers")
+        self.spawn("source", self.west)
+        wait_for(lambda: self.west.running("source"), "the source answers")
         self.protect_begin = time.monotonic()
         self.west.protect(
             GROUP,
@@ -99,7 +101,6 @@ class Lab:
             accept_key_loss=True,
             options=self.west.group_options(**self.options),
         )
-        self.spawn("source", self.west)
         self.west.wait_served(GROUP)
         self.filter = ControlClient(self.west.paths.socket("filter"))
         self.source = ControlClient(self.west.paths.socket("source"))
@@ -138,6 +139,16 @@ class Lab:
 
     def memory(self) -> dict[str, dict[str, int]]:
         return {role: rss_bytes(process.pid) for role, process in self.processes.items()}
+
+    @contextmanager
+    def stopped(self, role: str) -> Iterator[None]:
+        """A process stands still for the time of a block."""
+        pid = self.processes[role].pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
     def close(self) -> None:
         for role in ("filter", "source", "target"):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import nbd
+from bench.pipeline.image import make
 from bench.rows import Row, row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,9 +84,7 @@ def rows(runs: int = 5, seconds: float = 2.0, only: str = "") -> Iterator[Row]:
     with tempfile.TemporaryDirectory(dir=ROOT / "build", prefix="bench-") as name:
         directory = Path(name)
         image, socket = directory / "disk.img", directory / "s"
-        with image.open("wb") as file:
-            for _ in range(SIZE >> 20):
-                file.write(bytes(range(256)) * 4096)
+        make(image, SIZE)
         host = [sys.executable, "-m", "bench.pipeline.host", str(socket), str(image)]
         follow = str(follower(directory))
 
