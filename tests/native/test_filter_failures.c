@@ -1,5 +1,7 @@
 /* Backing stores that fail: rules 3 and 10, invariant 6, and the state file. */
+#include "base/atomic.h"
 #include "filter/fault.h"
+#include "filter/internal.h"
 #include "filter/state.h"
 #include "filter_rig.h"
 
@@ -222,12 +224,75 @@ static void flush_and_fua_reach_the_backing(void)
     rig_free(&rig);
 }
 
+static uint32_t let_go;
+
+static int hold(struct vrep_job *job)
+{
+    (void)job;
+    while (vrep_load_acquire_u32(&let_go) == 0)
+        usleep(100);
+    return VREP_OK;
+}
+
+static void held(struct vrep_job *job)
+{
+    (void)job;
+}
+
+/* After a failed sync the page cache may show what is not on the disk: no copy reads it before it
+ * was dropped, and the gap does not end before. */
+static void no_copy_believes_the_cache_after_a_failed_flush(void)
+{
+    synced();
+    CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, 65536, 65536, 1));
+    struct vrep_job job = {.run = hold, .done = held};
+    vrep_worker_post(rig.group->prober, &job);
+    arm("backing.flush:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    arm(NULL);
+    CHECK_OK(vrep_group_resync(rig.group, false, 0, false));
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    for (int i = 0; i < 100; i++) {
+        usleep(200);
+        rig_apply(&rig, true);
+        vrep_group_poll(rig.group);
+    }
+    CHECK_EQ(rig_status(&rig).resync_bytes, 0);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    vrep_store_release_u32(&let_go, 1);
+    rig_sync(&rig);
+    CHECK(rig_status(&rig).resync_bytes >= RIG_BIT);
+    CHECK_EQ(rig_status(&rig).flush_failed, 0);
+    CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
+/* Nothing was written since the last good flush: nothing has to be copied, and the gap ends too. */
+static void failed_flush_of_nothing_ends(void)
+{
+    rig_init(&rig);
+    rig_open(&rig);
+    rig_sync(&rig);
+    arm("backing.flush:1:io");
+    CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), VREP_E_IO);
+    arm(NULL);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    rig_sync(&rig);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    CHECK_OK(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0));
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 int main(void)
 {
     RUN(failed_write_ships_what_is_there);
     RUN(failed_write_that_cannot_be_read_is_a_gap);
     RUN(failed_zero_is_a_gap);
     RUN(failed_flush_is_not_retried_into_success);
+    RUN(failed_flush_of_nothing_ends);
+    RUN(no_copy_believes_the_cache_after_a_failed_flush);
     RUN(failed_copy_leaves_the_block_unshipped);
     RUN(cold_writes_wait_for_the_intent);
     RUN(state_survives_a_torn_write);

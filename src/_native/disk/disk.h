@@ -82,6 +82,9 @@ void vrep_disk_close(struct vrep_disk *disk);
 int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out);
 /* Re-reads the size (resize); stamps too. */
 int vrep_disk_refresh(struct vrep_disk *disk);
+/* After a failed sync the page cache may hold, as clean, what never reached the store: lets go of
+ * what is clean, so that reads tell what is stored.  May wait for the store. */
+void vrep_disk_forget_cache(struct vrep_disk *disk);
 
 /* Starts io; when it completed at once: io->inline_done is true, status is set and done() is NOT
  * called. Bounds are checked (RANGE).  Unaligned requests on an O_DIRECT disk are widened by

@@ -109,6 +109,11 @@ static int lock_image(int fd, bool read_only)
 
 /* ---- open and facts ---------------------------------------------------------- */
 
+void vrep_disk_forget_cache(struct vrep_disk *disk)
+{
+    (void)posix_fadvise(disk->fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
 int vrep_disk_refresh(struct vrep_disk *disk)
 {
     struct stat st;

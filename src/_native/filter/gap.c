@@ -89,7 +89,7 @@ int vrep_gap_restart(struct vrep_group *group, bool jump)
 bool vrep_gap_due(const struct vrep_group *group)
 {
     return vrep_map_gap(group->map) && vrep_map_unshipped_bits(group->map) == 0 &&
-           group->copies_inflight == 0;
+           group->copies_inflight == 0 && group->distrust == 0;
 }
 
 void vrep_gap_try_end(struct vrep_group *group)

@@ -180,6 +180,9 @@ struct vrep_group {
     uint64_t notified; /* head at the last notify */
     bool liar;         /* a consumer reported what cannot be, and was named */
     bool flush_failed;
+    /* Failed syncs since the page cache was dropped, and how many the drop under way is for:
+     * nothing is copied in between. */
+    uint32_t distrust, distrust_known;
     uint64_t dirtied; /* marks since the last checkpoint */
 
     /* the threads beside, and their jobs */
@@ -187,7 +190,7 @@ struct vrep_group {
     struct vrep_worker *slow;   /* checkpoints */
     struct vrep_worker *prober; /* holes: their range is held meanwhile, so no sync goes before */
     int notify_fd;
-    struct vrep_job intent_job, state_job, checkpoint_job, probe_job;
+    struct vrep_job intent_job, state_job, checkpoint_job, probe_job, forget_job;
     bool state_again, checkpoint_again;
     uint64_t checkpoint_head, checkpoint_durable;
     uint64_t intent_retry_ns, state_retry_ns;
@@ -290,6 +293,8 @@ int vrep_gap_lose_ring(struct vrep_group *group);
 /* sync.c */
 void vrep_sync_pump(struct vrep_group *group);
 void vrep_sync_granted(struct command *command);
+/* Marks unshipped what was written since the last good flush. */
+void vrep_sync_since_flush(struct vrep_group *group);
 void vrep_sync_init(struct vrep_group *group);
 int vrep_sync_timeout_ms(const struct vrep_group *group);
 bool vrep_sync_all_zero(const struct iovec *iov, int count);

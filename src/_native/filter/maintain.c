@@ -244,7 +244,7 @@ void vrep_maintain(struct vrep_group *group)
 bool vrep_maintain_busy(const struct vrep_group *group)
 {
     return group->intent_job.busy || group->state_job.busy || group->checkpoint_job.busy ||
-           group->probe_job.busy || group->cool_flushes > 0;
+           group->probe_job.busy || group->forget_job.busy || group->cool_flushes > 0;
 }
 
 int vrep_maintain_timeout_ms(const struct vrep_group *group)

@@ -450,6 +450,7 @@ int vrep_recover(struct vrep_group *group)
         found.reason = header->unverified; /* raised so late that the state does not know it */
     header->unverified = found.reason;
     group->flush_failed = found.reason == VREP_UNVERIFIED_FLUSH;
+    group->distrust = group->flush_failed ? 1 : 0;
     bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
     if (found.shared) {
         settle_gap(group);

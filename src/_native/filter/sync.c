@@ -155,8 +155,39 @@ static void probe_done(struct vrep_job *job)
     group->resync_again = true;
 }
 
+/* It lies in hot extents: one leaves only after a good flush. */
+void vrep_sync_since_flush(struct vrep_group *group)
+{
+    for (uint16_t disk = 0; disk < group->disks_count; disk++) {
+        uint64_t from = 0, offset, length;
+        while (vrep_intent_next(group->intent, disk, from, &offset, &length)) {
+            vrep_map_mark_unshipped(group->map, disk, offset, length);
+            from = offset + length;
+        }
+    }
+}
+
+static int forget_run(struct vrep_job *job)
+{
+    struct vrep_group *group = job->owner;
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        vrep_disk_forget_cache(group->disks[i].disk);
+    return VREP_OK;
+}
+
+static void forget_done(struct vrep_job *job)
+{
+    struct vrep_group *group = job->owner;
+    /* Copies that were under way when the sync failed had read the cache, and cleared. */
+    vrep_sync_since_flush(group);
+    if (group->distrust == group->distrust_known)
+        group->distrust = 0;
+    group->resync_again = true;
+}
+
 void vrep_sync_init(struct vrep_group *group)
 {
+    group->forget_job = (struct vrep_job){.run = forget_run, .done = forget_done, .owner = group};
     group->probe_job = (struct vrep_job){.run = probe_run, .done = probe_done, .owner = group};
 }
 
@@ -321,6 +352,14 @@ void vrep_sync_pump(struct vrep_group *group)
     group->resync_again = false;
     if (!group->tap || group->closing)
         return;
+    if (group->distrust > 0) {
+        group->resync_owed = 0;
+        if (group->copies_inflight == 0 && !group->forget_job.busy) {
+            group->distrust_known = group->distrust;
+            vrep_worker_post(group->prober, &group->forget_job);
+        }
+        return;
+    }
     vrep_gap_try_end(group);
     if (!group->resync_allowed || group->lose_wanted || vrep_map_unshipped_bits(group->map) == 0 ||
         !vrep_sync_target_attached(group)) {
@@ -346,5 +385,8 @@ int vrep_sync_timeout_ms(const struct vrep_group *group)
         return 0;
     bool wanted = group->resync_allowed && vrep_map_unshipped_bits(group->map) > 0 &&
                   vrep_sync_target_attached(group);
-    return wanted && group->copies_inflight == 0 && !group->probe_job.busy ? 5 : -1;
+    return wanted && group->copies_inflight == 0 && !group->probe_job.busy &&
+                   !group->forget_job.busy
+               ? 5
+               : -1;
 }

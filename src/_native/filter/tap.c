@@ -246,23 +246,16 @@ static void failed(struct vrep_group *group, struct command *command)
 void vrep_tap_flush_failed(struct vrep_group *group)
 {
     group->count.errors++;
-    if (group->flush_failed)
-        return;
+    if (!group->flush_failed)
+        VREP_ERROR(
+            "filter",
+            "a flush of the backing store failed: flushes fail until the disks are verified again");
     group->flush_failed = true;
-    VREP_ERROR(
-        "filter",
-        "a flush of the backing store failed: flushes fail until the disks are verified again");
     if (!group->tap)
         return;
-    /* What was written since the last good flush lies in hot extents: one leaves only after a good
-     * flush. */
-    for (uint16_t disk = 0; disk < group->disks_count; disk++) {
-        uint64_t from = 0, offset, length;
-        while (vrep_intent_next(group->intent, disk, from, &offset, &length)) {
-            vrep_map_mark_unshipped(group->map, disk, offset, length);
-            from = offset + length;
-        }
-    }
+    /* Each time: the kernel tells a loss once, and this one may speak of newer writes. */
+    vrep_sync_since_flush(group);
+    group->distrust++;
     vrep_gap_enter(group);
     struct vrep_map_header *header = vrep_map_header(group->map);
     header->unverified = VREP_UNVERIFIED_FLUSH;
