@@ -259,6 +259,8 @@ static void no_copy_believes_the_cache_after_a_failed_flush(void)
     }
     CHECK_EQ(rig_status(&rig).resync_bytes, 0);
     CHECK_EQ(rig_status(&rig).gap, 1);
+    /* Whatever a copy would ask of that thread comes behind the drop. */
+    CHECK(rig.group->forget_job.busy && !rig.group->probe_job.busy);
     vrep_store_release_u32(&let_go, 1);
     rig_sync(&rig);
     CHECK(rig_status(&rig).resync_bytes >= RIG_BIT);
