@@ -296,6 +296,43 @@ static void loops_agree_with_single_bits(void)
     vrep_bits_force_plain(false);
 }
 
+/* Every run from a random bit on, with rooms of several sizes, against single steps. */
+static void runs_agree_with_single_steps(void)
+{
+    static uint64_t words[2][512], runs[2048][2];
+    static const uint64_t rooms[] = {1, 7, VREP_BITS_RUNS_MIN, 2048};
+    for (int round = 0; round < 200; round++) {
+        struct vrep_bits bits = {{words[0], words[1]}, (unsigned)round % 3, 512};
+        memset(words, 0, sizeof words);
+        for (int i = 0; i < 512; i++) {
+            uint64_t noise = check_random();
+            words[0][i] = round % 5 == 0   ? noise
+                          : round % 5 == 1 ? 0 - (noise >> 63)
+                                           : noise & check_random() & check_random();
+            words[1][i] = i % 50 == 0 ? noise : 0;
+        }
+        if (round % 7 == 0)
+            words[0][511] = ~UINT64_C(0);
+        for (unsigned how = 0; how < 8; how++) {
+            vrep_bits_force_plain(how % 2);
+            uint64_t room = rooms[how / 2], from = check_random_below(512 * 64), at = from;
+            while (from < 512 * 64) {
+                uint64_t n = vrep_bits_runs(&bits, &from, runs, room);
+                CHECK(n <= room);
+                CHECK(n > 0 || from == 512 * 64);
+                for (uint64_t i = 0; i < n; i++) {
+                    CHECK_EQ(runs[i][0], vrep_bits_next(&bits, at, true));
+                    at = vrep_bits_next(&bits, runs[i][0], false);
+                    CHECK_EQ(runs[i][1], at);
+                }
+                CHECK(n == 0 || from >= at);
+            }
+            CHECK_EQ(vrep_bits_next(&bits, at, true), 512 * 64);
+        }
+    }
+    vrep_bits_force_plain(false);
+}
+
 static void checkpoints_alternate_and_the_newest_wins(void)
 {
     struct vrep_map *map = new_map();
@@ -497,6 +534,7 @@ int main(void)
     RUN(a_killed_owner_loses_no_bit);
     RUN(generations_move_to_unshipped);
     RUN(loops_agree_with_single_bits);
+    RUN(runs_agree_with_single_steps);
     RUN(checkpoints_alternate_and_the_newest_wins);
     RUN(another_geometry_is_refused);
     RUN(damaged_maps_are_refused);

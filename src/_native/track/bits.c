@@ -4,7 +4,11 @@
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
-enum { STEP = 8 }; /* words handled without a branch: one cache line of each source */
+enum {
+    STEP = 8, /* words handled without a branch: one cache line of each source */
+    EDGES_USUAL = 4
+};
+#define LAST_BIT (UINT64_C(1) << 63)
 
 ALWAYS_INLINE void gather(const struct vrep_bits *bits, unsigned sources, uint64_t at,
                           uint64_t out[STEP])
@@ -56,6 +60,47 @@ ALWAYS_INLINE uint64_t next_line_body(const struct vrep_bits *bits, unsigned sou
     return at;
 }
 
+/* Writes the position of every bit that differs from the one before it, from word `at` on (of it
+ * only bits from skip - 1 on), and returns where it stopped: at the end, or before a word
+ * whose edges may not fit. */
+ALWAYS_INLINE uint64_t edges_body(const struct vrep_bits *bits, unsigned sources, uint64_t at,
+                                  uint64_t skip, uint64_t *out, uint64_t max, uint64_t *n)
+{
+    uint64_t carry = 0, found = 0;
+    for (; at < bits->words; at = (at | (STEP - 1)) + 1) {
+        uint64_t line[STEP], differs = 0, base = at & ~(uint64_t)(STEP - 1);
+        gather(bits, sources, base, line);
+        if (skip != 0) { /* the first line only: what lies before the start is not looked at */
+            for (uint64_t i = 0; i < at - base; i++)
+                line[i] = 0;
+            line[at - base] &= ~UINT64_C(0) << (skip - 1);
+            skip = 0;
+        }
+        for (int i = 0; i < STEP; i++)
+            differs |= line[i] ^ (0 - carry);
+        if (differs == 0)
+            continue;
+        if (found + STEP * 64 + EDGES_USUAL > max) {
+            at = base;
+            break;
+        }
+        for (unsigned i = 0; i < STEP; i++) {
+            uint64_t edges = line[i] ^ (line[i] << 1 | carry);
+            uint64_t *to = out + found;
+            carry = line[i] >> 63;
+            found += (uint64_t)__builtin_popcountll(edges);
+            /* How many there are cannot be predicted: the usual few are written in any case, and
+             * what is too much is written over by the next word. */
+            for (int k = 0; k < EDGES_USUAL; k++, edges &= edges - 1)
+                *to++ = (base + i) * 64 + (uint64_t)__builtin_ctzll(edges | LAST_BIT);
+            for (; edges != 0; edges &= edges - 1)
+                *to++ = (base + i) * 64 + (uint64_t)__builtin_ctzll(edges);
+        }
+    }
+    *n = found;
+    return at;
+}
+
 /* With the number of sources known, their pointers stay in registers. */
 #define BY_SOURCES(call)                                                                           \
     switch (bits->sources) {                                                                       \
@@ -74,16 +119,30 @@ ALWAYS_INLINE uint64_t next_line_body(const struct vrep_bits *bits, unsigned sou
 #define UNION(n) union_body(bits, n, out)
 #define COUNT(n) count_body(bits, n)
 #define NEXT(n) next_line_body(bits, n, at, flip)
+#define EDGES(n) edges_body(bits, n, at, skip, out, max, found)
 
+/* clang-format off */
 #define DEFINE_LOOPS(name, attribute)                                                              \
-    attribute static void name##_union(const struct vrep_bits *bits, uint64_t *out){               \
-        BY_SOURCES(UNION)} attribute static uint64_t name##_count(const struct vrep_bits *bits){   \
-        BY_SOURCES(                                                                                \
-            COUNT)} attribute static uint64_t name##_next_line(const struct vrep_bits *bits,       \
-                                                               uint64_t at, uint64_t flip)         \
+    attribute static void name##_union(const struct vrep_bits *bits, uint64_t *out)                \
+    {                                                                                              \
+        BY_SOURCES(UNION)                                                                          \
+    }                                                                                              \
+    attribute static uint64_t name##_count(const struct vrep_bits *bits)                           \
+    {                                                                                              \
+        BY_SOURCES(COUNT)                                                                          \
+    }                                                                                              \
+    attribute static uint64_t name##_next_line(const struct vrep_bits *bits, uint64_t at,          \
+                                               uint64_t flip)                                      \
     {                                                                                              \
         BY_SOURCES(NEXT)                                                                           \
+    }                                                                                              \
+    attribute static uint64_t name##_edges(const struct vrep_bits *bits, uint64_t at,              \
+                                           uint64_t skip, uint64_t *out, uint64_t max,             \
+                                           uint64_t *found)                                        \
+    {                                                                                              \
+        BY_SOURCES(EDGES)                                                                          \
     }
+/* clang-format on */
 
 DEFINE_LOOPS(plain, )
 
@@ -150,6 +209,34 @@ uint64_t vrep_bits_next(const struct vrep_bits *bits, uint64_t from, bool set)
         word = union_word(bits, at) ^ flip;
     }
     return at * 64 + (uint64_t)__builtin_ctzll(word);
+}
+
+uint64_t vrep_bits_runs(const struct vrep_bits *bits, uint64_t *from, uint64_t (*runs)[2],
+                        uint64_t max)
+{
+    uint64_t end = bits->words * 64, n = 0, *edges = &runs[0][0];
+    if (max == 0 || *from >= end)
+        return 0;
+    if (bits->sources == 0) {
+        *from = end;
+        return 0;
+    }
+    if (max >= VREP_BITS_RUNS_MIN) {
+        *from = DISPATCH(edges, bits, *from / 64, *from % 64 + 1, edges, 2 * max - 1, &n) * 64;
+        if (n % 2 != 0) { /* a run is open where the room ended, or at the end of all */
+            *from = vrep_bits_next(bits, *from, false);
+            edges[n++] = *from;
+        }
+        return n / 2;
+    }
+    for (; n < max; n++) {
+        runs[n][0] = vrep_bits_next(bits, *from, true);
+        *from = runs[n][0];
+        if (*from == end)
+            break;
+        *from = runs[n][1] = vrep_bits_next(bits, *from, false);
+    }
+    return n;
 }
 
 static uint64_t mask_of(uint64_t word, uint64_t first, uint64_t last)

@@ -27,6 +27,14 @@ uint64_t vrep_bits_count(const struct vrep_bits *bits);
 /* First set (or clear) bit at or after from; words * 64 when there is none. */
 uint64_t vrep_bits_next(const struct vrep_bits *bits, uint64_t from, bool set);
 
+/* Runs of set bits from bit *from on, as [first, end); a run that holds *from begins there. Returns
+ * how many, at most max, and moves *from to where the search goes on: the end when all were found.
+ * With room for VREP_BITS_RUNS_MIN or more, one pass over the words; fewer are looked for one by
+ * one. Fewer than max may be returned before the end. */
+#define VREP_BITS_RUNS_MIN 1024u
+uint64_t vrep_bits_runs(const struct vrep_bits *bits, uint64_t *from, uint64_t (*runs)[2],
+                        uint64_t max);
+
 /* [first, last] of one bitmap that other threads may read meanwhile (relaxed stores). Each returns
  * how many bits changed. */
 uint64_t vrep_bits_set(uint64_t *words, uint64_t first, uint64_t last);

@@ -89,7 +89,8 @@ bool vrep_map_next_run(const struct vrep_map *map, uint16_t disk, uint64_t from,
 void vrep_map_union(const struct vrep_map *map, uint16_t disk, uint64_t *words);
 
 /* The runs of dirty bits of a disk from *from on, as pairs of (offset, length) in bytes; returns
- * how many, at most max, and moves *from behind the last one. */
+ * how many, at most max, and moves *from to where the search goes on: behind the last byte when
+ * there are no more (fewer than max alone does not say so). */
 uint64_t vrep_map_runs(const struct vrep_map *map, uint16_t disk, uint64_t *from,
                        uint64_t (*runs)[2], uint64_t max);
 

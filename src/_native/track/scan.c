@@ -129,18 +129,15 @@ uint64_t vrep_map_runs(const struct vrep_map *map, uint16_t disk, uint64_t *from
         return 0;
     const struct vrep_map_disk *d = &map->disk[disk];
     struct vrep_bits bits = dirty_of(map, disk);
-    while (n < max && *from < d->bytes) {
-        uint64_t first = vrep_bits_next(&bits, *from >> map->bit_shift, true);
-        if (first >= d->bits) {
-            *from = d->bytes;
-            break;
+    while (n == 0 && max > 0 && *from < d->bytes) { /* no run before a full room: search on */
+        uint64_t start = *from, bit = start >> map->bit_shift;
+        n = vrep_bits_runs(&bits, &bit, runs, max);
+        for (uint64_t i = 0; i < n; i++) {
+            uint64_t first = runs[i][0] << map->bit_shift;
+            runs[i][0] = first > start ? first : start;
+            runs[i][1] = least(runs[i][1] << map->bit_shift, d->bytes) - runs[i][0];
         }
-        uint64_t end = least(vrep_bits_next(&bits, first, false), d->bits);
-        uint64_t start = first << map->bit_shift;
-        runs[n][0] = start > *from ? start : *from;
-        *from = least(end << map->bit_shift, d->bytes);
-        runs[n][1] = *from - runs[n][0];
-        n++;
+        *from = least(bit << map->bit_shift, d->bytes);
     }
     return n;
 }

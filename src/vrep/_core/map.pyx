@@ -12,7 +12,6 @@ from vrep._core import layout
 from vrep.errors import InvalidError, RangeError, ReadOnlyError
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
 from vrep._core._status cimport check
@@ -80,8 +79,8 @@ cdef extern from "track/map.h" nogil:
 
 BIT_BYTES = VREP_MAP_BIT_BYTES
 
-# Runs fetched from C at a time.
-cdef uint64_t RUNS_STEP = 65536
+# Room for runs at first; it is doubled when less than this is left.
+cdef uint64_t RUNS_FIRST = 8192
 
 
 cdef int copy_id(object name, object value, uint8_t *out) except -1:
@@ -314,22 +313,21 @@ cdef class ChangeMap:
     def runs(self, uint16_t disk):
         """All dirty runs of a disk, as an array of (offset, length)."""
         cdef vrep_map *map = self.on(disk)
-        cdef uint64_t start = 0, n
-        cdef uint64_t (*buffer)[2]
-        cdef list parts = []
-        buffer = <uint64_t (*)[2]>malloc(RUNS_STEP * 16)
-        if buffer == NULL:
-            raise MemoryError()
-        try:
-            while True:
-                with nogil:
-                    n = vrep_map_runs(map, disk, &start, buffer, RUNS_STEP)
-                parts.append(np.frombuffer((<const char *>buffer)[:n * 16], np.uint64))
-                if n < RUNS_STEP:
-                    break
-        finally:
-            free(buffer)
-        return np.concatenate(parts).reshape(-1, 2)
+        cdef uint64_t start = 0, got = 1, n = 0
+        cdef uint64_t room = RUNS_FIRST
+        cdef uint64_t[:, ::1] view
+        found = np.empty((room, 2), np.uint64)
+        while got > 0:
+            if room - n < RUNS_FIRST:
+                room *= 2
+                found.resize((room, 2), refcheck=False)
+            view = found
+            with nogil:
+                got = vrep_map_runs(map, disk, &start, <uint64_t (*)[2]>&view[n, 0], room - n)
+            view = None
+            n += got
+        found.resize((n, 2), refcheck=False)
+        return found
 
     def union(self, uint16_t disk):
         """The dirty bitmap of a disk as 64-bit words, lowest bit first, padded to whole pages."""
