@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "value", "unit", "against", "ratio", "target", "met", "void")
 PIPELINE = ("tap", "write", "single", "large", "steady", "first", "rto")
 QUICK: dict[str, list[str]] = {
+    "disk": ["--mib", "64", "--runs", "1", "--seconds", "0.3"],
     "filter": ["--writes", "20000", "--runs", "3"],
     "hash": ["--mib", "32", "--runs", "2"],
     "index": ["--records", "300000"],
@@ -35,7 +36,10 @@ QUICK: dict[str, list[str]] = {
     "store": ["--mib", "64", "--runs", "1"],
     "wire": ["--seconds", "0.5", "--runs", "1"],
 }
-USUAL: dict[str, list[str]] = {"index": ["--records", "2000000"]}
+USUAL: dict[str, list[str]] = {
+    "disk": ["--runs", "3", "--seconds", "0.5"],
+    "index": ["--records", "2000000"],
+}
 
 
 def program(command: list[Any], name: str, limit_s: float) -> list[dict[str, Any]]:
