@@ -7,6 +7,7 @@ its own; sealing and sending release the GIL. Memory: one buffer that holds the 
 from __future__ import annotations
 
 import threading
+import time
 from typing import Final
 
 from vrep._core.ring import RingReader
@@ -22,6 +23,10 @@ BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 TALLY_BYTES: Final = 256
 IDLE_WAIT_S: Final = 0.2
 CREDIT_WAIT_S: Final = 0.5
+GATHER_RECORDS: Final = 128
+GATHER_S: Final = 0.002
+"""a batch costs both ends some hundred microseconds, however small: while records keep coming,
+few of them wait this long for more. A lone write is sent at once."""
 
 
 class Shipper:
@@ -63,12 +68,16 @@ class Shipper:
 
     def run(self, first_seq: int) -> None:
         """Ship from `first_seq` until stopped. Raises what the connection or the ring raise."""
-        seq = first_seq - 1
+        seq, sent_s = first_seq - 1, 0.0
         while not self._stopping:
             if not self._ring.wait(seq, IDLE_WAIT_S):
                 continue
+            busy = self._clock.monotonic() - sent_s < 2 * GATHER_S
+            if busy and self._ring.head - seq < GATHER_RECORDS:
+                time.sleep(GATHER_S)
             seq = self._ship(seq + 1, self._ring.head)
             self._ring.set(read=seq)
+            sent_s = self._clock.monotonic()
 
     def _ship(self, first: int, last: int) -> int:
         """Seal and send one batch; the seq of its last record."""
