@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import base64
 import datetime
+import grp
+import ipaddress
 import os
 import shutil
 import stat
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
 SECTOR_BYTES: Final = 512
 DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
+RING_BYTES_MIN: Final = 1 << 20
+RING_BYTES_MAX: Final = 64 << 30
+KEY_FILE_BYTES_MAX: Final = 1 << 16
+QCOW2_MAGIC: Final = b"QFI\xfb"
 
 
 class Site:
@@ -172,6 +178,8 @@ class Site:
         check_name(group)
         if not 1 <= len(disks) <= DISKS_MAX:
             raise errors.InvalidError(f"a group has 1 to {DISKS_MAX} disks, not {len(disks)}")
+        options = options or self.group_options()
+        _check_options(options)
         identity, peer = self.identity, self.peers.get(to)
         if group in set(self.groups.names()):
             raise errors.ExistsError(f"group {group!r} is protected already")
@@ -184,7 +192,7 @@ class Site:
         for index, (name, uri) in enumerate(disks.items()):
             disk = _examine(index, check_name(name, "disk"), uri)
             if disk.uri in known:
-                raise errors.BusyError(f"{uri} is a disk of group {known[disk.uri]!r}")
+                raise errors.BusyError(f"{disk.uri} is a disk of group {known[disk.uri]!r} already")
             known[disk.uri] = group
             definitions.append(disk)
         info = self.keys.require_verified(key, accept_key_loss=accept_key_loss)
@@ -203,7 +211,7 @@ class Site:
             epoch_id=uuid.uuid4().hex,
             wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
             created=time.time(),
-            options=options or self.group_options(),
+            options=options,
         )
         assert identity.site_id != peer.site_id
         # What an unprotect that was cut off left here belongs to another group.
@@ -230,7 +238,7 @@ class Site:
         """Stop replicating a group and forget it here; its disks stay as they are. With
         `delete_history` the target deletes what it holds as well; that needs the target."""
         definition = self.groups.load(group)
-        clients = self._filter_value(group, "clients")
+        clients = self._clients(group)
         if clients:
             raise errors.BusyError(
                 f"{clients} client(s) use {group!r}: move the VM back to its disks first"
@@ -384,7 +392,7 @@ class Site:
         self, name: str, file: str | os.PathLike[str], passphrase: str | None = None
     ) -> KeyInfo:
         """Read an export back and compare it with the key held here."""
-        return self.keys.verify(name, Path(file).read_text("ascii"), passphrase)
+        return self.keys.verify(name, _key_text(file), passphrase)
 
     def key_import(
         self,
@@ -396,7 +404,7 @@ class Site:
         """Take in an exported key, or one that was released to this site."""
         from vrep.keys.release import is_release, opener
 
-        text = Path(file).read_text("ascii")
+        text = _key_text(file)
         if is_release(text):
             return self.keys.import_released(text, opener(self.identity))
         return self.keys.import_key(text, passphrase, name=name)
@@ -422,10 +430,11 @@ class Site:
             return False
         return True
 
-    def _filter_value(self, group: str, name: str) -> int:
+    def _clients(self, group: str) -> int:
+        """NBD connections of a group; none when it is not served, whatever the reason."""
         try:
-            return int(self._filter().call("status", group=group).get(name, 0))
-        except (errors.UnreachableError, errors.NotFoundError):
+            return int(self._filter().call("status").get(group, {}).get("clients", 0))
+        except errors.UnreachableError:
             return 0
 
     def _wait_gone(self, group: str) -> None:
@@ -465,12 +474,55 @@ def _examine(index: int, name: str, uri: str) -> DiskDefinition:
     if scheme == "block" and not stat.S_ISBLK(status.st_mode):
         raise errors.InvalidError(f"disk {name!r}: {path} is not a block device")
     with path.open("rb") as file:
+        magic = file.read(len(QCOW2_MAGIC))
         size = file.seek(0, os.SEEK_END)
+    if magic == QCOW2_MAGIC:
+        raise errors.UnsupportedError(
+            f"disk {name!r}: {path} is a qcow2 image: 'qemu-img convert -O raw' makes a raw one"
+        )
     if size == 0 or size % SECTOR_BYTES:
         raise errors.InvalidError(
             f"disk {name!r}: {path} has {size} bytes; a disk has a multiple of {SECTOR_BYTES}"
         )
     return DiskDefinition(name=name, uri=f"{scheme}:{path}", bytes=size, index=index)
+
+
+def _check_options(options: GroupOptions) -> None:
+    """What the filter would refuse is refused before the group exists."""
+    from vrep.wire.address import parse_address
+
+    if not RING_BYTES_MIN <= options.ring_bytes <= RING_BYTES_MAX:
+        raise errors.InvalidError(
+            f"a ring of {options.ring_bytes} bytes: it has {RING_BYTES_MIN} to {RING_BYTES_MAX}"
+        )
+    if options.socket_group:
+        try:
+            grp.getgrnam(options.socket_group)
+        except KeyError:
+            raise errors.InvalidError(
+                f"there is no Unix group {options.socket_group!r} for the NBD socket"
+            ) from None
+    if options.tcp:
+        host, _ = parse_address(options.tcp)
+        try:
+            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+        if not local:
+            raise errors.InvalidError(
+                f"NBD on {options.tcp}: TCP is for loopback addresses only, as in 127.0.0.1:10809"
+            )
+
+
+def _key_text(file: str | os.PathLike[str]) -> str:
+    """What stands in a key file; KeyFileError for bytes that are no text."""
+    from vrep.keys.errors import KeyFileError
+
+    with Path(file).open("rb") as opened:
+        data = opened.read(KEY_FILE_BYTES_MAX + 1)
+    if len(data) > KEY_FILE_BYTES_MAX or not data.isascii():
+        raise KeyFileError(f"{os.fspath(file)} is not text that 'vrep key export' wrote")
+    return data.decode("ascii")
 
 
 def utc(seconds: float) -> str:

@@ -18,7 +18,7 @@ from vrep.app.cli_common import parse_duration, parse_size
 from vrep.app.cli_group import parse_disks
 from vrep.app.cli_output import age_text, size_text, table
 from vrep.app.cli_status import text_of
-from vrep.site import Site
+from vrep.site import Site, _examine
 
 VERBS = """
 site init|invite|join|list|remove
@@ -444,3 +444,60 @@ def test_points_are_listed_though_the_history_is_damaged(
     assert code == expected
     assert answer["verdict"]["whole"] is whole
     assert (error is None) is whole
+
+
+@pytest.mark.parametrize("verb", [["verify", "acme"], ["import"]], ids=lambda v: v[0])
+@pytest.mark.parametrize("content", [bytes(range(256)), b"a" * (1 << 20)], ids=["bytes", "long"])
+def test_a_file_that_is_no_key_is_named(
+    verb: list[str], content: bytes, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a").key_create("acme")
+    file = tmp_path / "thing"
+    file.write_bytes(content)
+    code, _, error = run_json(capsys, "key", *verb, str(file), "--dir", str(tmp_path / "site"))
+    assert code == errors.TenantKeyError.exit_code
+    assert f"{file} is not text that 'vrep key export' wrote" in error["error"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--ring", "10"], "a ring of 10 bytes"),
+        (["--ring", "1T"], "68719476736"),
+        (["--tcp", "0.0.0.0:10809"], "loopback"),
+        (["--tcp", "example.com:10809"], "loopback"),
+        (["--tcp", "10809"], "HOST:PORT"),
+        (["--socket-group", "no-such-group"], "'no-such-group'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_filter_would_refuse_protects_nothing(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site = Site.init(tmp_path / "site", name="a")
+    protect = ["protect", "web", "--disk", "root=file:x", "--to", "b", "--key", "acme"]
+    code, _, error = run_json(capsys, *protect, *options, "--dir", str(tmp_path / "site"))
+    assert code == errors.InvalidError.exit_code
+    assert words in error["error"]["text"]
+    assert list(site.groups.names()) == []
+
+
+def test_a_qcow2_image_is_not_taken_for_a_raw_one(tmp_path: Path) -> None:
+    image = tmp_path / "web.qcow2"
+    image.write_bytes(b"QFI\xfb".ljust(65536, b"\0"))
+    with pytest.raises(errors.UnsupportedError, match="qemu-img convert"):
+        _examine(0, "root", f"file:{image}")
+
+
+def test_a_passphrase_file_that_is_no_text_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a").key_create("acme")
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"\xff\xfe")
+    export = ["key", "export", "acme", "--out", str(tmp_path / "acme.key")]
+    more = ["--passphrase-file", str(secret), "--dir", str(tmp_path / "site")]
+    code, _, error = run_json(capsys, *export, *more)
+    assert code == errors.UsageError.exit_code
+    assert str(secret) in error["error"]["text"]
+    assert not (tmp_path / "acme.key").exists()

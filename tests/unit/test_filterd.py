@@ -18,6 +18,7 @@ from vrep.errors import VrepError
 from vrep.groups import DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.paths import SitePaths
 from vrep.settings import Config
+from vrep.site import Site
 
 MIB = 1 << 20
 
@@ -100,6 +101,16 @@ def test_a_group_that_cannot_be_read_stands_alone(rig: Rig, field: str, value: A
     with pytest.raises(VrepError):
         ControlClient(rig.paths.socket("filter")).call("status", group="late")
     assert rig.status()["good"]["writes"] == 0
+
+
+def test_a_group_that_cannot_be_served_can_be_unprotected(rig: Rig) -> None:
+    rig.add("good")
+    spoil(rig.add("bad"), "group_id", "zz")
+    rig.start()
+    assert rig.status()["bad"]["error"]
+    Site(rig.paths.root).unprotect("bad")
+    assert set(rig.status()) == {"good"}
+    assert not rig.groups.path("bad").exists()
 
 
 def test_groups_are_served_while_their_directory_cannot_be_read(

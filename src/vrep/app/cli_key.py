@@ -25,7 +25,10 @@ Ask = Annotated[bool, typer.Option("--passphrase", help="Ask for a passphrase.")
 
 def _passphrase(ask: bool, file: Path | None, *, confirm: bool) -> str | None:
     if file is not None:
-        lines = file.read_text("utf-8").splitlines()
+        try:
+            lines = file.read_text("utf-8").splitlines()
+        except UnicodeError:
+            raise UsageError(f"{file}: a passphrase is UTF-8 text") from None
         if not lines or not lines[0]:
             raise UsageError(f"{file}: its first line, the passphrase, is empty")
         return lines[0]

@@ -39,11 +39,11 @@ def run(
     config = site.config
     identity = site.identity  # a directory that is no site is refused before anything starts
     setup_logs(config.log, "site")
-    structlog.get_logger("vrep.run").info("site runs", name=identity.name, roles=role)
     roles = ROLES if role == "all" else (role,)
 
     @contextlib.contextmanager
     def beside() -> Iterator[None]:
+        structlog.get_logger("vrep.run").info("site runs", name=identity.name, roles=role)
         if "target" in roles:
             # A recovered VM's disk waits for nothing that replicates.
             threading.Thread(target=_restart_views, args=(site.paths,), daemon=True).start()

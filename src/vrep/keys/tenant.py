@@ -194,7 +194,7 @@ class TenantKeyring:
         try:
             return self._where / f"{check_name('key', name)}.key"
         except IdentityError as error:
-            raise TenantKeyError(str(error)) from None
+            raise TenantKeyError(error.detail) from None
 
     def _read(self, name: str) -> _KeyFile:
         path = self._path(name)
