@@ -53,6 +53,8 @@ SERVE_WAIT_S: Final = 15.0
 RING_BYTES_MIN: Final = 1 << 20
 RING_BYTES_MAX: Final = 64 << 30
 KEY_FILE_BYTES_MAX: Final = 1 << 16
+NOT_STORED: Final = "not-found-error"
+"""a target's answer about a group of which it holds nothing"""
 QCOW2_MAGIC: Final = b"QFI\xfb"
 
 
@@ -244,7 +246,7 @@ class Site:
                 f"{clients} client(s) use {group!r}: move the VM back to its disks first"
             )
         if delete_history:
-            self._ask_target(definition, "group.delete", {})
+            self._delete_history(definition)
         directory = self.groups.path(group)
         (directory / "group.json").unlink()
         self._tell("source", "reload")
@@ -305,7 +307,7 @@ class Site:
     # ---- status ------------------------------------------------------------------
 
     def status(self, group: str | None = None) -> dict[str, Any]:
-        """What design section 12 shows, for all groups or one: a dict for JSON."""
+        """State, conditions, RPO and lag of all groups or one: what `vrep status --json` prints."""
         from vrep.status import collect
 
         return collect(self, group)
@@ -450,6 +452,15 @@ class Site:
     def _change(self, group: str, **changes: Any) -> None:
         self.groups.store(msgspec.structs.replace(self.groups.load(group), **changes))
         self._tell("source", "reload", group=group)
+
+    def _delete_history(self, definition: GroupDefinition) -> None:
+        from vrep.wire.transport import PeerRefusedError
+
+        try:
+            self._ask_target(definition, "group.delete", {})
+        except PeerRefusedError as error:
+            if error.code != NOT_STORED:  # a group that was never served has left nothing there
+                raise
 
     def _ask_target(self, definition: GroupDefinition, method: str, params: dict[str, Any]) -> Any:
         from vrep.wire.site import connect

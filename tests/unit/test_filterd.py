@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,6 +24,7 @@ from vrep.settings import Config
 from vrep.site import Site
 
 MIB = 1 << 20
+F_OFD_SETLK = 37
 
 
 class Rig:
@@ -101,6 +105,24 @@ def test_a_group_that_cannot_be_read_stands_alone(rig: Rig, field: str, value: A
     with pytest.raises(VrepError):
         ControlClient(rig.paths.socket("filter")).call("status", group="late")
     assert rig.status()["good"]["writes"] == 0
+
+
+def test_a_disk_and_an_address_in_use_are_named(rig: Rig) -> None:
+    rig.add("held")
+    image = rig.paths.root / "held.raw"
+    with image.open("r+b") as opened, socket.create_server(("127.0.0.1", 0)) as listener:
+        # As QEMU holds an image that it writes: shared locks on the bytes of its permissions.
+        lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 101, 0)
+        fcntl.fcntl(opened, F_OFD_SETLK, lock)
+        definition = rig.add("listens")
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        raw = json.loads(definition.read_bytes())
+        raw["options"]["tcp"] = address
+        definition.write_text(json.dumps(raw))
+        rig.start()
+        status = rig.status()
+    assert f"file:{image}" in status["held"]["error"]
+    assert address in status["listens"]["error"]
 
 
 def test_a_group_that_cannot_be_served_can_be_unprotected(rig: Rig) -> None:

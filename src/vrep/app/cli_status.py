@@ -90,7 +90,7 @@ def _watch(site: Site, group: str | None, as_json: bool) -> None:
 
     with Live(console=Console(), auto_refresh=False, transient=False) as live:
         while True:
-            live.update(Text(text_of(site.status(group)), no_wrap=True), refresh=True)
+            live.update(Text(text_of(site.status(group))), refresh=True)
             time.sleep(WATCH_EVERY_S)
 
 

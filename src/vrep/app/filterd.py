@@ -18,7 +18,15 @@ import structlog
 from vrep._core.filter import Disk, Group
 from vrep._core.serve import Server
 from vrep.control import ControlServer, Reply
-from vrep.errors import ConfigError, InvalidError, NotFoundError, VrepError
+from vrep.errors import (
+    BusyError,
+    ConfigError,
+    InvalidError,
+    LockedError,
+    NotFoundError,
+    StoreFullError,
+    VrepError,
+)
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.paths import SitePaths
 from vrep.settings import Config
@@ -143,22 +151,33 @@ class FilterHost:
     def _open(self, definition: GroupDefinition) -> _Hosted:
         options = definition.options
         shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
-        group = Group(
-            [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks],
-            group_id=bytes.fromhex(definition.group_id),
-            target_id=bytes.fromhex(definition.to_site),
-            epoch_id=bytes.fromhex(definition.epoch_id),
-            epoch=definition.epoch,
-            shm_dir=shm,
-            state_dir=self._groups.path(definition.name),
-            direct=options.direct,
-            ring_bytes=options.ring_bytes,
-            ring_descriptors=options.descriptors,
-            slots=options.slots,
-            bit_bytes=options.bit_bytes,
-            threads=options.threads,
-            resync_bytes_per_s=options.rate_bytes_per_s,
-        )
+        disks = [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks]
+        uris = ", ".join(disk.uri for disk in disks)
+        try:
+            group = Group(
+                disks,
+                group_id=bytes.fromhex(definition.group_id),
+                target_id=bytes.fromhex(definition.to_site),
+                epoch_id=bytes.fromhex(definition.epoch_id),
+                epoch=definition.epoch,
+                shm_dir=shm,
+                state_dir=self._groups.path(definition.name),
+                direct=options.direct,
+                ring_bytes=options.ring_bytes,
+                ring_descriptors=options.descriptors,
+                slots=options.slots,
+                bit_bytes=options.bit_bytes,
+                threads=options.threads,
+                resync_bytes_per_s=options.rate_bytes_per_s,
+            )
+        except LockedError:
+            raise LockedError(f"a VM, or another filter, has {uris} open") from None
+        except StoreFullError as error:
+            error.detail = f"a ring of {options.ring_bytes} bytes in {shm}: {error.detail}"
+            raise
+        except VrepError as error:
+            error.detail = f"{uris}: {error.detail}"
+            raise
         try:
             server = Server(
                 group,
@@ -168,6 +187,10 @@ class FilterHost:
                 tcp=parse_address(options.tcp) if options.tcp else None,
             )
             server.start()
+        except BusyError:
+            group.close(clean=True)
+            where = f"{options.tcp} or " if options.tcp else ""
+            raise BusyError(f"NBD: another program listens on {where}the group's socket") from None
         except BaseException:
             group.close(clean=True)
             raise

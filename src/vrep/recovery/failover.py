@@ -125,7 +125,7 @@ def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
     if source["connected"] and int(source["guest_clients"]) > 0 and not force:
         raise errors.SourceAliveError(
             f"the source of {held.name!r} is connected and serves {source['guest_clients']} "
-            "client(s): use 'vrep move' to lose nothing, or --force to take over all the same"
+            "client(s): shut the VM down first ('vrep move' will, it is not built yet), or --force"
         )
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
     with StoreReader(paths.store, held.group_id) as reader:

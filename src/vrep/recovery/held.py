@@ -77,4 +77,6 @@ def find_group(paths: SitePaths, text: str) -> HeldGroup:
     if damaged:
         # It may be this one: its name cannot be read.
         raise damaged[0]
-    raise NotFoundError(f"this site holds no history of a group {text!r}")
+    raise NotFoundError(
+        f"this site holds no history of a group {text!r}: it stands where the group is protected to"
+    )

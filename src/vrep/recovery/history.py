@@ -405,7 +405,9 @@ def _resolve_label(history: History, label: str, access: KeyAccess | None) -> Fo
         raise InvalidError(f"the label {label!r} cannot be looked up: labels are sealed")
     marks = [mark for mark in history.marks(access) if mark.label == label]
     if not marks:
-        raise PointNotFoundError(f"no checkpoint is called {label!r}")
+        raise PointNotFoundError(
+            f"no checkpoint is called {label!r}; a time is written as in 2026-01-31T12:00:00Z"
+        )
     if len(marks) > 1:
         listed = ", ".join(f"pos:{m.position} ({format_time(m.wall_ns)})" for m in marks)
         raise PointAmbiguousError(f"{len(marks)} checkpoints are called {label!r}: {listed}")

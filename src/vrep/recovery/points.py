@@ -112,7 +112,7 @@ def list_points(paths: SitePaths, group: str, *, progress: Progress | None = Non
         try:
             access = KeyAccess.open(paths, held.group_id, reader.wrapped_keys)
         except errors.TenantKeyError as error:
-            note = str(error)
+            note = f"the tenant's key cannot be used: {error.detail}"
         try:
             verdict = check_history(paths, reader, access, progress=progress)
         except errors.IntegrityError as error:
@@ -125,9 +125,9 @@ def list_points(paths: SitePaths, group: str, *, progress: Progress | None = Non
                 tallies=0,
                 error=f"{type(error).__name__}: {error}",
             )
-        if note:
-            joined = f"{verdict.note}: {note}" if verdict.note else note
-            verdict = msgspec.structs.replace(verdict, note=joined)
+        if access is None:
+            why = f"the tallies were not checked: {note}"
+            verdict = msgspec.structs.replace(verdict, note=why)
         return _list(held.name, held.hex, reader, access, verdict)
 
 
