@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ pytestmark = pytest.mark.e2e
 LIMIT_S = 120.0
 DISK_BYTES = 64 << 20
 MIB = 1 << 20
+F_OFD_SETLK = 37
 
 
 def free_port() -> int:
@@ -387,6 +390,18 @@ def test_status_and_metrics_say_how_a_group_is(pair: Pair) -> None:
     assert pair.west.vrep("status")["groups"] == {}
     pair.east.vrep("key", "import", str(pair.key_file))
     assert pair.east.vrep("points", "web")["newest"] is not None
+
+
+def test_a_group_that_never_reached_the_target_is_removed_with_its_history(pair: Pair) -> None:
+    with pair.disk.open("r+b") as held:
+        # As QEMU holds an image: the filter cannot serve it, so the target never hears of it.
+        fcntl.fcntl(held, F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 101, 0))
+        pair.west.vrep(
+            "protect", "web", "--disk", f"root=file:{pair.disk}", "--to", "east", "--key", "acme"
+        )
+        wait_for(lambda: str(pair.disk) in (pair.west.group()["error"] or ""), "the disk is named")
+        pair.west.vrep("unprotect", "web", "--delete-history")
+    assert pair.west.vrep("status")["groups"] == {}
 
 
 def metrics(pair: Pair) -> str:
