@@ -13,6 +13,8 @@
 #define WINDOW_MAX (UINT64_C(1) << 44)
 /* Nodes read ahead when a map is made: those of 20 million entries. */
 #define PREFETCH_BYTES (16u << 20)
+/* Groups of entries of one tree that a scattered lookup asks for at once. */
+#define AHEAD_MAX 8u
 
 struct version {
     uint64_t seq;
@@ -33,6 +35,7 @@ struct vrep_extent_map {
     struct vrep_reign *reigns; /* by epoch */
     size_t reigns_count;
     struct vrep_index_streams streams;
+    bool scattered;
 };
 
 /* The newest entry found so far for the bytes from `start` to the next fragment. */
@@ -299,11 +302,53 @@ static int search_node(struct search *search, const struct part *part, uint32_t 
     return status;
 }
 
+/* Asks for the entries below a node that a search may come to. Nothing is judged here: what
+ * is damaged shows when the search reads it. Returns how many more may be asked for. */
+static uint32_t ask_node(const struct search *search, const struct part *part, uint32_t level,
+                         uint64_t i, uint32_t left)
+{
+    const struct vrep_index_tree *tree = part->tree;
+    struct version newest;
+    uint64_t first = i * VREP_INDEX_FANOUT, from, to;
+    const void *children;
+    size_t count;
+
+    if (level == 0) {
+        uint64_t some = tree->count - first;
+        if (some > VREP_INDEX_FANOUT)
+            some = VREP_INDEX_FANOUT;
+        vrep_index_will_need(part->index, tree->entries + first, some * sizeof *tree->entries);
+        return left - 1;
+    }
+    if (read_children(tree, level, i, &children, &count) != VREP_OK)
+        return 0;
+    for (size_t c = 0; c < count && left > 0; c++) {
+        const struct vrep_index_node *node = (const struct vrep_index_node *)children + c;
+        if (node->disk_first > search->disk ||
+            (node->disk_first == search->disk && node->offset >= search->end))
+            break;
+        if (node_range(search, node, &from, &to) && node_visible(search->map, node, &newest))
+            left = ask_node(search, part, level - 1, first + c, left);
+    }
+    return left;
+}
+
+static void ask_ahead(const struct search *search)
+{
+    const struct vrep_extent_map *map = search->map;
+
+    for (size_t p = 0; p < map->parts_count; p++)
+        if (map->parts[p].index->mapping != NULL)
+            (void)ask_node(search, &map->parts[p], map->parts[p].tree->levels - 1, 0, AHEAD_MAX);
+}
+
 /* Resolves [begin, end) of the search; VREP_E_FULL when it has too many fragments. */
 static int search_window(struct search *search)
 {
     const struct vrep_extent_map *map = search->map;
 
+    if (map->scattered)
+        ask_ahead(search);
     search->count = 1;
     search->fragments[0] = (struct fragment){.start = search->begin};
     for (size_t p = 0; p < map->parts_count; p++) {
@@ -587,6 +632,13 @@ int vrep_extent_map_new(const struct vrep_index *const *indexes, size_t count,
         qsort(map->parts, map->parts_count, sizeof *map->parts, newest_first);
     *out = map;
     return VREP_OK;
+}
+
+void vrep_extent_map_scatter(struct vrep_extent_map *map)
+{
+    for (size_t p = 0; p < map->parts_count; p++)
+        vrep_index_scatter(map->parts[p].index);
+    map->scattered = true;
 }
 
 void vrep_extent_map_free(struct vrep_extent_map *map)

@@ -57,6 +57,13 @@ int vrep_extent_map_new(const struct vrep_index *const *indexes, size_t count,
                         struct vrep_extent_map **out);
 void vrep_extent_map_free(struct vrep_extent_map *map);
 
+/*
+ * Lookups will be short and anywhere: from now on each first asks the system for all
+ * that it will read of the entries, so that it waits once, and for nothing beside it.
+ * Before the first lookup.
+ */
+void vrep_extent_map_scatter(struct vrep_extent_map *map);
+
 /* The united table of streams. */
 const struct vrep_index_stream *vrep_extent_map_streams(const struct vrep_extent_map *map,
                                                         uint32_t *count);

@@ -261,14 +261,27 @@ void vrep_index_free(struct vrep_index *index)
     free(index);
 }
 
-/* Whole pages that hold `bytes` from `from` on; advice only, so a failure changes nothing. */
-static void will_need(const struct vrep_index *index, const void *from, uint64_t bytes)
+/* Of whole pages that hold `bytes` from `from` on; a failure changes nothing. */
+static void advise(const struct vrep_index *index, const void *from, uint64_t bytes, int advice)
 {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t begin = (uintptr_t)from / page * page, end = (uintptr_t)from + (uintptr_t)bytes;
 
     if (index->mapping != NULL && bytes > 0)
-        (void)madvise((void *)begin, end - begin, MADV_WILLNEED);
+        (void)madvise((void *)begin, end - begin, advice);
+}
+
+void vrep_index_will_need(const struct vrep_index *index, const void *from, uint64_t bytes)
+{
+    advise(index, from, bytes, MADV_WILLNEED);
+}
+
+void vrep_index_scatter(const struct vrep_index *index)
+{
+    const struct vrep_index_tree *trees[2] = {&index->shorts, &index->longs};
+
+    for (int i = 0; i < 2; i++)
+        advise(index, trees[i]->entries, trees[i]->count * sizeof *trees[i]->entries, MADV_RANDOM);
 }
 
 void vrep_index_prefetch(const struct vrep_index *index, uint64_t bytes_max)
@@ -281,7 +294,7 @@ void vrep_index_prefetch(const struct vrep_index *index, uint64_t bytes_max)
             if (bytes > bytes_max)
                 break;
             bytes_max -= bytes;
-            will_need(index, trees[i]->nodes[level], bytes);
+            vrep_index_will_need(index, trees[i]->nodes[level], bytes);
         }
 }
 

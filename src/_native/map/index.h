@@ -129,6 +129,12 @@ void vrep_index_free(struct vrep_index *index);
 /* Starts reading the nodes, at most `bytes_max` of the upper levels, in the background. */
 void vrep_index_prefetch(const struct vrep_index *index, uint64_t bytes_max);
 
+/* Begin to read what lies in the index at `from`. Advice only. */
+void vrep_index_will_need(const struct vrep_index *index, const void *from, uint64_t bytes);
+
+/* Entries will be read here and there: the system reads no neighbours of theirs. */
+void vrep_index_scatter(const struct vrep_index *index);
+
 /* VREP_E_CORRUPT unless the fields of an entry lie within the limits of its tree. */
 int vrep_index_entry_check(const struct vrep_index *index, const struct vrep_index_tree *tree,
                            const struct vrep_index_entry *entry);

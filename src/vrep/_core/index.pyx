@@ -86,6 +86,7 @@ cdef extern from "map/extent_map.h" nogil:
     int vrep_extent_map_new(const vrep_index *const *indexes, size_t count,
                             const vrep_reign *ancestry, size_t reigns, vrep_extent_map **out)
     void vrep_extent_map_free(vrep_extent_map *map)
+    void vrep_extent_map_scatter(vrep_extent_map *map)
     const vrep_index_stream *vrep_extent_map_streams(const vrep_extent_map *map, uint32_t *count)
     int vrep_extent_map_lookup(const vrep_extent_map *map, uint32_t disk, uint64_t offset,
                                uint64_t length, vrep_extent *out, size_t cap, size_t *count,
@@ -500,6 +501,11 @@ cdef class ExtentMap:
 
     def __dealloc__(self):
         vrep_extent_map_free(self.map)
+
+    def scatter(self):
+        """Lookups will be short and anywhere: each waits once for the disk, and reads no
+        neighbours. To be called before the first."""
+        vrep_extent_map_scatter(self.map)
 
     @property
     def streams(self):

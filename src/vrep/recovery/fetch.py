@@ -10,6 +10,7 @@ meanwhile, since looking up, decompressing and opening happen in C.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections import OrderedDict
@@ -18,13 +19,15 @@ from typing import Any, Final
 
 from vrep._core import layout, record
 from vrep._core.index import ExtentMap
-from vrep.errors import AuthError, CorruptError, IntegrityError
+from vrep.errors import AuthError, CorruptError, IntegrityError, StorageError
 from vrep.recovery.access import KeyAccess
 from vrep.target.reader import StoreReader
 
 __all__ = ["Fetcher"]
 
 CACHE_BYTES: Final = 16 << 20
+AHEAD_BYTES: Final = 1 << 20
+_PAGE: Final = 4096
 _HEADER: Final = layout.RECORD.itemsize
 _PIECE: Final = layout.PIECE_BYTES_MAX
 _WORD: Final = struct.Struct("<I")
@@ -43,6 +46,8 @@ class Fetcher:
         self._cache: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
         self._cached_bytes = 0
         self._lock = threading.Lock()
+        self._read_to: dict[int, int] = {}
+        self._asked_to: dict[int, int] = {}
 
     def next_written(self, disk: int, offset: int) -> int | None:
         """The first offset from here on that was ever written."""
@@ -51,13 +56,44 @@ class Fetcher:
     def read(self, disk: int, offset: int, length: int) -> bytearray | None:
         """The bytes of a range; None when all of it reads zero. IntegrityError names the
         segment and position of what cannot be trusted."""
-        out: bytearray | None = None
-        view: memoryview | None = None
+        return self.open(disk, offset, length, self.find(disk, offset, length))
+
+    def find(self, disk: int, offset: int, length: int) -> Any:
+        """The extents of a range that hold data, for `open`; the disk begins to read them.
+        So several ranges are waited for at once when all are found before one is opened."""
+        found = self._find(disk, offset, length)
+        # Read in order, a range is followed by the next: that one is found early.
+        end = offset + length
+        if self._read_to.get(disk) == offset:
+            start = max(end, self._asked_to.get(disk, 0))
+            if start < end + AHEAD_BYTES // 2:
+                with contextlib.suppress(IntegrityError, StorageError):
+                    # Damage there is for whoever asks for it.
+                    self._find(disk, start, AHEAD_BYTES)
+                self._asked_to[disk] = start + AHEAD_BYTES
+        else:
+            self._asked_to[disk] = 0
+        self._read_to[disk] = end
+        return found
+
+    def _find(self, disk: int, offset: int, length: int) -> Any:
         extents = self._extents.lookup(disk, offset, length)
-        for extent in extents[extents["kind"] == layout.KIND_WRITE]:
-            if view is None:
-                out = bytearray(length)
-                view = memoryview(out)
+        extents = extents[extents["kind"] == layout.KIND_WRITE]
+        for extent in extents:
+            # How a piece was compressed is not known yet: at most what stands before its end.
+            shown = int(extent["skip"]) + int(extent["length"]) if extent["piece"] == 0 else 0
+            self._reader.will_need(
+                int(extent["segment"]), int(extent["position"]), _HEADER + shown + 64
+            )
+        return extents
+
+    def open(self, disk: int, offset: int, length: int, extents: Any) -> bytearray | None:
+        """The bytes of a range out of what `find` found in it."""
+        if not len(extents):
+            return None
+        out = bytearray(length)
+        view = memoryview(out)
+        for extent in extents:
             at = int(extent["offset"]) - offset
             self._piece(disk, extent, view[at : at + int(extent["length"])])
         return out
@@ -121,6 +157,8 @@ class Fetcher:
             at += _WORD.unpack_from(words, 4 * number)[0] & layout.PIECE_LENGTH_MASK
         word = _WORD.unpack_from(words, 4 * piece)[0]
         stored = self._reader.read(segment, at, word & layout.PIECE_LENGTH_MASK)
+        if len(stored) > _PAGE:
+            self._reader.will_need(segment, at, len(stored))
         opener = self._access.opener(self._streams[int(extent["stream"])])
         whole = skip == 0 and len(out) == size
         room: Any = out if whole else bytearray(size)

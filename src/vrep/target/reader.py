@@ -83,14 +83,19 @@ class _Tail:
 class StoreReader:
     """Reads a group's store. Close it: it holds files back from removal."""
 
-    def __init__(self, directory: str | os.PathLike[str], group_id: bytes) -> None:
-        """`directory` is a site's ``store``. NotFoundError when it has no such group,
+    def __init__(
+        self, directory: str | os.PathLike[str], group_id: bytes, *, scattered: bool = False
+    ) -> None:
+        """`directory` is a site's ``store``. `scattered`: what is read lies here and there,
+        so the system shall not read its neighbours. NotFoundError when it has no such group,
         CorruptError, naming file and position, when something durable is damaged."""
         self.directory = Path(directory) / group_id.hex()
         self.group_id = group_id
         if not self.directory.is_dir():
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
+        self._scattered = scattered
         self._maps: dict[int, memoryview] = {}
+        self._files: dict[int, mmap.mmap] = {}
         self._maps_lock = threading.Lock()
         self._indexes: dict[tuple[int, int, bytes], Index] = {}
         self.manifest: Manifest
@@ -166,6 +171,7 @@ class StoreReader:
         self._pin.close()
         with self._maps_lock:
             self._maps.clear()
+            self._files.clear()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -235,7 +241,10 @@ class StoreReader:
 
     def extent_map(self, point: Position) -> ExtentMap:
         """What every disk held at a point."""
-        return ExtentMap(self.indexes, self.ancestry(point), group_id=self.group_id)
+        extents = ExtentMap(self.indexes, self.ancestry(point), group_id=self.group_id)
+        if self._scattered:
+            extents.scatter()
+        return extents
 
     def events(self) -> list[Event]:
         """Marks, gaps, objects and resizes, in order of position; of every epoch."""
@@ -272,6 +281,17 @@ class StoreReader:
             )
         return data[position : position + length]
 
+    def will_need(self, segment: int, position: int, length: int) -> None:
+        """Begin to read bytes of a segment; what is wrong shows when they are read. Only for
+        scattered reads: what is read in order the system reads ahead by itself."""
+        if not self._scattered:
+            return
+        self._segment_bytes(segment)
+        room = self._files.get(segment)
+        if room is not None and 0 <= position < len(room):
+            start = position // mmap.PAGESIZE * mmap.PAGESIZE
+            room.madvise(mmap.MADV_WILLNEED, start, min(position + length, len(room)) - start)
+
     def segment(self, number: int) -> memoryview:
         """All committed bytes of a segment, from its header to its last commit block."""
         return self._segment_bytes(number)
@@ -304,7 +324,9 @@ class StoreReader:
             raise StorageError(f"{path}: {error.strerror}") from None
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, fd)
-            room = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            room = self._files[segment] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        if self._scattered:
+            room.madvise(mmap.MADV_RANDOM)
         return memoryview(room)[: int(entry["data_end"])]
 
     # ---- records ---------------------------------------------------------------------------
