@@ -20,13 +20,13 @@ from vrep.errors import VrepError
 INTERRUPTED: Final = 130
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; its exit code."""
+def run(arguments: Sequence[str], *, fresh: bool = False) -> int:
+    """Run one command line; its exit code. `fresh`: in a process of its own."""
     as_json = "--json" in arguments
     try:
         quick = cli_quick.parse(arguments)
         if quick is not None:
-            quick.run()
+            quick.run(fresh=fresh)
             return 0
         from vrep.app.cli_tree import invoke
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> NoReturn:
     """Entry of the `vrep` script."""
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], fresh=True))
 
 
 if __name__ == "__main__":

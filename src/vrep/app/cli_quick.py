@@ -6,11 +6,17 @@ what it parses. Anything but the plain form is left to that parser, which means 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from vrep.app.cli_output import emit
 from vrep.app.cli_view import view_text
+
+if TYPE_CHECKING:
+    from vrep.recovery.view import ViewInfo
 
 
 @dataclass
@@ -24,8 +30,14 @@ class Start:
     as_json: bool = False
     force: bool = False
 
-    def run(self) -> None:
-        """Start the view, print it."""
+    def run(self, *, fresh: bool = False) -> None:
+        """Start the view, print it. `fresh`: this process was made for nothing else."""
+        if fresh and self.verb == "test":
+            from vrep.recovery import launch
+
+            if launch.can_fork():
+                self._show(launch.fork_test(self.directory, self.group, self.at))
+                return
         from vrep.site import Site
 
         site = Site(self.directory)
@@ -34,6 +46,13 @@ class Start:
         else:
             view = site.failover_start(self.group, self.at, force=self.force)
         emit(view, self.as_json, lambda: view_text(view))
+
+    def _show(self, view: dict[str, Any]) -> None:
+        if self.as_json:
+            print(json.dumps(view, indent=2, ensure_ascii=False))
+            return
+        shown = dict(view, disks=[SimpleNamespace(**disk) for disk in view["disks"]])
+        print(view_text(cast("ViewInfo", SimpleNamespace(**shown))))
 
 
 def parse(arguments: Sequence[str]) -> Start | None:

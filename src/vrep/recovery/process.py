@@ -1,7 +1,10 @@
-"""The process of one view: ``python -m vrep.recovery.process DIR``.
+"""The process of one view: ``python -m vrep.recovery.process DIR``, or a fork of the command
+that starts it.
 
-It goes to the background, reads the view's id from its standard input, serves the view, and
-says so, or what is wrong, in one line of JSON on its standard output. Then it needs nobody.
+It goes to the background, reads from its standard input what to serve, serves it, and says
+so, or what is wrong, in one line of JSON on its standard output. Then it needs nobody. What to
+serve is a line of JSON: ``{"view": ID}`` for a view that stands, and with ``"group"`` and
+``"at"`` a test that is to be made: only this process reads the store then, and only once.
 The key is read from DIR/keys and lives in this process only.
 """
 
@@ -19,8 +22,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
+
+import msgspec
 
 from vrep import errors
 from vrep._core.filter import Disk, Group, Miss
@@ -29,7 +34,7 @@ from vrep.control import ControlServer
 from vrep.paths import SitePaths
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.fetch import Fetcher
-from vrep.recovery.view import ViewDirectory
+from vrep.recovery.view import ViewDirectory, ViewInfo, begin_test, info_of
 from vrep.settings import load_config
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
@@ -37,7 +42,7 @@ from vrep.target.reader import StoreReader
 __all__ = ["View"]
 
 FETCHERS: Final = 3
-BATCH: Final = 4
+BATCH: Final = 8
 FILL_BYTES: Final = 1 << 20
 CONDITIONS_MAX: Final = 8
 
@@ -45,7 +50,7 @@ CONDITIONS_MAX: Final = 8
 class View:
     """A view that is served, until `request_stop`."""
 
-    def __init__(self, paths: SitePaths, view_id: str) -> None:
+    def __init__(self, paths: SitePaths, view_id: str, reader: StoreReader | None = None) -> None:
         self._directory = ViewDirectory(paths, view_id)
         self._record = self._directory.load()
         self._config = load_config(paths.config)
@@ -63,7 +68,8 @@ class View:
             lock = self._directory.take_lock()
             stack.callback(os.close, lock)
             self._reader = stack.enter_context(
-                StoreReader(paths.store, bytes.fromhex(self._record.group_id))
+                reader
+                or StoreReader(paths.store, bytes.fromhex(self._record.group_id), scattered=True)
             )
             self._fetcher = self._open_fetcher(paths)
             self._group = stack.enter_context(self._open_group())
@@ -126,17 +132,30 @@ class View:
                 return
             if not batch:
                 return  # the group is being closed
-            for miss in batch:
-                self._serve_miss(miss)
+            self._serve(batch)
 
-    def _serve_miss(self, miss: Miss) -> None:
-        """Fill a miss, or fail what waits for it: never with bytes that are not right."""
-        try:
-            data = self._fetcher.read(self._index[miss.disk], miss.offset, miss.length)
-        except (errors.VrepError, OSError, MemoryError) as error:
-            self._problem(f"unreadable: {error}")
-            self._end(lambda: self._group.fail(miss))
-            return
+    def _serve(self, batch: Sequence[Miss]) -> None:
+        """Fill misses, or fail what waits for them: never with bytes that are not right."""
+        found = []
+        for miss in batch:
+            try:
+                disk = self._index[miss.disk]
+                found.append((miss, disk, self._fetcher.find(disk, miss.offset, miss.length)))
+            except (errors.VrepError, OSError, MemoryError) as error:
+                self._unreadable(miss, error)
+        for miss, disk, extents in found:
+            try:
+                data = self._fetcher.open(disk, miss.offset, miss.length, extents)
+            except (errors.VrepError, OSError, MemoryError) as error:
+                self._unreadable(miss, error)
+            else:
+                self._filled(miss, data)
+
+    def _unreadable(self, miss: Miss, error: Exception) -> None:
+        self._problem(f"unreadable: {error}")
+        self._end(lambda: self._group.fail(miss))
+
+    def _filled(self, miss: Miss, data: bytearray | None) -> None:
         with self._counts:
             self._fetched += 0 if data is None else miss.length
         self._end(lambda: self._group.fill(miss, data))
@@ -185,7 +204,7 @@ class View:
                     return  # closed
                 if miss is None:
                     break
-                self._serve_miss(miss)
+                self._serve([miss])
                 start = miss.offset + miss.length
                 self._filled_to[name] = start
                 if rate:
@@ -219,6 +238,14 @@ class View:
         self.request_stop()
         return {}
 
+    def info(self) -> ViewInfo:
+        """What is told to whoever started it."""
+        return info_of(self._directory, self._record, os.getpid(), self._status({}))
+
+    def set_serving(self) -> None:
+        """A test that is served is served again after a crash."""
+        self._record = self._directory.change(state="serving")
+
     def request_stop(self) -> None:
         self._stopping.set()
 
@@ -245,15 +272,18 @@ def _report(answer: dict[str, Any]) -> None:
     os.close(null)
 
 
-def main(arguments: list[str]) -> int:
-    """Serve the view whose id comes on standard input."""
-    paths = SitePaths.of(arguments[0])
-    view_id = sys.stdin.readline().strip()
-    if not view_id:
-        return 0  # not needed after all
+def serve(paths: SitePaths, request: Mapping[str, str]) -> int:
+    """Serve what is asked for, until stopped."""
+    reader: StoreReader | None = None
     try:
-        view = View(paths, view_id)
+        if "group" in request:
+            reader = begin_test(paths, request["view"], request["group"], request["at"])
+        view = View(paths, request["view"], reader)
+        if reader is not None:
+            view.set_serving()
     except (errors.VrepError, OSError) as error:
+        if reader is not None:
+            reader.close()
         if not isinstance(error, errors.VrepError):
             error = errors.StorageError(str(error))
         _report({"error": {"type": type(error).__name__, "text": error.detail}})
@@ -261,9 +291,17 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: view.request_stop())
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    _report({"ready": True})
+    _report({"view": msgspec.to_builtins(view.info())})
     view.run()
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Serve what comes on standard input."""
+    line = sys.stdin.readline().strip()
+    if not line:
+        return 0  # not needed after all
+    return serve(SitePaths.of(arguments[0]), json.loads(line))
 
 
 if __name__ == "__main__":

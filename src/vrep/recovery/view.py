@@ -246,8 +246,15 @@ class ViewProcess:
         finally:
             os.close(log_fd)
 
-    def serve(self, view: ViewDirectory, timeout_s: float = START_S) -> None:
-        """Tell it what to serve, and wait until it does. Raises what stopped it."""
+    def start(self, view: ViewDirectory, group: str, at: str) -> ViewInfo:
+        """Let it choose the point and make the view; a test, being served."""
+        return self._ask(view, {"view": view.id, "group": group, "at": at})
+
+    def serve(self, view: ViewDirectory) -> ViewInfo:
+        """Let it serve a view that stands. Raises what stopped it."""
+        return self._ask(view, {"view": view.id})
+
+    def _ask(self, view: ViewDirectory, request: dict[str, str]) -> ViewInfo:
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
@@ -255,19 +262,15 @@ class ViewProcess:
         self._log_path = view.log
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(view.id.encode() + b"\n")
+                process.stdin.write(json.dumps(request).encode() + b"\n")
                 process.stdin.flush()
-            ready, _, _ = select.select([process.stdout], [], [], timeout_s)
-            line = process.stdout.readline() if ready else b""
+            ready, _, _ = select.select([process.stdout], [], [], START_S)
+            line = process.stdout.readline() if ready else None
         finally:
             self._close()
-        if not ready:
-            raise errors.TimeLimitError(f"view {view.id} did not start in {timeout_s:g} s")
-        if not line:
-            raise errors.RecoveryError(f"the process of the view ended: {self._last_words()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise _error(answer["error"])
+        if line and "view" in (found := json.loads(line)):
+            return msgspec.convert(found["view"], ViewInfo)
+        raise failure(view, line, START_S)
 
     def cancel(self) -> None:
         """It is not needed."""
@@ -282,9 +285,25 @@ class ViewProcess:
                     pipe.close()
         process.wait()  # it has moved to the background long ago
 
-    def _last_words(self) -> str:
-        lines = self._log_path.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"see {self._log_path}"
+
+def failure(view: ViewDirectory, line: bytes | None, timeout_s: float) -> errors.VrepError:
+    """Why a view is not served, by what its process answered: None is nothing in time, empty
+    that it ended."""
+    if line is None:
+        return errors.TimeLimitError(f"view {view.id} did not start in {timeout_s:g} s")
+    if not line:
+        lines: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            lines = view.log.read_text(errors="replace").strip().splitlines()
+        last_words = lines[-1] if lines else f"see {view.log}"
+        return errors.RecoveryError(f"the process of the view ended: {last_words}")
+    return _error(json.loads(line)["error"])
+
+
+def discard(view: ViewDirectory) -> None:
+    """Nothing stays of a view that did not come to be served."""
+    end_process(view)
+    view.remove()
 
 
 def _error(detail: dict[str, str]) -> errors.VrepError:
@@ -302,33 +321,31 @@ def _error(detail: dict[str, str]) -> errors.VrepError:
 
 def start_test(paths: SitePaths, group: str, at: str = "latest") -> ViewInfo:
     """Serve the disks of a group as they were at a point. Replication is not touched."""
-    paths.make_run()
+    view = ViewDirectory(paths, secrets.token_hex(6))
     process = ViewProcess(paths)
     try:
-        record = new_record(paths, group, at, kind="test")
-        view = ViewDirectory(paths, record.id)
-        view.create(record)
+        return process.start(view, group, at)
     except BaseException:
-        process.cancel()
+        discard(view)
         raise
-    try:
-        process.serve(view)
-        view.change(state="serving")
-    except BaseException:
-        end_process(view)
-        view.remove()
-        raise
-    return describe(view)
 
 
-def new_record(paths: SitePaths, group: str, at: str, *, kind: str) -> ViewRecord:
-    """What a new view of a group will be."""
+def begin_test(paths: SitePaths, view_id: str, group: str, at: str) -> StoreReader:
+    """In the process of the view: choose its point and make its directory. The reader that
+    was used for it, scattered, is the caller's."""
     from vrep.recovery.held import find_group
     from vrep.target.reader import StoreReader
 
+    paths.make_run()
     held = find_group(paths, group)
-    with StoreReader(paths.store, held.group_id) as reader:
-        return record_of(paths, held, reader, at, kind, None)
+    reader = StoreReader(paths.store, held.group_id, scattered=True)
+    try:
+        record = record_of(paths, held, reader, at, "test", None)
+        ViewDirectory(paths, view_id).create(msgspec.structs.replace(record, id=view_id))
+    except BaseException:
+        reader.close()
+        raise
+    return reader
 
 
 def record_of(
@@ -365,14 +382,21 @@ def record_of(
 
 def describe(view: ViewDirectory) -> ViewInfo:
     """A view as it is now."""
-    from vrep.recovery.history import format_time
-
     record = view.load()
     status: dict[str, Any] = {}
     holder = view.holder()
     if holder is not None:
         with contextlib.suppress(errors.VrepError):
             status = ControlClient(view.control).call("status", timeout=5.0)
+    return info_of(view, record, holder, status)
+
+
+def info_of(
+    view: ViewDirectory, record: ViewRecord, holder: int | None, status: dict[str, Any]
+) -> ViewInfo:
+    """What is known of a view; `status` is what its process, `holder`, says."""
+    from vrep.recovery.history import format_time
+
     conditions = list(status.get("conditions", []))
     if holder is None and record.state != "starting":
         conditions.append("not-running")
