@@ -14,6 +14,8 @@ from the last position that was durable, and the view is deleted with what was w
 from __future__ import annotations
 
 import contextlib
+import time
+from typing import Final
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -38,6 +40,8 @@ from vrep.target.manifest import EpochEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
 __all__ = ["commit", "rollback", "start"]
+
+REPORT_WAIT_S: Final = 3.0
 
 
 class _Failover:
@@ -66,6 +70,23 @@ class _Failover:
         if newest.state is EpochState.PROVISIONAL and newest.writer == self.site_id:
             return newest
         return None
+
+
+def _guest_clients(failover: _Failover) -> int:
+    """Clients that a connected source serves, 0 when it is not connected.
+
+    A source reports once a second: "none" counts only when it was said after the question, so
+    that a VM which has just started is not overlooked.
+    """
+    first = failover.door.state()["source"]
+    source = first
+    deadline = time.monotonic() + REPORT_WAIT_S
+    while source["connected"] and not int(source["guest_clients"]):
+        if source["seen_ns"] != first["seen_ns"] or time.monotonic() > deadline:
+            return 0
+        time.sleep(0.05)
+        source = failover.door.state()["source"]
+    return int(source["guest_clients"]) if source["connected"] else 0
 
 
 def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
@@ -121,12 +142,13 @@ def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
             f"this site writes {held.name!r} already, in epoch {current.epoch} "
             f"({current.state.name.lower()})"
         )
-    source = state["source"]
-    if source["connected"] and int(source["guest_clients"]) > 0 and not force:
-        raise errors.SourceAliveError(
-            f"the source of {held.name!r} is connected and serves {source['guest_clients']} "
-            "client(s): shut the VM down first ('vrep move' will, it is not built yet), or --force"
-        )
+    if not force:
+        clients = _guest_clients(failover)
+        if clients:
+            raise errors.SourceAliveError(
+                f"the source of {held.name!r} is connected and serves {clients} client(s): shut "
+                "the VM down first ('vrep move' will, it is not built yet), or --force"
+            )
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
     with StoreReader(paths.store, held.group_id) as reader:
         record = record_of(paths, held, reader, at, "failover", access)

@@ -300,6 +300,8 @@ class Demo:
             self.guest.kill9()
         self.report.kill_ms = time.time_ns() // 1_000_000
         self.report.processes_killed = a.kill9()
+        if self.writer is not None:
+            self.writer.close()
         self.kept = list(self.witness())
         self.report.lines_witnessed = len(self.kept)
         shutil.rmtree(a.site.paths.run, ignore_errors=True)
