@@ -39,8 +39,8 @@ int main(void)
 {
     if (!__builtin_cpu_supports("avx512vpopcntdq"))
         return 1;
-    void *words = mmap(NULL, BITMAPS * BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-                       -1, 0);
+    void *words =
+        mmap(NULL, BITMAPS * BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (words == MAP_FAILED)
         return 1;
     memset(words, 5, BITMAPS * BYTES);
