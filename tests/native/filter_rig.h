@@ -188,6 +188,7 @@ CHECK_UNUSED static int rig_read(struct rig *rig, uint64_t offset, uint64_t leng
 CHECK_UNUSED static void rig_attach(struct rig *rig)
 {
     int fds[3];
+    rig_detach_reader(rig);
     CHECK_OK(vrep_group_consumer_attach(rig->group, VREP_CONTROL_TARGET, rig->config.target_id,
                                         rig->applied, fds));
     CHECK_OK(vrep_ring_reader_open(rig->ring, fds[0], fds[1], fds[2], &rig->reader));

@@ -1,7 +1,8 @@
 #include "filter/fault.h"
 
+#include <pthread.h>
 #include <signal.h>
-#include <stdint.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -21,9 +22,11 @@ struct point {
     enum action action;
 };
 
-bool vrep_fault_armed;
+uint32_t vrep_fault_armed;
 static struct point points[POINTS_MAX];
 static unsigned points_count;
+/* Taken only by tests that arm, and by threads that pass a point while something is armed. */
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static bool parse(const char *text, struct point *point)
 {
@@ -44,17 +47,13 @@ static bool parse(const char *text, struct point *point)
     return true;
 }
 
-/* A constructor, because each extension module holds its own copy of this room and must arm it. */
-__attribute__((constructor)) void vrep_fault_prepare(void)
+static void read_points(const char *text)
 {
-    const char *text = getenv("VREP_FAULT");
-    vrep_fault_armed = false;
     points_count = 0;
-    if (text == NULL)
-        return;
     while (*text != '\0' && points_count < POINTS_MAX) {
         if (!parse(text, &points[points_count])) {
             VREP_ERROR("fault", "VREP_FAULT is malformed at \"%.60s\": nothing is armed", text);
+            points_count = 0;
             return;
         }
         points_count++;
@@ -62,16 +61,25 @@ __attribute__((constructor)) void vrep_fault_prepare(void)
         if (*text == ',')
             text++;
     }
-    vrep_fault_armed = points_count > 0;
 }
 
-int vrep_fault_hit(const char *name)
+/* A constructor: a process that is to be killed at a point is told so by its environment. */
+__attribute__((constructor)) void vrep_fault_prepare(void)
+{
+    const char *text = getenv("VREP_FAULT");
+    pthread_mutex_lock(&lock);
+    read_points(text != NULL ? text : "");
+    vrep_store_release_u32(&vrep_fault_armed, points_count > 0);
+    pthread_mutex_unlock(&lock);
+}
+
+static int hit(const char *name)
 {
     for (unsigned i = 0; i < points_count; i++) {
         struct point *point = &points[i];
         if (strcmp(point->name, name) != 0)
             continue;
-        uint32_t pass = vrep_fetch_add_u32(&point->passed, 1) + 1;
+        uint32_t pass = ++point->passed;
         if (pass == point->count && point->action == ACTION_KILL) {
             if (kill(getpid(), SIGKILL) != 0)
                 abort();
@@ -83,4 +91,12 @@ int vrep_fault_hit(const char *name)
             return VREP_E_IO;
     }
     return VREP_OK;
+}
+
+int vrep_fault_hit(const char *name)
+{
+    pthread_mutex_lock(&lock);
+    int status = hit(name);
+    pthread_mutex_unlock(&lock);
+    return status;
 }

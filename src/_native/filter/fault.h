@@ -11,9 +11,11 @@
 #ifndef VREP_FILTER_FAULT_H
 #define VREP_FILTER_FAULT_H
 
-#include <stdbool.h>
+#include <stdint.h>
 
-extern bool vrep_fault_armed;
+#include "base/atomic.h"
+
+extern uint32_t vrep_fault_armed;
 
 /* Reads VREP_FAULT again, for tests, while no group is open; a malformed value arms nothing and is
  * logged. */
@@ -21,6 +23,7 @@ void vrep_fault_prepare(void);
 int vrep_fault_hit(const char *name);
 
 /* 0, or the status that the point must report instead of doing its work. */
-#define vrep_fault(name) (__builtin_expect(vrep_fault_armed, 0) ? vrep_fault_hit(name) : 0)
+#define vrep_fault(name)                                                                           \
+    (__builtin_expect(vrep_load_acquire_u32(&vrep_fault_armed) != 0, 0) ? vrep_fault_hit(name) : 0)
 
 #endif
