@@ -60,7 +60,7 @@ static bool whole(const uint8_t *bytes, size_t size, unsigned slot, struct vrep_
     return out->magic == VREP_STATE_MAGIC && out->version == VREP_STATE_VERSION &&
            out->checksum == vrep_checksum32(out, SLOT_BYTES - 4) && out->disks >= 1 &&
            out->disks <= VREP_DISKS_MAX && out->counter % SLOTS == slot &&
-           out->counter != UINT64_MAX;
+           out->counter < VREP_STATE_COUNTER_LIMIT;
 }
 
 static void check_load(const uint8_t *bytes, size_t size)
@@ -95,8 +95,11 @@ static void check_write(void)
     memcpy(state.group_id, id, sizeof id);
     state.disks = 1;
     state.seq_limit = 77;
-    FUZZ_MUST(vrep_state_write(&file, &state) == VREP_OK);
+    bool last = file.counter == VREP_STATE_COUNTER_LIMIT - 1;
+    FUZZ_MUST(vrep_state_write(&file, &state) == (last ? VREP_E_FULL : VREP_OK));
     vrep_state_close(&file);
+    if (last)
+        return;
     FUZZ_MUST(vrep_state_load(path, id, &loaded) == VREP_OK && loaded.seq_limit == 77);
     if (known != VREP_OK)
         return;

@@ -40,7 +40,8 @@ static int read_newest(int fd, struct vrep_state *state)
         }
         /* One that stands in the other's place, or that nothing can follow, was never written. */
         if (candidate.disks == 0 || candidate.disks > VREP_DISKS_MAX ||
-            candidate.counter % SLOTS != (uint64_t)slot || candidate.counter == UINT64_MAX)
+            candidate.counter % SLOTS != (uint64_t)slot ||
+            candidate.counter >= VREP_STATE_COUNTER_LIMIT)
             continue;
         if (!found || candidate.counter > state->counter)
             *state = candidate;
@@ -110,6 +111,8 @@ int vrep_state_write(struct vrep_state_file *file, struct vrep_state *state)
     int status = vrep_fault("state.write");
     if (status != VREP_OK)
         return status;
+    if (file->counter + 1 >= VREP_STATE_COUNTER_LIMIT)
+        return VREP_E_FULL;
     state->magic = VREP_STATE_MAGIC;
     state->version = VREP_STATE_VERSION;
     state->counter = file->counter + 1;

@@ -12,6 +12,9 @@
 
 #include "format/layout.h"
 
+/* A slot with a counter from here on is not ours: no life of a disk counts that far. */
+#define VREP_STATE_COUNTER_LIMIT (UINT64_C(1) << 63)
+
 struct vrep_state_file {
     int fd;
     uint64_t counter; /* of the newest slot on disk */
@@ -23,7 +26,7 @@ int vrep_state_load(const char *path, const uint8_t group_id[16], struct vrep_st
 /* Opens for writing, creates if absent (the directory entry is synced). */
 int vrep_state_open(const char *path, struct vrep_state_file *file);
 /* Stores into the slot that does not hold the newest, with the next counter; sets magic, version,
- * counter and checksum in *state.  Durable when it returns OK. */
+ * counter and checksum in *state.  Durable when it returns OK; FULL at the counter's limit. */
 int vrep_state_write(struct vrep_state_file *file, struct vrep_state *state);
 void vrep_state_close(struct vrep_state_file *file);
 

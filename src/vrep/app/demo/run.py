@@ -337,10 +337,11 @@ class Demo:
 
     def recover_test(self, name: str, at: str, witness: Sequence[WitnessedLine]) -> None:
         uri, rto_ms = self.start_view("test", "start", GROUP, "--at", at)
+        before_ms, limit_ms = self.chosen_ms, self.chosen_ms
         if name == "checkpoint":
-            demanded_ms, limit_ms = self.checkpoint_before_ms, self.checkpoint_after_ms
-        else:
-            demanded_ms = limit_ms = self.chosen_ms
+            before_ms, limit_ms = self.checkpoint_before_ms, self.checkpoint_after_ms
+        # Times are cut to whole ms: of a line in the same ms nobody knows the side.
+        demanded_ms = before_ms - 1
         self.judge(name, at, uri, rto_ms, witness, demanded_ms, limit_ms, tolerance_ms=0)
         self.require_b().call("test", "stop", GROUP)
 
