@@ -5,8 +5,8 @@
  * process kills itself with SIGKILL (action "kill"), or the point reports
  * VREP_E_IO once ("io") or from then on ("io+").  Unarmed, a point costs one
  * load and one branch that is never taken, so that tests kill the very binary
- * that ships.  Threading: any thread; arming happens once, before threads
- * start.
+ * that ships.  Threading: any thread; what is armed is
+ * behind a lock that only armed processes take.
  */
 #ifndef VREP_FILTER_FAULT_H
 #define VREP_FILTER_FAULT_H
@@ -17,7 +17,7 @@
 
 extern uint32_t vrep_fault_armed;
 
-/* Reads VREP_FAULT again, for tests, while no group is open; a malformed value arms nothing and is
+/* Reads VREP_FAULT again, for tests, at any time; a malformed value arms nothing and is
  * logged. */
 void vrep_fault_prepare(void);
 int vrep_fault_hit(const char *name);
