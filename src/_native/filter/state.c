@@ -84,25 +84,26 @@ int vrep_state_open(const char *path, struct vrep_state_file *file)
     file->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0640);
     if (file->fd < 0)
         return vrep_status_from_errno(errno);
+    /* Made whole before it is read: a slot whose cut bytes were zeroes counts again. */
     struct vrep_state newest;
-    int status = read_newest(file->fd, &newest);
-    if (status == VREP_OK)
-        file->counter = newest.counter;
-    else if (status != VREP_E_CORRUPT)
-        goto fail;
-    status = VREP_OK;
+    int status = VREP_OK;
     struct stat stat;
     if (fstat(file->fd, &stat) != 0 || (stat.st_size < (off_t)(SLOTS * sizeof newest) &&
                                         ftruncate(file->fd, SLOTS * sizeof newest) != 0))
         status = vrep_status_from_errno(errno);
+    if (status == VREP_OK) {
+        status = read_newest(file->fd, &newest);
+        if (status == VREP_OK)
+            file->counter = newest.counter;
+        else if (status == VREP_E_CORRUPT)
+            status = VREP_OK; /* nothing here yet, or nothing left */
+    }
     if (status == VREP_OK && fsync(file->fd) != 0)
         status = vrep_status_from_errno(errno);
     if (status == VREP_OK)
         status = sync_directory(path);
-    if (status == VREP_OK)
-        return VREP_OK;
-fail:
-    vrep_state_close(file);
+    if (status != VREP_OK)
+        vrep_state_close(file);
     return status;
 }
 
