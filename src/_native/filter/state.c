@@ -21,18 +21,18 @@ static uint32_t checksum_of(const struct vrep_state *state)
     return vrep_checksum32(state, offsetof(struct vrep_state, checksum));
 }
 
-/* The newest whole slot of an open file. */
+/* The newest whole slot of an open file. What a short file lacks is read as zeroes, as it will be
+ * once the file has its length again: one reading before and after. */
 static int read_newest(int fd, struct vrep_state *state)
 {
     bool found = false;
     int failure = VREP_E_CORRUPT;
     for (int slot = 0; slot < SLOTS; slot++) {
-        struct vrep_state candidate;
+        struct vrep_state candidate = {0};
         ssize_t got = pread(fd, &candidate, sizeof candidate, slot * (off_t)sizeof candidate);
         if (got < 0)
             return vrep_status_from_errno(errno);
-        if (got != (ssize_t)sizeof candidate || candidate.magic != VREP_STATE_MAGIC ||
-            candidate.checksum != checksum_of(&candidate))
+        if (candidate.magic != VREP_STATE_MAGIC || candidate.checksum != checksum_of(&candidate))
             continue;
         if (candidate.version != VREP_STATE_VERSION) {
             failure = VREP_E_VERSION;
@@ -84,7 +84,6 @@ int vrep_state_open(const char *path, struct vrep_state_file *file)
     file->fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0640);
     if (file->fd < 0)
         return vrep_status_from_errno(errno);
-    /* Made whole before it is read: a slot whose cut bytes were zeroes counts again. */
     struct vrep_state newest;
     int status = VREP_OK;
     struct stat stat;
