@@ -8,7 +8,7 @@ find_package(PkgConfig REQUIRED)
 find_package(Threads REQUIRED)
 
 add_library(vrep_dependencies INTERFACE)
-target_link_libraries(vrep_dependencies INTERFACE Threads::Threads)
+target_link_libraries(vrep_dependencies INTERFACE Threads::Threads m)
 
 function(vrep_require module package)
     pkg_check_modules(${module} QUIET IMPORTED_TARGET ${module})

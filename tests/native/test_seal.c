@@ -431,22 +431,61 @@ static void marks_carry_their_label(void)
 static void random_looking_data_skip_zstd(void)
 {
     uint8_t *data = room(131072);
+    struct vrep_squeeze squeeze;
 
+    CHECK_OK(vrep_squeeze_init(&squeeze, 1));
     for (unsigned i = 0; i < 200; i++) {
         fill_random(data, 4096);
-        CHECK(!vrep_squeeze_hopeful(data, 4096));
+        CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_NONE);
     }
     fill_random(data, 131072);
-    CHECK(!vrep_squeeze_hopeful(data, 131072));
+    CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_NONE);
+    memset(data, 0, 131072 / 4);
+    CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_SURE);
     memset(data, 0, 4096);
-    CHECK(vrep_squeeze_hopeful(data, 4096));
+    CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_SURE);
     for (size_t i = 0; i < 4096; i++)
         data[i] = (uint8_t)i;
-    CHECK(vrep_squeeze_hopeful(data, 4096));
+    /* a sample every 128 bytes sees the same 32 values */
+    CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_SURE);
+    for (size_t i = 0; i < 4096; i++)
+        data[i] = (uint8_t)(i / 16 + i % 16 * 16); /* each value as often as any other */
+    CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_SURE);
     for (size_t i = 0; i < 4096; i++)
         data[i] = (uint8_t)('a' + check_random_below(26));
-    CHECK(vrep_squeeze_hopeful(data, 4096));
-    CHECK(!vrep_squeeze_hopeful(data, 63));
+    CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_SURE);
+    CHECK(vrep_squeeze_judge(&squeeze, data, 511) == VREP_SQUEEZE_SURE);
+    CHECK(vrep_squeeze_judge(&squeeze, data, 63) == VREP_SQUEEZE_NONE);
+    vrep_squeeze_clear(&squeeze);
+    free(data);
+}
+
+static void doubtful_data_are_tried_less_and_less(void)
+{
+    uint8_t *data = room(4096), *out = room(4096);
+    struct vrep_squeeze squeeze;
+    unsigned tried = 0;
+
+    CHECK_OK(vrep_squeeze_init(&squeeze, 1));
+    fill_random(data, 4096);
+    for (size_t i = 0; i < 4096; i += 256) /* two runs of the 32 that are looked at */
+        if (i < 512)
+            memset(data + i, 0, 100);
+    CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_DOUBT);
+    for (unsigned i = 0; i < 1000; i++)
+        if (vrep_squeeze_hopeful(&squeeze, data, 4096)) {
+            CHECK(vrep_squeeze_run(&squeeze, data, 4096, out, 4096) == 0);
+            tried++;
+        }
+    CHECK(tried >= 1000 / 16 && tried < 100);
+    /* What is surely worth it is never passed, and brings hope back to the rest. */
+    memset(data + 2048, 0, 2048);
+    CHECK(vrep_squeeze_hopeful(&squeeze, data, 4096));
+    CHECK(vrep_squeeze_run(&squeeze, data, 4096, out, 4096) > 0);
+    fill_random(data + 2048, 2048);
+    CHECK(vrep_squeeze_hopeful(&squeeze, data, 4096));
+    vrep_squeeze_clear(&squeeze);
+    free(out);
     free(data);
 }
 
@@ -542,6 +581,7 @@ int main(void)
     RUN(a_tally_notices_what_is_missing);
     RUN(marks_carry_their_label);
     RUN(random_looking_data_skip_zstd);
+    RUN(doubtful_data_are_tried_less_and_less);
     RUN(the_ring_is_sealed_in_place);
     return check_report();
 }

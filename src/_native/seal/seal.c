@@ -162,7 +162,7 @@ static uint32_t plan(struct vrep_sealer *sealer, const struct vrep_seal_source *
         if (squeeze) {
             const uint8_t *bytes = whole(&cursor, plain, sealer->gathered);
             size_t got = 0;
-            if (vrep_squeeze_hopeful(bytes, plain)) {
+            if (vrep_squeeze_hopeful(&sealer->squeeze, bytes, plain)) {
                 got = vrep_squeeze_run(&sealer->squeeze, bytes, plain, out + at, plain);
                 sealer->stats.pieces_tried++;
             }

@@ -1,15 +1,22 @@
 #include "seal/squeeze.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "base/status.h"
 
 enum {
-    SQUEEZE_LEAST = 64,  /* shorter pieces gain less than a frame costs */
-    SAMPLE_BYTES = 1024, /* seen by the probe */
-    SAMPLE_RUN = 64,     /* in runs of this */
-    PROBE_LEAST = 512,   /* too short a piece to judge by its spread */
+    SQUEEZE_LEAST = 64, /* shorter pieces gain less than a frame costs */
+    SAMPLE_RUN = 16,    /* the sample is taken in runs of this, from end to end of a piece */
+    LOG_ONE = 65536,    /* unit of the table */
+    MISSES_MAX = 15,
 };
+
+/* Bits of sum(count * log2 count) over the values of a sample of random bytes: 721.7 on average,
+ * with a deviation of 17. */
+#define RANDOM_SUM (722 * LOG_ONE)
+#define DOUBT (85 * LOG_ONE) /* five deviations; a run of equal bytes over 1/16 is above it */
+#define SURE (256 * LOG_ONE) /* half a bit a byte: 1/16 by the spread alone */
 
 int vrep_squeeze_init(struct vrep_squeeze *squeeze, int level)
 {
@@ -21,6 +28,10 @@ int vrep_squeeze_init(struct vrep_squeeze *squeeze, int level)
         vrep_squeeze_clear(squeeze);
         return VREP_E_INVALID;
     }
+    squeeze->misses = squeeze->skip = 0;
+    squeeze->cost[0] = 0;
+    for (unsigned count = 1; count <= VREP_SQUEEZE_SAMPLE; count++)
+        squeeze->cost[count] = (int32_t)(count * log2(count) * LOG_ONE);
     return VREP_OK;
 }
 
@@ -31,38 +42,57 @@ void vrep_squeeze_clear(struct vrep_squeeze *squeeze)
 }
 
 /*
- * Of n random bytes, the sum of squared counts of the 256 values is
- * n + n(n - 1)/256 on average, with a deviation of about 0.09 n. More than six
- * deviations off, on either side, is not random: text and tables lie far above,
- * counters and dictionaries of bytes below.
+ * The entropy of 512 bytes is 9 - sum(count * log2 count) / 512 bits. How far the sum is off that
+ * of random bytes says what their spread alone would save: text and tables lie far above, counters
+ * and dictionaries of bytes below. Four tables, so that a value that follows itself does not wait
+ * for its own count.
  */
-bool vrep_squeeze_hopeful(const uint8_t *data, size_t len)
+enum vrep_squeeze_hope vrep_squeeze_judge(const struct vrep_squeeze *squeeze, const uint8_t *data,
+                                          size_t len)
 {
-    uint16_t counts[256] = {0};
-    uint32_t sum = 0, n = 0, mean, slack;
+    uint8_t counts[4][256] = {{0}};
+    int32_t sum = -RANDOM_SUM;
     size_t step;
 
     if (len < SQUEEZE_LEAST)
-        return false;
-    if (len < PROBE_LEAST)
-        return true;
-    step = len <= SAMPLE_BYTES ? SAMPLE_RUN : len / (SAMPLE_BYTES / SAMPLE_RUN);
-    for (size_t at = 0; at + SAMPLE_RUN <= len && n < SAMPLE_BYTES; at += step, n += SAMPLE_RUN)
-        for (size_t i = 0; i < SAMPLE_RUN; i++)
-            counts[data[at + i]]++;
+        return VREP_SQUEEZE_NONE;
+    if (len < VREP_SQUEEZE_SAMPLE)
+        return VREP_SQUEEZE_SURE;
+    step = len / (VREP_SQUEEZE_SAMPLE / SAMPLE_RUN);
+    for (size_t run = 0; run < VREP_SQUEEZE_SAMPLE / SAMPLE_RUN; run++, data += step)
+        for (size_t i = 0; i < SAMPLE_RUN; i += 4)
+            for (size_t table = 0; table < 4; table++)
+                counts[table][data[i + table]]++;
     for (unsigned value = 0; value < 256; value++)
-        sum += (uint32_t)counts[value] * counts[value];
-    mean = n + n * (n - 1) / 256;
-    slack = n * 53 / 100;
-    return sum > mean + slack || sum < mean - slack;
+        sum += squeeze->cost[counts[0][value] + counts[1][value] + counts[2][value] +
+                             counts[3][value]];
+    if (sum > SURE || sum < -DOUBT)
+        return VREP_SQUEEZE_SURE;
+    return sum > DOUBT ? VREP_SQUEEZE_DOUBT : VREP_SQUEEZE_NONE;
+}
+
+bool vrep_squeeze_hopeful(struct vrep_squeeze *squeeze, const uint8_t *data, size_t len)
+{
+    enum vrep_squeeze_hope hope = vrep_squeeze_judge(squeeze, data, len);
+
+    if (hope != VREP_SQUEEZE_DOUBT)
+        return hope == VREP_SQUEEZE_SURE;
+    if (squeeze->skip == 0)
+        return true;
+    squeeze->skip--;
+    return false;
 }
 
 size_t vrep_squeeze_run(struct vrep_squeeze *squeeze, const uint8_t *data, size_t len, uint8_t *out,
                         size_t cap)
 {
     size_t got = ZSTD_compress2(squeeze->context, out, cap, data, len);
+    bool pays = !ZSTD_isError(got) && got <= len - len / 16;
 
-    if (ZSTD_isError(got) || got > len - len / 16)
-        return 0;
-    return got;
+    if (pays)
+        squeeze->misses = 0;
+    else if (squeeze->misses < MISSES_MAX)
+        squeeze->misses++;
+    squeeze->skip = squeeze->misses;
+    return pays ? got : 0;
 }
