@@ -23,8 +23,8 @@ BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 TALLY_BYTES: Final = 256
 IDLE_WAIT_S: Final = 0.2
 CREDIT_WAIT_S: Final = 0.5
-GATHER_RECORDS: Final = 128
-GATHER_S: Final = 0.002
+GATHER_RECORDS: Final = 256
+GATHER_S: Final = 0.004
 """a batch costs both ends some hundred microseconds, however small: while records keep coming,
 few of them wait this long for more. A lone write is sent at once."""
 

@@ -25,8 +25,9 @@ from vrep.wire.turn import TurnLock
 
 __all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStream"]
 
-# One SSL_write call: a few TLS records, so that the reader gets its turn.
+# One turn with OpenSSL: a few TLS records, so that the other direction gets its own.
 WRITE_CHUNK_BYTES: Final = 256 << 10
+READ_CHUNK_BYTES: Final = 256 << 10
 
 
 class ConnectionLostError(UnreachableError):
@@ -173,23 +174,11 @@ class TlsStream:
         with self:
             filled, deadline = 0, 0.0
             while True:
-                # OpenSSL hands out one record of a call: take all that is there.
-                while self._read_waits_for == 0:
-                    try:
-                        with self._ssl_lock:
-                            count = self._sock.recv_into(buffer[filled:])
-                    except ssl.SSLWantReadError:
-                        self._read_waits_for = select.POLLIN
-                        break
-                    except ssl.SSLWantWriteError:
-                        self._read_waits_for = select.POLLOUT
-                        break
-                    except ssl.SSLZeroReturnError:
-                        count = 0
-                    except OSError as error:
-                        raise _translate(error) from None
-                    filled += count
-                    if count == 0 or filled == len(buffer):
+                # OpenSSL hands out one record a call: take all that is there, in one turn.
+                if self._read_waits_for == 0:
+                    with self._ssl_lock:
+                        filled, ended = self._read_records(buffer)
+                    if ended:
                         return filled
                 if filled:
                     return filled
@@ -198,6 +187,28 @@ class TlsStream:
                 if not self._wait(self._read_waits_for, deadline - now):
                     return None
                 self._read_waits_for = 0
+
+    def _read_records(self, buffer: memoryview) -> tuple[int, bool]:
+        """What is there, and whether the buffer is full or the stream has ended; else
+        `_read_waits_for` says what is lacking."""
+        receive, filled = self._sock.recv_into, 0
+        size = min(len(buffer), READ_CHUNK_BYTES)
+        try:
+            while filled < size:
+                count = receive(buffer[filled:])
+                filled += count
+                if count == 0:
+                    break
+            return filled, True
+        except ssl.SSLWantReadError:
+            self._read_waits_for = select.POLLIN
+        except ssl.SSLWantWriteError:
+            self._read_waits_for = select.POLLOUT
+        except ssl.SSLZeroReturnError:
+            return filled, True
+        except OSError as error:
+            raise _translate(error) from None
+        return filled, False
 
     def write(self, data: bytes | bytearray | memoryview, stall_s: float) -> None:
         with self, memoryview(data).cast("B") as view:
