@@ -6,6 +6,7 @@ live in a short private directory, and ``run`` is a link to it.
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import os
 import stat
@@ -97,6 +98,13 @@ class SitePaths:
         run.symlink_to(target)
         return target
 
+    def admit_users(self, mode: int) -> None:
+        """Let those reach a socket of the site that its mode lets in: others may pass through
+        the two directories above it, not list them. All else in there is private by itself."""
+        if mode & 0o077:
+            for directory in (self.root, self.run):
+                directory.chmod(0o711)
+
     def make_shm(self, group: str, base: str = "/dev/shm") -> Path:
         """Create the directory of a group's ring and change map."""
         path = self.shm(base) / group
@@ -104,6 +112,16 @@ class SitePaths:
         _require_owner(path.parent)
         path.mkdir(mode=0o700, exist_ok=True)
         return path
+
+
+def socket_gid(name: str) -> int | None:
+    """The id of the Unix group that an NBD socket is given to; None for no name."""
+    if not name:
+        return None
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise errors.ConfigError(f"there is no Unix group {name!r} for the NBD socket") from None
 
 
 def _require_owner(path: Path) -> None:
@@ -115,4 +133,4 @@ def _require_owner(path: Path) -> None:
         )
 
 
-__all__ = ["SitePaths"]
+__all__ = ["SitePaths", "socket_gid"]

@@ -85,6 +85,8 @@ class RecoveryConfig(_Section, frozen=True, kw_only=True):
     """bytes a second of background filling; 0: unlimited"""
     socket_mode: Mode = "0600"
     """of NBD sockets of views"""
+    socket_group: str = ""
+    """Unix group of NBD sockets of views, by name; empty: of the process"""
 
 
 class MetricsConfig(_Section, frozen=True, kw_only=True):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import json
+import os
 import shutil
 import socket
 import struct
@@ -36,7 +38,7 @@ class Rig:
         self.host = FilterHost(self.paths, Config())
         self._thread = threading.Thread(target=self.host.run)
 
-    def add(self, name: str) -> Path:
+    def add(self, name: str, **options: Any) -> Path:
         image = self.paths.root / f"{name}.raw"
         with image.open("wb") as file:
             file.truncate(MIB)
@@ -53,7 +55,7 @@ class Rig:
                 epoch_id="22" * 16,
                 wrapped_keys=(),
                 created=0.0,
-                options=GroupOptions(ring_bytes=4 * MIB, descriptors=1024, slots=16),
+                options=GroupOptions(ring_bytes=4 * MIB, descriptors=1024, slots=16, **options),
             )
         )
         return self.groups.path(name) / "group.json"
@@ -177,3 +179,42 @@ def test_one_group_that_does_not_close_leaves_the_others_clean(
         assert again.status()["b"]["opened_as"] == "clean"
     finally:
         again.close()
+
+
+def lets_in(path: Path, gid: int) -> bool:
+    """Whether a user who is nobody but a member of a group can connect."""
+    child = os.fork()
+    if child == 0:
+        # Only calls that a fork beside other threads may make.
+        code = 1
+        try:
+            os.setgroups([])
+            os.setresgid(gid, gid, gid)
+            os.setresuid(65534, 65534, 65534)
+            with socket.socket(socket.AF_UNIX) as mine:
+                mine.connect(str(path))
+            code = 0
+        except PermissionError:
+            code = 2
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 2)
+    return code == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may act as another user")
+def test_a_socket_lets_in_whom_its_mode_says(rig: Rig) -> None:
+    other = grp.getgrnam("daemon")
+    rig.add("closed")
+    rig.add("open", socket_mode=0o660, socket_group=other.gr_name)
+    rig.start()
+    assert set(rig.status()) == {"closed", "open"}
+    assert lets_in(rig.paths.nbd_socket("open"), other.gr_gid)
+    assert not lets_in(rig.paths.nbd_socket("open"), 65534)
+    assert not lets_in(rig.paths.nbd_socket("closed"), other.gr_gid)
+    assert not lets_in(rig.paths.socket("filter"), other.gr_gid)
+    # What lies beside the sockets opened no wider.
+    for place in (rig.paths.root, rig.paths.run):
+        assert place.stat().st_mode & 0o777 == 0o711
+    assert rig.paths.groups.stat().st_mode & 0o077 == 0

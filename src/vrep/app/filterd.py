@@ -6,7 +6,6 @@ threads that never enter Python. A group that cannot be opened is tried again an
 
 from __future__ import annotations
 
-import grp
 import threading
 import time
 from collections.abc import Mapping
@@ -20,7 +19,6 @@ from vrep._core.serve import Server
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
-    ConfigError,
     InvalidError,
     LockedError,
     NotFoundError,
@@ -28,7 +26,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory
-from vrep.paths import SitePaths
+from vrep.paths import SitePaths, socket_gid
 from vrep.settings import Config
 from vrep.wire.address import parse_address
 
@@ -179,11 +177,12 @@ class FilterHost:
             error.detail = f"{uris}: {error.detail}"
             raise
         try:
+            self._paths.admit_users(options.socket_mode)
             server = Server(
                 group,
                 unix_path=self._paths.nbd_socket(definition.name),
                 mode=options.socket_mode,
-                socket_gid=_gid(options.socket_group),
+                socket_gid=socket_gid(options.socket_group),
                 tcp=parse_address(options.tcp) if options.tcp else None,
             )
             server.start()
@@ -294,15 +293,6 @@ def _role(params: Mapping[str, Any]) -> Literal["target", "observer"]:
             return "observer"
         case role:
             raise InvalidError(f"a consumer is a target or an observer, not {role!r}")
-
-
-def _gid(name: str) -> int | None:
-    if not name:
-        return None
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        raise ConfigError(f"there is no Unix group {name!r} for the NBD socket") from None
 
 
 __all__ = ["FilterHost"]

@@ -31,7 +31,7 @@ from vrep import errors
 from vrep._core.filter import Disk, Group, Miss
 from vrep._core.serve import Server
 from vrep.control import ControlServer
-from vrep.paths import SitePaths
+from vrep.paths import SitePaths, socket_gid
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.view import ViewDirectory, ViewInfo, begin_test, info_of
@@ -73,10 +73,13 @@ class View:
             )
             self._fetcher = self._open_fetcher(paths)
             self._group = stack.enter_context(self._open_group())
+            mode = int(self._config.recovery.socket_mode, 8)
+            paths.admit_users(mode)
             self._server = Server(
                 self._group,
                 unix_path=self._directory.nbd_socket,
-                mode=int(self._config.recovery.socket_mode, 8),
+                mode=mode,
+                socket_gid=socket_gid(self._config.recovery.socket_group),
             )
             stack.callback(self._server.stop)
             self._control = stack.enter_context(
