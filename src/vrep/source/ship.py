@@ -68,14 +68,16 @@ class Shipper:
 
     def run(self, first_seq: int) -> None:
         """Ship from `first_seq` until stopped. Raises what the connection or the ring raise."""
-        seq, sent_s = first_seq - 1, 0.0
+        seq, sent_s, full = first_seq - 1, 0.0, False
         while not self._stopping:
             if not self._ring.wait(seq, IDLE_WAIT_S):
                 continue
             busy = self._clock.monotonic() - sent_s < 2 * GATHER_S
-            if busy and self._ring.head - seq < GATHER_RECORDS:
+            if busy and not full and self._ring.head - seq < GATHER_RECORDS:
                 time.sleep(GATHER_S)
-            seq = self._ship(seq + 1, self._ring.head)
+            last = self._ring.head
+            seq = self._ship(seq + 1, last)
+            full = seq < last  # a batch of large records waits for nothing
             self._ring.set(read=seq)
             sent_s = self._clock.monotonic()
 
