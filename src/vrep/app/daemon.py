@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import structlog
 
@@ -14,6 +15,11 @@ from vrep.errors import UsageError, VrepError
 from vrep.paths import SitePaths
 from vrep.settings import Config, load_config
 from vrep.wire.transport import Timeouts
+
+M_TRIM_THRESHOLD: Final = -1
+M_MMAP_THRESHOLD: Final = -3
+KEPT_BYTES: Final = 128 << 20
+"""of memory that a target received into: two windows of a group"""
 
 log = structlog.get_logger("vrep.daemon")
 
@@ -41,6 +47,15 @@ def timeouts(config: Config) -> Timeouts:
     )
 
 
+def keep_memory() -> None:
+    """Let the C library use freed memory again instead of giving it back to the kernel: a fault
+    for each page of each batch was a fifth of a target's work (mallopt(3); elsewhere nothing)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # larger ones are rare, and this is the most
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+
+
 def build(role: str, paths: SitePaths, config: Config) -> Role:
     """The object that does a role's work; only that role's code is imported."""
     if role == "filter":
@@ -54,6 +69,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
     if role == "target":
         from vrep.target.daemon import Target
 
+        keep_memory()
         return Target(paths, config, timeouts=timeouts(config))
     raise UsageError(f"no role {role!r}")
 
