@@ -271,10 +271,9 @@ class Site:
     def checkpoint(self, group: str, label: str) -> dict[str, Any]:
         """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every
         write that was acknowledged before."""
-        if not 0 < len(label.encode()) <= 255 or not label.isprintable():
-            raise errors.InvalidError("a label has 1 to 255 bytes of printable text")
-        if label == "latest" or label.startswith(("-", "pos:")):
-            raise errors.InvalidError(f"the label {label!r} would read as another kind of point")
+        from vrep.recovery.point import check_label
+
+        check_label(label)
         self.groups.load(group)
         result = self._filter().call("mark", group=group, label=label)
         assert isinstance(result, dict)

@@ -12,7 +12,6 @@ compared by commit first: a jump shorter than the time that one commit spans is 
 from __future__ import annotations
 
 import datetime
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,17 +29,13 @@ from vrep.errors import (
     PointNotFoundError,
 )
 from vrep.recovery.access import KeyAccess
+from vrep.recovery.point import kind_of, parse_ago, parse_position, parse_time
 from vrep.target.manifest import Position
 from vrep.target.reader import Event, StoreReader
 from vrep.target.segment import segment_path
 
 __all__ = ["Found", "History", "Mark", "Range", "format_time", "needs_key", "resolve"]
 
-NS: Final = 1_000_000_000
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_RELATIVE: Final = re.compile(r"-(\d{1,9}(?:\.\d{1,9})?)([smhdw])")
-_POSITION: Final = re.compile(r"pos:(\d{1,10})/(\d{1,5})/(\d{1,20})")
-_TIME: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d")
 _HEADER: Final = layout.RECORD.itemsize
 _FIELDS: Final = struct.Struct("<IBBHIHHQQIIQQHHI")
 _ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
@@ -345,8 +340,7 @@ class History:
 
 def needs_key(text: str) -> bool:
     """Whether a POINT is a label, which only the key can read."""
-    text = text.strip()
-    return not (text == "latest" or text.startswith(("pos:", "-")) or _TIME.match(text))
+    return kind_of(text.strip()) == "label"
 
 
 def resolve(reader: StoreReader, text: str, access: KeyAccess | None, now_ns: int) -> Found:
@@ -357,22 +351,15 @@ def resolve(reader: StoreReader, text: str, access: KeyAccess | None, now_ns: in
     one of them.
     """
     text = text.strip()
-    if match := _POSITION.fullmatch(text):
-        return _resolve_position(reader, Position(*(int(part) for part in match.groups())))
+    kind = kind_of(text)
+    if kind == "position":
+        return _resolve_position(reader, Position(*parse_position(text)))
+    if kind in ("ago", "time"):
+        # Parsed first: what is written wrongly is refused before a history is read.
+        wall_ns = parse_ago(text, now_ns) if kind == "ago" else parse_time(text)
+        return History(reader).at_time(wall_ns)
     history = History(reader)
-    if text == "latest":
-        return history.latest()
-    if match := _RELATIVE.fullmatch(text):
-        back_ns = int(float(match[1]) * _UNITS[match[2]] * NS)
-        return history.at_time(now_ns - back_ns)
-    if _TIME.match(text):
-        return history.at_time(_parse_time(text))
-    if text.startswith(("-", "pos:")):
-        raise InvalidError(
-            f"the point {text!r}: use latest, a label, a time like 2026-01-31T12:00:00Z, "
-            "-5m, or pos:EPOCH/LANE/SEQ"
-        )
-    return _resolve_label(history, text, access)
+    return history.latest() if kind == "latest" else _resolve_label(history, text, access)
 
 
 def _resolve_position(reader: StoreReader, position: Position) -> Found:
@@ -387,17 +374,6 @@ def _resolve_position(reader: StoreReader, position: Position) -> Found:
         raise PointNotFoundError(f"pos:{position}: no record has this position")
     history.require(Found(position, found.wall_ns, found.kind, found.flags, 0, 0))
     return Found(position, found.wall_ns, found.kind, found.flags, found.segment, found.at)
-
-
-def _parse_time(text: str) -> int:
-    try:
-        moment = datetime.datetime.fromisoformat(text.upper())
-    except ValueError:
-        raise InvalidError(f"{text!r} is not an RFC 3339 time") from None
-    if moment.tzinfo is None:
-        raise InvalidError(f"the time {text!r} names no zone: add Z, or an offset like +02:00")
-    since = moment - datetime.datetime.fromtimestamp(0, datetime.UTC)
-    return (since.days * 86400 + since.seconds) * NS + since.microseconds * 1000
 
 
 def _resolve_label(history: History, label: str, access: KeyAccess | None) -> Found:
