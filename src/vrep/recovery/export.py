@@ -2,8 +2,9 @@
 
 The whole history is checked first (see `check`), and the point is read through the indexes that
 this check compared with their records, so an index that leaves something out is noticed; every
-piece is authenticated as it is read. Files are sparse; each gets its name only when it is whole
-and synced, and an existing file is never replaced. Sizes are bytes.
+piece is authenticated as it is read. Files are sparse and only their owner's (mode 0600); each
+gets its name only when it is whole and synced, and an existing file is never replaced. Sizes are
+bytes.
 """
 
 from __future__ import annotations
@@ -245,7 +246,8 @@ def _digest(path: Path) -> str:
 def _convert(raw: Path, final: Path) -> None:
     """A sparse raw file into qcow2."""
     command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(final)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # What it makes is the tenant's plaintext, nobody else's from its first byte on.
+    done = subprocess.run(command, capture_output=True, text=True, check=False, umask=0o077)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise errors.StorageError(f"qemu-img convert failed: {lines[-1]}")
