@@ -53,6 +53,7 @@ SERVE_WAIT_S: Final = 15.0
 RING_BYTES_MIN: Final = 1 << 20
 RING_BYTES_MAX: Final = 64 << 30
 KEY_FILE_BYTES_MAX: Final = 1 << 16
+REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
 QCOW2_MAGIC: Final = b"QFI\xfb"
@@ -382,12 +383,7 @@ class Site:
         self, name: str, out: str | os.PathLike[str], passphrase: str | None = None
     ) -> None:
         """Write a key into a new file that only its owner can read."""
-        text = self.keys.export(name, passphrase)
-        fd = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_new(out, lambda: self.keys.export(name, passphrase))
 
     def key_verify(
         self, name: str, file: str | os.PathLike[str], passphrase: str | None = None
@@ -413,9 +409,14 @@ class Site:
     def key_release(
         self, name: str, to: str, out: str | os.PathLike[str], *, reason: str = ""
     ) -> None:
-        """Wrap a key for a peer that recovers; only that site can open the file."""
-        text = self.keys.release(name, self.peers.get(to).certificate, reason=reason)
-        Path(out).write_text(text, "ascii")
+        """Wrap a key for a peer that recovers, into a new file that only that site can open.
+        The release is in the log, with its reason, before it is written."""
+        if not reason.isprintable() or len(reason) > REASON_LETTERS_MAX:
+            raise errors.InvalidError(
+                f"a reason is one line of printable text, at most {REASON_LETTERS_MAX} letters"
+            )
+        recipient = self.peers.get(to).certificate
+        _write_new(out, lambda: self.keys.release(name, recipient, reason=reason))
 
     # ---- internals ---------------------------------------------------------------------
 
@@ -522,6 +523,24 @@ def _check_options(options: GroupOptions) -> None:
             raise errors.InvalidError(
                 f"NBD on {options.tcp}: TCP is for loopback addresses only, as in 127.0.0.1:10809"
             )
+
+
+def _write_new(out: str | os.PathLike[str], make: Callable[[], str]) -> None:
+    """Write a text into a new file that only its owner can read. It is made once the name is
+    known to be free, and nothing stays of a file whose text could not be made."""
+    path = Path(out)
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        raise errors.ExistsError(f"{path}: a key never replaces a file") from None
+    try:
+        with os.fdopen(fd, "w", encoding="ascii") as file:
+            file.write(make())
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink()
+        raise
 
 
 def _key_text(file: str | os.PathLike[str]) -> str:

@@ -218,8 +218,8 @@ def test_a_site_and_its_keys(
     _, keys, _ = run_json(capsys, "key", "list")
     assert [(k["name"], k["verified"] is not None) for k in keys["keys"]] == [("acme", True)]
     code, _, error = run_json(capsys, "key", "export", "acme", "--out", str(export))
-    assert code == errors.VrepError.exit_code  # an existing file is never replaced
-    assert "exists" in error["error"]["text"]
+    assert code == errors.ExistsError.exit_code  # an existing file is never replaced
+    assert str(export) in error["error"]["text"]
 
 
 def test_status_of_a_site_that_does_not_run(
