@@ -133,7 +133,8 @@ MANIFEST_RUN = (
 )
 MANIFEST_DISK = "name:64s bytes:Q index:I flags:I"
 PRESENCE_HEADER = (
-    "magic:Q version:I block_bytes:I disk_bytes:Q words:Q view_id:16s reserved0:4044s checksum:I"
+    "magic:Q version:I block_bytes:I disk_bytes:Q words:Q view_id:16s boot_id:16s distrust:I "
+    "reserved0:4024s checksum:I"
 )
 
 INNER = {

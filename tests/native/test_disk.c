@@ -270,7 +270,12 @@ static void presence_follows_whole_blocks(void)
     CHECK(!vrep_overlay_absent(disk, 60 * BLOCK, 10 * BLOCK, &from, &length));
     CHECK(vrep_overlay_absent(disk, 59 * BLOCK, 71 * BLOCK, &from, &length));
     CHECK(from == 59 * BLOCK && length == BLOCK);
-    vrep_disk_close(disk); /* unsynced bits are forgotten: their data may be */
+    uint64_t present_bytes = vrep_overlay_present_bytes(disk);
+    vrep_disk_close(disk); /* what was not synced is still in memory, data and bits */
+    CHECK_OK(overlay("view", &disk));
+    CHECK_EQ(vrep_overlay_present_bytes(disk), present_bytes);
+    vrep_disk_close(disk);
+    CHECK_EQ(unlink(at("view.live")), 0); /* unless the power went */
     CHECK_OK(overlay("view", &disk));
     CHECK_EQ(vrep_overlay_present_bytes(disk), 0);
     vrep_overlay_set_present(disk, 60 * BLOCK, 10 * BLOCK);
@@ -329,6 +334,34 @@ static void overlays_that_are_not_ours_are_refused(void)
     CHECK_STATUS(overlay("flipped", &disk), VREP_E_CORRUPT);
 }
 
+/* The live bits are a help, never a witness against the durable ones. */
+static void live_bits_that_are_not_ours_are_made_anew(void)
+{
+    struct vrep_disk *disk;
+    CHECK_OK(overlay("live", &disk));
+    vrep_overlay_set_present(disk, 0, BLOCK);
+    CHECK_OK(range(disk, VREP_IO_FLUSH, 0, 0, 0));
+    vrep_overlay_set_present(disk, 4 * BLOCK, BLOCK);
+    vrep_disk_close(disk);
+    for (off_t i = 0; i < (off_t)sizeof(struct vrep_presence_header); i += 3) {
+        CHECK_OK(overlay("live", &disk));
+        vrep_overlay_set_present(disk, 4 * BLOCK, BLOCK);
+        vrep_disk_close(disk);
+        uint8_t byte;
+        int fd = open(at("live.live"), O_RDONLY);
+        CHECK_EQ(pread(fd, &byte, 1, i), 1);
+        close(fd);
+        poke("live.live", i, (uint8_t)(byte ^ 0x10)); /* boot, distrust, size, anything */
+        CHECK_OK(overlay("live", &disk));
+        CHECK_EQ(vrep_overlay_present_bytes(disk), BLOCK);
+        vrep_disk_close(disk);
+    }
+    CHECK_EQ(truncate(at("live.live"), 5000 - 1000), 0);
+    CHECK_OK(overlay("live", &disk));
+    CHECK_EQ(vrep_overlay_present_bytes(disk), BLOCK);
+    vrep_disk_close(disk);
+}
+
 static void an_unfinished_creation_starts_anew(void)
 {
     struct vrep_disk *disk;
@@ -359,6 +392,7 @@ int main(void)
     RUN(zero_and_extents);
     RUN(presence_follows_whole_blocks);
     RUN(overlays_that_are_not_ours_are_refused);
+    RUN(live_bits_that_are_not_ours_are_made_anew);
     RUN(an_unfinished_creation_starts_anew);
     vrep_engine_destroy(engine);
     char remove[300];

@@ -468,9 +468,8 @@ static void doubtful_data_are_tried_less_and_less(void)
 
     CHECK_OK(vrep_squeeze_init(&squeeze, 1));
     fill_random(data, 4096);
-    for (size_t i = 0; i < 4096; i += 256) /* two runs of the 32 that are looked at */
-        if (i < 512)
-            memset(data + i, 0, 100);
+    for (size_t run = 0; run < 3; run++) /* of the 32 that are looked at */
+        memset(data + run * 128, 0, 16);
     CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_DOUBT);
     for (unsigned i = 0; i < 1000; i++)
         if (vrep_squeeze_hopeful(&squeeze, data, 4096)) {

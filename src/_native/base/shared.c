@@ -92,9 +92,9 @@ static int allocate(int fd, uint64_t bytes, uint32_t mode)
     if (ftruncate(fd, 0) != 0 || fchmod(fd, mode) != 0)
         return vrep_status_from_errno(errno);
     do
-        failed = fallocate(fd, 0, 0, (off_t)bytes);
-    while (failed != 0 && errno == EINTR);
-    return failed != 0 ? vrep_status_from_errno(errno) : VREP_OK;
+        failed = posix_fallocate(fd, 0, (off_t)bytes);
+    while (failed == EINTR);
+    return failed != 0 ? vrep_status_from_errno(failed) : VREP_OK;
 }
 
 int vrep_shared_create(const char *path, uint64_t bytes, uint32_t mode, struct vrep_shared *out)

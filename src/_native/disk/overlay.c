@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "base/atomic.h"
+#include "base/shared.h"
 #include "base/status.h"
 #include "disk/internal.h"
 #include "format/checksum.h"
@@ -22,10 +23,11 @@ struct vrep_presence {
     int fd;
     uint32_t block_bytes;
     uint64_t blocks, words;
-    uint64_t *live;     /* set as data are written; any thread, atomically */
-    uint64_t *synced;   /* what the file holds; under lock */
-    uint64_t *snapshot; /* of live, when a sync begins; under lock */
-    int failed;         /* first failed sync; sticky: what it covered cannot be trusted any more */
+    struct vrep_shared memory; /* of live: a killed process loses no bit */
+    uint64_t *live;            /* set as data are written; any thread, atomically */
+    uint64_t *synced;          /* what the file holds; under lock */
+    uint64_t *snapshot;        /* of live, when a sync begins; under lock */
+    int failed; /* first failed sync; sticky: what it covered cannot be trusted any more */
     pthread_mutex_t lock;
 };
 
@@ -69,7 +71,13 @@ static int full_write(int fd, const void *buffer, size_t bytes, off_t at)
     return VREP_OK;
 }
 
-static int presence_create(struct vrep_presence *p, const uint8_t view_id[16], uint64_t disk_bytes)
+static uint32_t checksum_of(const struct vrep_presence_header *header)
+{
+    return vrep_checksum32(header, offsetof(struct vrep_presence_header, checksum));
+}
+
+static struct vrep_presence_header header_of(const struct vrep_presence *p,
+                                             const uint8_t view_id[16], uint64_t disk_bytes)
 {
     struct vrep_presence_header header = {
         .magic = VREP_PRESENCE_MAGIC,
@@ -79,7 +87,13 @@ static int presence_create(struct vrep_presence *p, const uint8_t view_id[16], u
         .words = p->words,
     };
     memcpy(header.view_id, view_id, 16);
-    header.checksum = vrep_checksum32(&header, offsetof(struct vrep_presence_header, checksum));
+    return header;
+}
+
+static int presence_create(struct vrep_presence *p, const uint8_t view_id[16], uint64_t disk_bytes)
+{
+    struct vrep_presence_header header = header_of(p, view_id, disk_bytes);
+    header.checksum = checksum_of(&header);
     /* To nothing first: bits of a file that was there before must not survive. */
     if (ftruncate(p->fd, 0) != 0 || ftruncate(p->fd, (off_t)(HEADER_BYTES + p->words * 8)) != 0)
         return vrep_status_from_errno(errno);
@@ -98,9 +112,7 @@ static int presence_load(struct vrep_presence *p, const uint8_t view_id[16], uin
     int status = full_read(p->fd, &header, sizeof header, 0);
     if (status != VREP_OK)
         return status;
-    if (header.magic != VREP_PRESENCE_MAGIC ||
-        header.checksum !=
-            vrep_checksum32(&header, offsetof(struct vrep_presence_header, checksum)))
+    if (header.magic != VREP_PRESENCE_MAGIC || header.checksum != checksum_of(&header))
         return VREP_E_CORRUPT;
     if (header.version != VREP_PRESENCE_VERSION)
         return VREP_E_VERSION;
@@ -109,13 +121,59 @@ static int presence_load(struct vrep_presence *p, const uint8_t view_id[16], uin
         return VREP_E_INVALID;
     if ((uint64_t)file_bytes != HEADER_BYTES + p->words * 8)
         return VREP_E_TORN;
-    status = full_read(p->fd, p->live, p->words * 8, HEADER_BYTES);
+    status = full_read(p->fd, p->synced, p->words * 8, HEADER_BYTES);
     if (status != VREP_OK)
         return status;
-    if (p->blocks % 64 != 0 && (p->live[p->words - 1] & ~word_mask(0, p->blocks % 64)) != 0)
+    if (p->blocks % 64 != 0 && (p->synced[p->words - 1] & ~word_mask(0, p->blocks % 64)) != 0)
         return VREP_E_CORRUPT; /* bits past the end of the disk */
-    memcpy(p->synced, p->live, p->words * 8);
+    for (uint64_t i = 0; i < p->words; i++)
+        p->live[i] |= p->synced[i];
     return VREP_OK;
+}
+
+/* Maps the live bits that a killed process left in this boot, or makes new ones: theirs is no word
+ * that a power loss leaves behind, nor one after a sync failed. */
+static int live_open(struct vrep_presence *p, const char *path, const uint8_t view_id[16],
+                     uint64_t disk_bytes, bool fresh)
+{
+    char name[PATH_MAX];
+    int n = snprintf(name, sizeof name, "%s.live", path);
+    if (n < 0 || (size_t)n >= sizeof name)
+        return VREP_E_INVALID;
+    struct vrep_presence_header due = header_of(p, view_id, disk_bytes);
+    due.magic = VREP_PRESENCE_LIVE_MAGIC;
+    int status = vrep_boot_id(due.boot_id);
+    if (status != VREP_OK)
+        return status;
+    due.checksum = checksum_of(&due);
+    uint64_t bytes = HEADER_BYTES + p->words * 8;
+    status = fresh ? VREP_E_NOT_FOUND : vrep_shared_attach(name, bytes, &p->memory);
+    if (status == VREP_OK && memcmp(p->memory.base, &due, sizeof due) != 0) {
+        vrep_shared_close(&p->memory);
+        status = VREP_E_NOT_FOUND;
+    }
+    if (status == VREP_E_NOT_FOUND || status == VREP_E_CORRUPT) {
+        status = vrep_shared_create(name, bytes, 0600, &p->memory);
+        if (status != VREP_OK)
+            return status;
+        memcpy(p->memory.base, &due, sizeof due);
+        status = vrep_shared_publish(&p->memory, name);
+        if (status != VREP_OK)
+            vrep_shared_discard(&p->memory, name);
+    }
+    if (status != VREP_OK)
+        return status;
+    p->live = (uint64_t *)(void *)((char *)p->memory.base + HEADER_BYTES);
+    if (p->blocks % 64 != 0)
+        p->live[p->words - 1] &= word_mask(0, p->blocks % 64);
+    return VREP_OK;
+}
+
+/* No later process may believe what was not synced. */
+static void live_distrust(struct vrep_presence *p)
+{
+    struct vrep_presence_header *header = p->memory.base;
+    vrep_store_release_u32(&header->distrust, 1);
 }
 
 static int presence_open(struct vrep_disk *disk, const char *path, const uint8_t view_id[16],
@@ -130,15 +188,17 @@ static int presence_open(struct vrep_disk *disk, const char *path, const uint8_t
     p->block_bytes = block_bytes;
     p->blocks = (disk->bytes + block_bytes - 1) / block_bytes;
     p->words = (p->blocks + 63) / 64;
-    p->live = calloc(p->words + 1, 8);
     p->synced = calloc(p->words + 1, 8);
     p->snapshot = calloc(p->words + 1, 8);
     char name[PATH_MAX];
     int n = snprintf(name, sizeof name, "%s.presence", path);
-    if (p->live == NULL || p->synced == NULL || p->snapshot == NULL)
+    if (p->synced == NULL || p->snapshot == NULL)
         return VREP_E_NOMEM;
     if (n < 0 || (size_t)n >= sizeof name)
         return VREP_E_INVALID;
+    int status = live_open(p, path, view_id, disk->bytes, fresh);
+    if (status != VREP_OK)
+        return status;
     p->fd = open(name, O_RDWR | O_CLOEXEC | (fresh ? O_CREAT : 0), 0600);
     struct stat st;
     if (p->fd < 0 || fstat(p->fd, &st) != 0)
@@ -203,6 +263,7 @@ int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_
     if (!fresh && disk->bytes != disk_bytes)
         status = VREP_E_INVALID;
     disk->bytes = disk_bytes;
+    disk->block_bytes = block_bytes; /* what covers less of an absent block waits for its fill */
     if (status == VREP_OK)
         status = presence_open(disk, path, view_id, block_bytes, fresh);
     if (status == VREP_OK && fresh)
@@ -220,7 +281,7 @@ void vrep_overlay_free(struct vrep_disk *disk)
     struct vrep_presence *p = disk->presence;
     if (p->fd >= 0)
         close(p->fd);
-    free(p->live);
+    vrep_shared_close(&p->memory);
     free(p->synced);
     free(p->snapshot);
     pthread_mutex_destroy(&p->lock);
@@ -317,6 +378,8 @@ int vrep_overlay_sync(struct vrep_disk *disk)
             write_words(p, snapshot + i, i, p->words - i < SYNC_WORDS ? p->words - i : SYNC_WORDS);
     if (status == VREP_OK && fdatasync(p->fd) != 0)
         status = vrep_status_from_errno(errno);
+    if (status != VREP_OK)
+        live_distrust(p);
     p->failed = status;
     pthread_mutex_unlock(&p->lock);
     return status;

@@ -197,7 +197,8 @@ FIELDS(vrep_manifest_disk, FIELD(vrep_manifest_disk, name), FIELD(vrep_manifest_
 FIELDS(vrep_presence_header, FIELD(vrep_presence_header, magic),
        FIELD(vrep_presence_header, version), FIELD(vrep_presence_header, block_bytes),
        FIELD(vrep_presence_header, disk_bytes), FIELD(vrep_presence_header, words),
-       FIELD(vrep_presence_header, view_id), FIELD(vrep_presence_header, reserved0),
+       FIELD(vrep_presence_header, view_id), FIELD(vrep_presence_header, boot_id),
+       FIELD(vrep_presence_header, distrust), FIELD(vrep_presence_header, reserved0),
        FIELD(vrep_presence_header, checksum));
 FIELDS(vrep_record_found, FIELD(vrep_record_found, header), FIELD(vrep_record_found, position));
 FIELDS(vrep_piece, FIELD(vrep_piece, index), FIELD(vrep_piece, word), FIELD(vrep_piece, stored),
@@ -309,6 +310,7 @@ const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_MANIFEST_VERSION),
     CONSTANT(VREP_MANIFEST_UNPROTECTED),
     CONSTANT(VREP_PRESENCE_MAGIC),
+    CONSTANT(VREP_PRESENCE_LIVE_MAGIC),
     CONSTANT(VREP_PRESENCE_VERSION),
     CONSTANT(VREP_KIND_WRITE),
     CONSTANT(VREP_KIND_ZEROES),

@@ -671,9 +671,12 @@ VREP_LAYOUT(struct vrep_manifest_disk, 80);
 /* ---- view: presence of a sparse overlay ----------------------------------- */
 
 #define VREP_PRESENCE_MAGIC 0x5345525056000000ull
+#define VREP_PRESENCE_LIVE_MAGIC 0x4556494c56000000ull
 #define VREP_PRESENCE_VERSION 1u
 /* File header (4096 bytes), then one bit per block_bytes of the disk. Bits are
- * set on disk only after the data they stand for were synced. */
+ * set on disk only after the data they stand for were synced. The file of live
+ * bits has the other magic and is mapped: what was written but not synced yet
+ * outlives a killed process, and counts in one boot only. */
 struct vrep_presence_header {
     uint64_t magic;
     uint32_t version;
@@ -681,8 +684,10 @@ struct vrep_presence_header {
     uint64_t disk_bytes;
     uint64_t words;
     uint8_t view_id[16];
-    uint8_t reserved0[4044];
-    uint32_t checksum;
+    uint8_t boot_id[16]; /* live bits: of the host; zero in the durable file */
+    uint32_t distrust;   /* live bits: a sync failed, and only durable bits count */
+    uint8_t reserved0[4024];
+    uint32_t checksum; /* live bits: as if distrust were 0 */
 };
 VREP_LAYOUT(struct vrep_presence_header, 4096);
 
