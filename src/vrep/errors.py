@@ -46,6 +46,12 @@ class InvalidError(UsageError):
     """An argument is not allowed."""
 
 
+class InternalError(VrepError):
+    """A fault of vrep itself, please report it with its traceback."""
+
+    exit_code = 70
+
+
 class NotYetError(VrepError):
     """Not yet: this part is not built in this release."""
 

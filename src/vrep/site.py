@@ -52,6 +52,7 @@ DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
 RING_BYTES_MIN: Final = 1 << 20
 RING_BYTES_MAX: Final = 64 << 30
+RATE_MAX: Final = 1 << 50
 KEY_FILE_BYTES_MAX: Final = 1 << 16
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
@@ -505,6 +506,10 @@ def _check_options(options: GroupOptions) -> None:
     if not RING_BYTES_MIN <= options.ring_bytes <= RING_BYTES_MAX:
         raise errors.InvalidError(
             f"a ring of {options.ring_bytes} bytes: it has {RING_BYTES_MIN} to {RING_BYTES_MAX}"
+        )
+    if not 0 <= options.rate_bytes_per_s <= RATE_MAX:
+        raise errors.InvalidError(
+            f"a rate of {options.rate_bytes_per_s} bytes a second: at most {RATE_MAX}"
         )
     if options.socket_group:
         try:

@@ -181,6 +181,59 @@ def test_a_directory_that_is_no_site_runs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [
+            "protect",
+            "web",
+            "--disk",
+            "a=file:/x",
+            "--to",
+            "b",
+            "--key",
+            "k",
+            "--ring",
+            "9" * 400 + "G",
+        ],
+        ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--rate", "9" * 18],
+        ["site", "invite", "--lifetime", "9" * 400 + "w"],
+        ["site", "invite", "--lifetime", "2y"],
+        ["site", "invite", "--lifetime", "9999w"],
+        ["checkpoint", "web", "\udcff\udcfe"],
+    ],
+    ids=lambda words: ascii(words[-2:]),
+)
+def test_what_has_no_end_is_refused_in_a_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    Site.init(tmp_path / "site", name="a", listen="127.0.0.1:9000")
+    code = cli.run([*arguments, "--dir", str(tmp_path / "site")])
+    out, err = capsys.readouterr()
+    assert (code, out) == (errors.InvalidError.exit_code, "")
+    assert err.count("\n") == 1
+    assert len(err) < 300
+
+
+def test_a_fault_of_its_own_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fault(_site: Site, _group: str) -> None:
+        raise RuntimeError("nobody foresaw this")
+
+    monkeypatch.setattr(Site, "pause", fault)
+    pause = ["pause", "web", "--dir", str(tmp_path)]
+    assert cli.run(pause) == errors.InternalError.exit_code == 70
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("vrep: A fault of vrep itself")
+    assert lines[-1].endswith("RuntimeError: nobody foresaw this")
+    code, answer, error = run_json(capsys, *pause)
+    assert (code, answer) == (70, None)
+    assert error["error"]["type"] == "InternalError"
+    assert "nobody foresaw this" in error["error"]["traceback"]
+
+
 def test_an_error_of_the_system_names_the_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -371,7 +424,9 @@ def test_durations(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1X", "1e3", "K", "1 2"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "1X", "1e3", "K", "1 2", "9" * 400 + "G", "9" * 18 + "w"]
+)
 def test_wrong_sizes_and_durations(text: str) -> None:
     with pytest.raises(errors.InvalidError):
         parse_size(text)

@@ -93,8 +93,16 @@ def test_expiry(tmp_path: Path) -> None:
     clock.now_s += 10 * 24 * 3600
     make(book)
     assert len(list((tmp_path / "invites").iterdir())) == 1
-    with pytest.raises(InvalidError):
-        make(book, 0)
+
+
+@pytest.mark.parametrize("lifetime_s", [0, -1, 366 * 86400 + 1, 9999999 * 604800])
+def test_an_invitation_that_nobody_could_use_is_not_made(tmp_path: Path, lifetime_s: int) -> None:
+    book = InviteBook(tmp_path)
+    with pytest.raises(InvalidError, match="1 second to 366 days"):
+        make(book, lifetime_s)
+    assert book.pending() == 0
+    longest = make(book, 366 * 86400)
+    assert decode_invite(encode_invite(longest)) == longest
 
 
 def test_the_secret_is_not_kept(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 Commands live in the `cli_*` modules, and only the one that holds the command at hand is
 imported: a recovery's time counts from here. They call `vrep.Site` and print what it answers.
 An error becomes one line on standard error (with ``--json`` one JSON object) and the exit code of
-its class in `vrep.errors`; 0 to 9 are verdicts of commands.
+its class in `vrep.errors`; 0 to 9 are verdicts of commands. What nobody foresaw is an
+`InternalError`: its traceback is logged before that line (with ``--json``, in that object).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Final, NoReturn
 
 from vrep.app import cli_quick
 from vrep.app.cli_output import report
-from vrep.errors import VrepError
+from vrep.errors import InternalError, VrepError
 
 INTERRUPTED: Final = 130
 
@@ -44,6 +45,13 @@ def run(arguments: Sequence[str], *, fresh: bool = False) -> int:
         where = f"{error.filename}: " if error.filename else ""
         report(VrepError(f"{where}{error.strerror or error}"), as_json)
         return VrepError.exit_code
+    except Exception as error:  # noqa: BLE001 - the edge: a fault is told, not shown raw
+        import traceback
+
+        name = type(error).__name__
+        fault = InternalError(f"{name}: {error}" if str(error) else name)
+        report(fault, as_json, "".join(traceback.format_exception(error)))
+        return InternalError.exit_code
 
 
 def main() -> NoReturn:

@@ -32,6 +32,8 @@ _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SHIFTS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 _DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+SIZE_MAX: Final = 1 << 50
+DURATION_S_MAX: Final = 100 * 365 * 86400
 
 
 def site_of(directory: Path | None) -> Site:
@@ -44,16 +46,29 @@ def parse_size(text: str) -> int:
     """Bytes of a size like 512, 64K, 1.5G (powers of 1024)."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise InvalidError(f"the size {text!r}: write bytes, or a number and K, M, G or T")
-    return int(float(match[1]) * (1 << _SHIFTS[match[2].upper()]))
+        raise InvalidError(f"the size {_short(text)}: write bytes, or a number and K, M, G or T")
+    size = float(match[1]) * (1 << _SHIFTS[match[2].upper()])
+    if size > SIZE_MAX:  # so many digits that they are infinite, too
+        raise InvalidError(f"the size {_short(text)}: at most {SIZE_MAX >> 40}T")
+    return int(size)
 
 
 def parse_duration(text: str) -> float:
     """Seconds of a time like 90, 30s, 10m, 24h, 7d."""
     match = _DURATION.fullmatch(text.strip())
     if match is None:
-        raise InvalidError(f"the time {text!r}: write seconds, or a number and s, m, h, d or w")
-    return float(match[1]) * _SECONDS[match[2]]
+        raise InvalidError(
+            f"the time {_short(text)}: write seconds, or a number and s, m, h, d or w"
+        )
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if seconds > DURATION_S_MAX:
+        raise InvalidError(f"the time {_short(text)}: at most {DURATION_S_MAX // 86400}d")
+    return seconds
+
+
+def _short(text: str) -> str:
+    """What was given, quoted, and no longer than an error can bear."""
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def not_yet(option: str, given: object, reason: str) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 from vrep.errors import VrepError
 
 
-def report(error: VrepError, as_json: bool) -> None:
-    """The error, on standard error."""
+def report(error: VrepError, as_json: bool, trace: str = "") -> None:
+    """The error, on standard error, behind the traceback of one that nobody foresaw."""
     if as_json:
         shown = {"type": type(error).__name__, "text": str(error), "exit_code": error.exit_code}
+        if trace:
+            shown["traceback"] = trace
         print(json.dumps({"error": shown}), file=sys.stderr)
     else:
-        print(f"vrep: {error}", file=sys.stderr)
+        print(f"{trace}vrep: {error}", file=sys.stderr)
 
 
 def size_text(count: float) -> str:

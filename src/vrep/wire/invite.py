@@ -33,6 +33,7 @@ __all__ = ["Invite", "InviteBook", "InviteError", "decode_invite", "encode_invit
 TOKEN_VERSION = 1
 TOKEN_LETTERS_MAX = 1024
 LIFETIME_S_DEFAULT = 24 * 3600
+LIFETIME_S_MAX = 366 * 24 * 3600
 _MAGIC = b"VRI"
 _CHECK_BYTES = 4
 
@@ -135,8 +136,11 @@ class InviteBook:
     ) -> Invite:
         """A new invitation to the site of that name, address and certificate."""
         parse_address(address)
-        if lifetime_s <= 0:
-            raise InvalidError(f"an invitation lives at least a second, not {lifetime_s}")
+        if not 1 <= lifetime_s <= LIFETIME_S_MAX:
+            raise InvalidError(
+                f"an invitation lives 1 second to {LIFETIME_S_MAX // 86400} days, "
+                f"not {lifetime_s} seconds"
+            )
         self._purge()
         now = self._now()
         invite = Invite(name, address, fingerprint, secrets.token_bytes(16), now + lifetime_s)
