@@ -76,6 +76,8 @@ class TargetConfig(_Section, frozen=True, kw_only=True):
     """bytes of one group that may be on their way or not yet synced"""
     reserve_bytes: Size = 64 << 20
     """space kept back, so that recovery works on a full disk"""
+    source_gone_s: Seconds = 20.0
+    """silence of a source after which a failover needs no --force"""
 
 
 class RecoveryConfig(_Section, frozen=True, kw_only=True):
@@ -87,6 +89,15 @@ class RecoveryConfig(_Section, frozen=True, kw_only=True):
     """of NBD sockets of views"""
     socket_group: str = ""
     """Unix group of NBD sockets of views, by name; empty: of the process"""
+
+
+class StatusConfig(_Section, frozen=True, kw_only=True):
+    """When `vrep status --check` and `vrep_verdict` find that a target is too late."""
+
+    rpo_warning_s: Seconds = 5.0
+    """age of the oldest write not durable at a target from which it is a warning"""
+    rpo_critical_s: Seconds = 30.0
+    """age from which it is critical"""
 
 
 class MetricsConfig(_Section, frozen=True, kw_only=True):
@@ -113,6 +124,7 @@ class Config(_Section, frozen=True, kw_only=True):
     source: SourceConfig = SourceConfig()
     target: TargetConfig = TargetConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    status: StatusConfig = StatusConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
 
@@ -139,4 +151,4 @@ def set_listen(path: Path, listen: str) -> None:
     write_atomic(path, text.encode(), 0o600)
 
 
-__all__ = ["Config", "LogConfig", "load_config", "set_listen"]
+__all__ = ["Config", "LogConfig", "StatusConfig", "load_config", "set_listen"]

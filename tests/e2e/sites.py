@@ -36,6 +36,8 @@ GROUP = "web"
 KEY = "acme"
 WAIT_S = 120.0
 TRIM, WRITE_ZEROES = 4, 6
+GONE_S = 7.0
+"""silence after which the target counts the source as gone"""
 FUA, NO_HOLE, FAST_ZERO = 1, 2, 16
 CHUNK = 1 << 16
 
@@ -187,7 +189,8 @@ class Pair:
         self.a.paths.config.write_text(f"[network]\n{quick}")
         self.b.paths.config.write_text(
             f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
-            f'advertise = "{self.cable.address}"\n[target]\n{target_settings}\n'
+            f'advertise = "{self.cable.address}"\n'
+            f"[target]\nsource_gone_s = {GONE_S}\n{target_settings}\n"
         )
         self.options = self.a.group_options(ring_bytes=ring_bytes, compression=compression)
         self.sizes = dict(disks or {"root": 16 * MIB})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import GROUP, KEY, MIB, WAIT_S, Client, Pair, compare, journal, wait_until
+from sites import GONE_S, GROUP, KEY, MIB, WAIT_S, Client, Pair, compare, journal, wait_until
 
 from vrep import errors
 from vrep._core import layout
@@ -229,6 +229,41 @@ def test_a_full_target_says_so_still_recovers_and_goes_on(
 
 
 # ---- two writers -------------------------------------------------------------------------------
+
+
+def test_a_source_that_is_away_for_a_moment_keeps_its_group(
+    make_pair: Make, rng: random.Random
+) -> None:
+    """Its VM runs on: whatever hides it from the target, a failover makes two writers."""
+    pair = make_pair().up()
+
+    def refused(words: str) -> None:
+        with pytest.raises(errors.SourceAliveError, match=words):
+            pair.b.failover_start(GROUP)
+
+    with writing(pair, rng) as count:
+        wait_until("the client goes on", lambda: count[0] > 50)
+        wait_until("it was told", lambda: pair.stored()["source"]["guest_clients"])
+        refused("serves 1 client.*vrep move")
+        pair.kill("source")
+        refused("1 client.*s more.*--force")
+        pair.start("source")
+        wait_until("it is back", lambda: pair.stored()["source"]["guest_clients"])
+        pair.kill("target")
+        refused("does not run here")
+        pair.start("target")
+        wait_until("it answers", lambda: pair.b.running("target"))
+        refused("--force")
+        wait_until("it is heard", lambda: pair.stored()["source"]["guest_clients"])
+        pair.a.pause(GROUP)
+        wait_until("the pause is told", lambda: pair.stored()["source"]["state"] == "paused")
+        end = time.monotonic() + GONE_S + 1
+        while time.monotonic() < end:
+            refused("paused.*1 client")
+            time.sleep(0.25)
+        pair.a.resume(GROUP)
+    pair.settle()
+    assert [each["state"] for each in pair.stored()["epochs"]] == ["accepted"]
 
 
 def take_over(pair: Pair) -> Any:

@@ -246,7 +246,7 @@ def epochs(lab: Any) -> list[tuple[int, str]]:
 
 def test_a_failover_fences_fills_and_is_kept(lab: Any) -> None:
     lab.close()
-    info = failover.start(lab.paths, "web", "noon")
+    info = failover.start(lab.paths, "web", "noon", force=True)
     assert (info.kind, info.state, info.epoch) == ("failover", "serving", 2)
     assert epochs(lab) == [(1, "accepted"), (2, "provisional")]
     with pytest.raises(errors.StateError, match="not a test"):
@@ -281,7 +281,7 @@ def test_a_failover_fences_fills_and_is_kept(lab: Any) -> None:
 
 def test_a_failover_that_is_rolled_back_gives_the_group_back(lab: Any) -> None:
     lab.close()
-    info = failover.start(lab.paths, "web", "noon")
+    info = failover.start(lab.paths, "web", "noon", force=True)
     with lab_module.Nbd(info.socket, "root") as nbd:
         nbd.write(0, b"gone" * 100)
     failover.rollback(lab.paths, "web")
@@ -331,9 +331,9 @@ def test_a_failover_that_is_cut_off_goes_on(
         "serving": lambda: cut(view.ViewDirectory, "change", 2),
     }[step]()
     with pytest.raises(Cut):
-        failover.start(lab.paths, "web", "noon")
+        failover.start(lab.paths, "web", "noon", force=True)
     monkeypatch.undo()
-    info = failover.start(lab.paths, "web", "noon")
+    info = failover.start(lab.paths, "web", "noon", force=True)
     assert info.running
     assert info.state == "serving"
     assert epochs(lab) == [(1, "accepted"), (2, "provisional")]
@@ -342,7 +342,7 @@ def test_a_failover_that_is_cut_off_goes_on(
     assert read_all(info) == lab.at(position_of(info.point))
     lab.close()
     with pytest.raises(errors.StateError, match="under way"):
-        failover.start(lab.paths, "web", "pos:1/0/5")
+        failover.start(lab.paths, "web", "pos:1/0/5", force=True)
     failover.rollback(lab.paths, "web")
     assert epochs(lab)[1:] == [(2, "abandoned"), (3, "accepted")]
 
@@ -352,7 +352,7 @@ def test_a_rollback_that_is_cut_off_goes_on(
     lab: Any, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     lab.close()
-    failover.start(lab.paths, "web")
+    failover.start(lab.paths, "web", force=True)
     owner, name = {"end": (failover, "end_process"), "roll_back": (EpochDoor, "roll_back")}[step]
     real = getattr(owner, name)
 
@@ -371,19 +371,75 @@ def test_a_rollback_that_is_cut_off_goes_on(
     assert view.list_views(lab.paths) == []
 
 
+class Heard:
+    """What the target says of the source, one answer after the other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: dict[str, Any]) -> None:
+        self.left = list(answers)
+        real = EpochDoor.state
+        monkeypatch.setattr(
+            EpochDoor, "state", lambda door: {**real(door), "source": {**HEARD, **self.next()}}
+        )
+        monkeypatch.setattr(failover, "REPORT_WAIT_S", 0.2)
+
+    def next(self) -> dict[str, Any]:
+        return self.left.pop(0) if len(self.left) > 1 else self.left[0]
+
+
+HEARD: dict[str, Any] = {
+    "connected": True,
+    "site": "a",
+    "silent_s": 0.3,
+    "gone_in_s": 19.7,
+    "guest_clients": 1,
+    "seen_ns": 1,
+    "state": "replicating",
+}
+AWAY = {"connected": False}
+
+
+@pytest.mark.parametrize(
+    ("heard", "words"),
+    [
+        ({}, "serves 1 client.*vrep move.*--force"),
+        ({"guest_clients": 0}, "does not say whether"),  # no report after the question
+        ({"guest_clients": None}, "does not say whether"),
+        (AWAY, "1 client.*20 s more.*--force"),
+        ({**AWAY, "guest_clients": 0}, "20 s more"),  # a VM may have started since
+        ({**AWAY, "guest_clients": None, "state": "paused"}, "paused.*20 s more"),
+        ({**AWAY, "site": "", "silent_s": None}, "just started.*20 s more"),
+        ({**AWAY, "gone_in_s": None}, "does not run here"),
+    ],
+)
 def test_a_failover_is_refused_while_the_source_lives(
-    lab: Any, monkeypatch: pytest.MonkeyPatch
+    lab: Any, monkeypatch: pytest.MonkeyPatch, heard: dict[str, Any], words: str
 ) -> None:
+    """Also when nobody can know."""
     lab.close()
-    alive = {"connected": True, "guest_clients": 1, "seen_ns": 0, "state": "replicating"}
-    real = EpochDoor.state
-    monkeypatch.setattr(EpochDoor, "state", lambda self: {**real(self), "source": alive})
-    with pytest.raises(errors.SourceAliveError, match="vrep move"):
+    Heard(monkeypatch, heard)
+    with pytest.raises(errors.SourceAliveError, match=words):
         failover.start(lab.paths, "web")
     assert epochs(lab) == [(1, "accepted")]
     assert view.list_views(lab.paths) == []
     info = failover.start(lab.paths, "web", force=True)
     assert info.epoch == 2
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        # its VM is shut down, and it says so after the question
+        [{"guest_clients": 0}, {"guest_clients": 0}, {"guest_clients": 0, "seen_ns": 2}],
+        # it was silent for long, whatever it said last
+        [{**AWAY, "gone_in_s": 0}],
+    ],
+)
+def test_a_failover_needs_no_force_when_nothing_runs(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, answers: list[dict[str, Any]]
+) -> None:
+    lab.close()
+    Heard(monkeypatch, *answers)
+    assert failover.start(lab.paths, "web").epoch == 2
 
 
 def test_latest_is_decided_when_the_old_writer_is_shut_out(
@@ -403,7 +459,7 @@ def test_latest_is_decided_when_the_old_writer_is_shut_out(
         return real(self, **kwargs)
 
     monkeypatch.setattr(EpochDoor, "raise_epoch", raise_late)
-    info = failover.start(lab.paths, "web")
+    info = failover.start(lab.paths, "web", force=True)
     assert info.point == f"pos:{late[0]}"
     lab.open()
     assert read_all(info) == lab.at(late[0])
@@ -427,7 +483,7 @@ def test_latest_falls_back_when_a_gap_begins_in_that_moment(
         return seen[-1]
 
     monkeypatch.setattr(EpochDoor, "raise_epoch", raise_late)
-    info = failover.start(lab.paths, "web")
+    info = failover.start(lab.paths, "web", force=True)
     assert info.point == f"pos:1/0/{before}"
     assert epochs(lab)[-1] == (info.epoch, EpochState.PROVISIONAL.name.lower())
 
@@ -436,7 +492,7 @@ def test_a_failover_needs_its_key_before_it_fences_anybody(lab: Any) -> None:
     lab.close()
     (lab.root / "keys" / "acme.key").unlink()
     with pytest.raises(errors.TenantKeyError, match=lab.tenant.key_id):
-        failover.start(lab.paths, "web")
+        failover.start(lab.paths, "web", force=True)
     assert epochs(lab) == [(1, "accepted")]
     assert view.list_views(lab.paths) == []
 

@@ -161,6 +161,8 @@ class Pair:
 
     def set_up(self) -> None:
         self.east.vrep("site", "init", "--name", "east", "--listen", f"127.0.0.1:{self.port}")
+        with (self.east.root / "config.toml").open("a") as file:
+            file.write("[target]\nsource_gone_s = 5.0\n")
         self.west.vrep("site", "init", "--name", "west")
         config = self.west.root / "config.toml"
         self.metrics_port = free_port()
@@ -283,7 +285,16 @@ def test_a_failover_serves_the_disk_and_fences_the_old_source(pair: Pair) -> Non
     assert refused.value.code == 27
 
     pair.west.kill()
-    view = pair.east.vrep("failover", "start", "web")
+    with pytest.raises(CommandError) as refused:  # it may only be cut off
+        pair.east.vrep("failover", "start", "web")
+    assert refused.value.code == 27
+    assert "--force" in refused.value.error["text"]
+    views: list[Any] = []
+    wait_for(
+        lambda: views.append(pair.east.vrep("failover", "start", "web")) or views,
+        "the source was silent for long",
+    )
+    [view] = views
     served = view["disks"][0]["uri"]
     assert digest(content(served, pair.base / "view.raw")) == digest(expected)
     io(served, "write -P 0x42 0 1M", "flush")

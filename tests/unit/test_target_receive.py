@@ -31,6 +31,7 @@ from vrep.wire.transport import FrameTransport, PeerRefusedError
 
 WAIT_S = 30.0
 CHANNEL = 1
+GONE_S = 0.5
 
 
 def load(path: Path) -> ModuleType:
@@ -71,7 +72,7 @@ class World:
         self.transports: list[FrameTransport] = []
         self.config = Config(
             network=NetworkConfig(listen="127.0.0.1:0"),
-            target=TargetConfig(commit_s=0.004, reserve_bytes=0),
+            target=TargetConfig(commit_s=0.004, reserve_bytes=0, source_gone_s=GONE_S),
         )
         self.target = Target(self.paths, self.config)
         self.target.start()
@@ -703,3 +704,88 @@ def test_nothing_of_an_ended_epoch_is_written_when_there_is_room_again(
         time.sleep(0.02)
     assert world.status()["received_seq"] == world.status()["durable_seq"] == 2
     assert records.seqs(content(world)) == [1, 2]
+
+
+# ---- signs of life -----------------------------------------------------------------------
+
+
+def source_of(world: World) -> dict[str, Any]:
+    return dict(world.door.state()["source"])
+
+
+def wait_gone(world: World) -> None:
+    """Until the source was silent for long; never before it was."""
+    began = time.monotonic()
+    while source_of(world)["gone_in_s"]:
+        assert time.monotonic() - began < WAIT_S
+        time.sleep(0.01)
+
+
+def guest(client: Client, clients: int) -> None:
+    """A report, and a record behind it that shows when it has arrived."""
+    client.transport.send(
+        m.Status(time_ns=time.time_ns(), state="replicating", values={"clients": clients}), CHANNEL
+    )
+    client.send(client.feed.writes(1))
+    client.wait(client.feed.seq)
+
+
+def test_a_source_that_was_cut_off_is_not_gone_at_once(world: World) -> None:
+    client = Client(world).start()
+    guest(client, 1)
+    client.transport.stream.close()
+    while world.control.call("sessions"):
+        time.sleep(0.005)
+    cut = source_of(world)
+    assert (cut["connected"], cut["guest_clients"]) == (False, 1)
+    assert 0 < cut["gone_in_s"] <= GONE_S
+    wait_gone(world)
+    assert source_of(world)["silent_s"] >= GONE_S
+
+
+def test_a_target_that_has_just_started_knows_of_no_source(world: World) -> None:
+    Client(world).start()
+    wait_gone_since = time.monotonic()
+    world.restart()
+    fresh = source_of(world)
+    assert fresh["gone_in_s"] > 0
+    assert (fresh["guest_clients"], fresh["silent_s"]) == (None, None)
+    wait_gone(world)
+    assert time.monotonic() - wait_gone_since >= GONE_S
+    world.target.close()
+    assert source_of(world)["gone_in_s"] is None  # nobody listens
+
+
+def test_a_source_that_tries_or_reports_is_heard(world: World) -> None:
+    client = Client(world).start()
+    guest(client, 2)
+    world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    wait_gone(world)
+    with pytest.raises(RefusedByTarget, match="fenced"):
+        Client(world, feed=records.Feed(seq=1)).open()
+    refused = source_of(world)
+    assert refused["gone_in_s"] > 0
+    assert refused["guest_clients"] == 2  # what it said last
+    wait_gone(world)
+    paused = {"group_id": GROUP.hex(), "state": "paused", "clients": 3}
+    link = world.connect("a")
+    assert link.ask("group.report", paused) == {}
+    heard = source_of(world)
+    assert heard["gone_in_s"] > 0
+    assert (heard["state"], heard["guest_clients"]) == ("paused", 3)
+    link.ask("group.report", {**paused, "clients": None})
+    assert source_of(world)["guest_clients"] is None
+    with pytest.raises(PeerRefusedError, match="invalid"):
+        link.ask("group.report", {**paused, "state": "replicating"})
+
+
+def test_a_site_that_never_wrote_the_group_does_not_count(world: World) -> None:
+    Client(world).start().transport.close()
+    wait_gone(world)
+    with pytest.raises(RefusedByTarget, match="not-allowed"):
+        Client(world, name="c").open()
+    with pytest.raises(PeerRefusedError, match="fenced"):
+        world.connect("c").ask(
+            "group.report", {"group_id": GROUP.hex(), "state": "paused", "clients": 1}
+        )
+    assert source_of(world)["gone_in_s"] == 0

@@ -14,8 +14,10 @@ from the last position that was durable, and the view is deleted with what was w
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -72,27 +74,58 @@ class _Failover:
         return None
 
 
-def _guest_clients(failover: _Failover) -> int:
-    """Clients that a connected source serves, 0 when it is not connected.
+def _require_no_writer(failover: _Failover) -> None:
+    """SourceAliveError unless the source's VM is known not to run, or the source was silent for
+    so long that it counts as gone. Every doubt refuses: two writers cannot be undone.
 
-    A source reports once a second: "none" counts only when it was said after the question, so
-    that a VM which has just started is not overlooked.
+    A source reports once a second: "no client" counts only when it was said after the question,
+    so that a VM which has just started is not overlooked.
     """
-    first = failover.door.state()["source"]
-    source = first
+    first = source = failover.door.state()["source"]
     deadline = time.monotonic() + REPORT_WAIT_S
-    while source["connected"] and not int(source["guest_clients"]):
-        if source["seen_ns"] != first["seen_ns"] or time.monotonic() > deadline:
-            return 0
+    while source["gone_in_s"] != 0:
+        clients = source["guest_clients"]
+        if clients == 0 and source["connected"] and source["seen_ns"] != first["seen_ns"]:
+            return
+        if clients or not source["connected"] or time.monotonic() > deadline:
+            raise errors.SourceAliveError(_why_alive(failover.held.name, source))
         time.sleep(0.05)
         source = failover.door.state()["source"]
-    return int(source["guest_clients"]) if source["connected"] else 0
+
+
+def _why_alive(name: str, source: Mapping[str, Any]) -> str:
+    """What is known of a source that may live, and what to do."""
+    clients = source["guest_clients"]
+    if source["gone_in_s"] is None:
+        return (
+            "the target process does not run here, so nobody hears whether the source of "
+            f"{name!r} lives: start 'vrep run' and try again, or --force if you know that it is "
+            "gone"
+        )
+    if source["connected"]:
+        serves = f"serves {clients} client(s)" if clients else "does not say whether its VM runs"
+        return (
+            f"the source of {name!r} is connected and {serves}: shut the VM down first "
+            "('vrep move' will, it is not built yet), or --force"
+        )
+    heard = "has just started, so the source may be there"
+    if source["silent_s"] is not None:
+        state = f" ({source['state']})" if source["state"] in ("paused", "fenced") else ""
+        heard = f"heard the source{state} {source['silent_s']:.1f} s ago"
+        if clients is not None:
+            heard += f", with {clients} client(s) at its disks"
+    return (
+        f"the VM of {name!r} may run: this target {heard}. Once it was silent for "
+        f"{math.ceil(source['gone_in_s'])} s more the source counts as gone: try again then, or "
+        "--force if you know that it is. If it lives, shut its VM down first ('vrep move' will, "
+        "it is not built yet)"
+    )
 
 
 def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
     """Take a group over at a point, or go on with a failover that was cut off.
 
-    SourceAliveError while the source can be reached and its VM runs, unless `force`.
+    SourceAliveError while the source's VM runs or may run, unless `force`.
     """
     failover = _Failover(paths, group)
     paths.make_run()
@@ -143,12 +176,7 @@ def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
             f"({current.state.name.lower()})"
         )
     if not force:
-        clients = _guest_clients(failover)
-        if clients:
-            raise errors.SourceAliveError(
-                f"the source of {held.name!r} is connected and serves {clients} client(s): shut "
-                "the VM down first ('vrep move' will, it is not built yet), or --force"
-            )
+        _require_no_writer(failover)
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
     with StoreReader(paths.store, held.group_id) as reader:
         record = record_of(paths, held, reader, at, "failover", access)

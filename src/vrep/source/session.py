@@ -144,6 +144,7 @@ class GroupSession:
                 definition = self._groups.load(self.name)
                 self.view.paused = definition.paused
                 if definition.paused:
+                    self._report_paused(definition)
                     self._nudge.wait(FENCED_RETRY_S)
                     continue
                 self.view.attempts += 1
@@ -203,11 +204,40 @@ class GroupSession:
             try:
                 if self._wants_end():
                     return
-                opened = self._open(transport, hold, definition)
+                try:
+                    opened = self._open(transport, hold, definition)
+                except FencedError:
+                    self._report_idle(transport, definition, "fenced")
+                    raise
                 definition = self._adopt_epoch(definition, opened.epoch)
                 self._replicate(transport, hold, definition, data_key, opened)
             finally:
                 self._transport = None
+
+    def _report_paused(self, definition: GroupDefinition) -> None:
+        try:
+            peer = self._peers.get(definition.to_site)
+            with self._connect(
+                self._identity, peer, timeouts=self._timeouts, clock=self._clock
+            ) as transport:
+                self._report_idle(transport, definition, "paused")
+        except (VrepError, OSError) as error:
+            log.debug("the target was not told", group=self.name, error=str(error))
+
+    def _report_idle(
+        self, transport: FrameTransport, definition: GroupDefinition, state: str
+    ) -> None:
+        """Tell the target, which gets no records, that this site lives and how many clients
+        use its disks: it refuses a failover by that, or shows that two VMs run."""
+        try:
+            clients = int(self._filter.call("status", group=self.name)["clients"])
+        except VrepError:
+            clients = None
+        params = {"group_id": definition.group_id, "state": state, "clients": clients}
+        try:
+            transport.ask("group.report", params)
+        except VrepError as error:
+            log.debug("the target was not told", group=self.name, error=str(error))
 
     def _open_key(self, definition: GroupDefinition) -> DataKey:
         tenant = self._keys.get(definition.key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -44,6 +45,15 @@ log = structlog.get_logger("vrep.target")
 def _room(_channel: int, length: int) -> memoryview:
     """Memory for received records; not cleared first."""
     return np.empty(length, np.uint8).data
+
+
+def _report_of(params: Mapping[str, Any]) -> m.Status:
+    """What a source that sends nothing says of itself; InvalidError for anything else."""
+    state, clients = str(params["state"]), params.get("clients")
+    if state not in ("paused", "fenced"):
+        raise InvalidError(f"a source that sends nothing is not {state[:32]!r}")
+    values = {} if clients is None else {"clients": int(clients)}
+    return m.Status(time_ns=time.time_ns(), state=state, values=values)
 
 
 class Target:
@@ -145,7 +155,11 @@ class Target:
             host = self._hosts.get(group_id)
             if host is None:
                 host = self._hosts[group_id] = GroupHost(
-                    self._paths.store, group_id, self._options, self._config.target.window_bytes
+                    self._paths.store,
+                    group_id,
+                    self._options,
+                    self._config.target.window_bytes,
+                    gone_s=self._config.target.source_gone_s,
                 )
             return host
 
@@ -264,14 +278,23 @@ class Target:
 
     def _ask(self, transport: FrameTransport, request: m.Request) -> Any:
         assert transport.peer is not None
-        if request.method != "group.delete":
-            raise NotFoundError(f"no method {request.method!r}")
+        site_id = bytes.fromhex(transport.peer.site_id)
+        match request.method:
+            case "group.report":
+                status = _report_of(request.params)
+                self._of(request.params).report(site_id, transport.name, status)
+            case "group.delete":
+                self._delete(transport, request, site_id)
+            case method:
+                raise NotFoundError(f"no method {method!r}")
+        return {}
+
+    def _delete(self, transport: FrameTransport, request: m.Request, site_id: bytes) -> None:
         host = self._of(request.params)
-        host.delete(bytes.fromhex(transport.peer.site_id))
+        host.delete(site_id)
         with self._lock:
             self._hosts.pop(host.group_id, None)
         log.warning("a group was deleted", group_id=host.group_id.hex(), peer=transport.name)
-        return {}
 
     # ---- control -----------------------------------------------------------------------
 

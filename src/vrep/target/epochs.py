@@ -180,12 +180,21 @@ class EpochDoor:
 
 
 def epoch_state(store: GroupStore) -> dict[str, Any]:
-    """Epochs and positions of a store, and no source."""
+    """Epochs and positions of a store. Of the source nothing is known: without a target process
+    nobody hears it."""
     manifest = store.manifest
     return {
         "epochs": [plain(entry) for entry in manifest.epochs],
         "current": manifest.current_epoch.epoch,
         "received": list(store.received),
         "durable": list(store.durable),
-        "source": {"connected": False, "guest_clients": 0, "seen_ns": 0, "state": ""},
+        "source": {
+            "connected": False,
+            "site": "",
+            "silent_s": None,
+            "gone_in_s": None,
+            "guest_clients": None,
+            "seen_ns": 0,
+            "state": "",
+        },
     }

@@ -12,6 +12,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,8 +45,11 @@ WINDOW_BYTES_MIN: Final = 40 << 20
 """a whole record of the largest kind must fit"""
 FULL_DRAIN_S: Final = 1.0
 REOPEN_S: Final = 5.0
-ALIVE_S: Final = 10.0
-"""a source that said something so lately counts as reachable"""
+CONNECTED_S: Final = 10.0
+"""a session whose source said something so lately counts as connected"""
+GONE_S: Final = 20.0
+"""silence after which a source is gone: longer than its pauses between two attempts after a
+short cut, and than its process needs to come back"""
 
 log = logging.getLogger("vrep.target")
 
@@ -58,6 +62,17 @@ class RefusedError(PeerError):
         self.message = m.Refused(code=code, text=text[:4096], epoch=epoch)
 
 
+@dataclass(frozen=True)
+class Sign:
+    """The last sign of life of the site whose VM writes the group, or wrote it."""
+
+    seen_s: float
+    site_id: bytes = b""
+    site: str = ""
+    status: m.Status | None = None
+    """what it said of itself, if it said anything"""
+
+
 class GroupHost:
     """One group at this target. Every change of it holds its lock; records do not."""
 
@@ -68,6 +83,8 @@ class GroupHost:
         options: StoreOptions,
         window_bytes: int,
         open_store: Callable[..., GroupStore] = GroupStore.open,
+        *,
+        gone_s: float = GONE_S,
     ) -> None:
         self.group_id = group_id
         self.error: VrepError | None = None
@@ -78,8 +95,10 @@ class GroupHost:
         self._open_store = open_store
         self._store: GroupStore | None = None
         self._session: Session | None = None
-        self._last_status: m.Status | None = None
-        self._last_seen_s = -1e9
+        self._gone_s = gone_s
+        # Who was there before this process started cannot be known: it may be there still.
+        self._since_s = time.monotonic()
+        self._sign = Sign(float("-inf"))
         self._retry_s = 0.0
         self._closed = False
         self._lock = threading.RLock()
@@ -143,6 +162,7 @@ class GroupHost:
             manifest = store.manifest
             assert transport.peer is not None
             site_id = bytes.fromhex(transport.peer.site_id)
+            self._heard(store, site_id, transport.peer.name)
             newest = message.lanes[0].newest_seq
             verdict = judge(manifest, message.epoch, newest, site_id)
             if verdict.code is not None:
@@ -240,7 +260,7 @@ class GroupHost:
     def _end_session(self, message: m.Message | None) -> None:
         session, self._session = self._session, None
         if session is not None:
-            self._last_status, self._last_seen_s = session.status, session.seen_s
+            self._sign = self._sign_of(session)
             session.end(message)
 
     def drop_session(self, session: Session) -> None:
@@ -305,20 +325,47 @@ class GroupHost:
             raise NotFoundError(f"no store of group {self.group_id.hex()}")
         return store
 
+    # ---- signs of life ---------------------------------------------------------------
+
+    def _heard(
+        self, store: GroupStore, site_id: bytes, site: str, status: m.Status | None = None
+    ) -> bool:
+        """A site said something; whether it is one whose VM may use the group's disks. What it
+        said of its VM counts until it says otherwise."""
+        if all(entry.writer != site_id for entry in store.epochs):
+            return False
+        last = self._sign
+        if status is None and last.site_id == site_id:
+            status = last.status
+        self._sign = Sign(time.monotonic(), site_id, site, status)
+        return True
+
+    def report(self, site_id: bytes, site: str, status: m.Status) -> None:
+        """A source that sends nothing, since it is paused or fenced, says how its VM is."""
+        with self._lock:
+            if not self._heard(self.require(), site_id, site, status):
+                raise FencedError("only a site that wrote the group may report on it")
+
+    def _sign_of(self, session: Session) -> Sign:
+        return Sign(session.seen_s, session.epoch.writer, session.site, session.status)
+
     # ---- what is known ---------------------------------------------------------------
 
     def source(self) -> dict[str, Any]:
-        """How the source is, as far as this site can know."""
+        """How the source is, as far as this site can know. `guest_clients` is None when it did
+        not say; `gone_in_s` is how long it must stay silent to count as gone."""
         session = self._session
-        status = session.status if session is not None else self._last_status
-        seen_s = session.seen_s if session is not None else self._last_seen_s
-        silent_s = time.monotonic() - seen_s
+        sign = self._sign if session is None else self._sign_of(session)
+        status, now = sign.status, time.monotonic()
+        silent_s = now - sign.seen_s
         connected = session is not None and not session.ended
+        gone_in_s = self._gone_s - (now - max(sign.seen_s, self._since_s))
         return {
-            "connected": connected and silent_s < ALIVE_S,
-            "site": session.site if session is not None else "",
-            "silent_s": round(silent_s, 3) if seen_s > 0 else None,
-            "guest_clients": status.values.get("clients", 0) if status else 0,
+            "connected": connected and silent_s < CONNECTED_S,
+            "site": sign.site,
+            "silent_s": round(silent_s, 3) if sign.site else None,
+            "gone_in_s": round(max(0.0, gone_in_s), 3),
+            "guest_clients": status.values.get("clients") if status else None,
             "seen_ns": status.time_ns if status else 0,
             "state": status.state if status else "",
             "values": dict(status.values) if status else {},
