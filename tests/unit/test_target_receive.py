@@ -16,7 +16,14 @@ import pytest
 
 from vrep._core import layout
 from vrep.control import ControlClient
-from vrep.errors import CorruptError, LockedError, NotFoundError, VrepError
+from vrep.errors import (
+    CorruptError,
+    LockedError,
+    NotFoundError,
+    StateError,
+    UnreachableError,
+    VrepError,
+)
 from vrep.keys import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config, NetworkConfig, TargetConfig
@@ -476,6 +483,72 @@ def test_a_committed_failover_stays(world: World) -> None:
     world.restart()
     with pytest.raises(RefusedByTarget, match="fenced"):
         Client(world, feed=records.Feed(seq=2)).open()
+
+
+def dies_before_it_answers(world: World, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """The target does what `method` asks for, and ends before it answers."""
+    real = ControlClient.call
+
+    def call(self: ControlClient, name: str, **params: Any) -> Any:
+        answer = real(self, name, **params)
+        if name == method:
+            monkeypatch.undo()
+            world.target.close()
+            raise UnreachableError("closed the connection")
+        return answer
+
+    monkeypatch.setattr(ControlClient, "call", call)
+
+
+@pytest.mark.parametrize("parent", [None, Position(1, 0, 3)])
+def test_a_target_that_dies_in_a_failover_raises_one_epoch(
+    world: World, monkeypatch: pytest.MonkeyPatch, parent: Position | None
+) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(5))
+    client.wait(5)
+    ours = bytes.fromhex(world.b.site_id)
+    dies_before_it_answers(world, monkeypatch, "epoch_raise")
+    raised = world.door.raise_epoch(writer=ours, parent=parent)
+    assert (raised.epoch, raised.parent) == (2, parent or Position(1, 0, 5))
+    assert world.door.raise_epoch(writer=ours, parent=parent) == raised
+    with pytest.raises(StateError, match="not decided"):
+        world.door.raise_epoch(writer=ours, parent=Position(1, 0, 1))
+    world.restart()
+    dies_before_it_answers(world, monkeypatch, "epoch_roll_back")
+    back = world.door.roll_back(raised.epoch)
+    assert (back.epoch, back.writer.hex()) == (3, world.sources["a"].site_id)
+    assert world.door.roll_back(raised.epoch) == back
+    assert [e["state"] for e in world.door.state()["epochs"]] == [
+        "accepted",
+        "abandoned",
+        "accepted",
+    ]
+    world.restart()
+    opened = Client(world, feed=records.Feed(seq=5)).open()
+    assert (opened.epoch.counter, opened.lanes[0].durable.seq) == (3, 5)
+
+
+def test_a_rollback_never_gives_the_group_to_who_gives_it_up(world: World) -> None:
+    """Stores that an earlier release left with two provisional epochs are repaired by it."""
+    client = Client(world).start()
+    client.send(client.feed.writes(4))
+    client.wait(4)
+    world.target.close()
+    with GroupStore.open(world.paths.store, GROUP) as store:
+        for _ in range(2):
+            newest = store.add_epoch(
+                writer=bytes.fromhex(world.b.site_id),
+                parent=Position(1, 0, 4),
+                state=EpochState.PROVISIONAL,
+            )
+        back = store.roll_back_epoch(newest.epoch)
+        assert (back.epoch, back.writer.hex()) == (4, world.sources["a"].site_id)
+        assert back.parent == Position(1, 0, 4)
+        states = [entry.state.name.lower() for entry in store.epochs]
+    assert states == ["accepted", "abandoned", "abandoned", "accepted"]
+    world.restart()
+    assert Client(world, feed=records.Feed(seq=4)).open().epoch.counter == 4
 
 
 def test_epochs_change_without_a_target_process(world: World) -> None:

@@ -121,7 +121,8 @@ class EpochDoor:
         self._group_id = group_id
 
     def _call(self, method: str, **params: Any) -> dict[str, Any] | None:
-        """The target's answer; None when it does not run."""
+        """The target's answer; None when it does not run, or ended before it answered: it may
+        have done what it was asked for, so whatever changes an epoch can be asked twice."""
         try:
             answer = self._client.call(method, group_id=self._group_id.hex(), **params)
         except UnreachableError:
@@ -158,9 +159,7 @@ class EpochDoor:
         if answer is not None:
             return entry_of(answer)
         with self._store() as store:
-            return store.add_epoch(
-                writer=writer, parent=store.durable if parent is None else parent, state=state
-            )
+            return store.raise_epoch(writer=writer, parent=parent, state=state)
 
     def accept(self, epoch: int) -> EpochEntry:
         """Commit a provisional epoch."""

@@ -280,9 +280,7 @@ class GroupHost:
                 self._session.mute()
             try:
                 self._drain_for_failover(store)
-                entry = store.add_epoch(
-                    writer=writer, parent=store.durable if parent is None else parent, state=state
-                )
+                entry = store.raise_epoch(writer=writer, parent=parent, state=state)
             except VrepError:
                 self._end_session(m.Bye(reason="an epoch could not be raised"))
                 raise

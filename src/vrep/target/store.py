@@ -87,6 +87,18 @@ def store_path(directory: Path, group_id: bytes) -> Path:
     return Path(directory) / group_id.hex()
 
 
+def _without_trailing(epochs: Sequence[EpochEntry], writer: bytes) -> tuple[EpochEntry, ...]:
+    """Epochs, with those provisional ones of a writer abandoned behind which nothing stands."""
+    kept = list(epochs)
+    for at in reversed(range(len(kept))):
+        entry = kept[at]
+        if entry.state is EpochState.PROVISIONAL and entry.writer == writer:
+            kept[at] = replace(entry, state=EpochState.ABANDONED)
+        elif entry.state is not EpochState.ABANDONED:
+            break
+    return tuple(kept)
+
+
 @dataclass(frozen=True)
 class StoreOptions:
     """Settings of a store."""
@@ -599,6 +611,24 @@ class GroupStore:
             self._lease.publish(epochs=(*manifest.epochs, entry))
             return entry
 
+    def raise_epoch(
+        self, *, writer: bytes, parent: Position | None, state: EpochState
+    ) -> EpochEntry:
+        """`add_epoch`, at the last durable position without a parent; once, however often it is
+        asked for: who did not hear the answer asks again. A writer has one provisional epoch at
+        a time, so StateError when it stands at another parent."""
+        with self._lease.lock:
+            current = self.manifest.current_epoch
+            if current.state is EpochState.PROVISIONAL and current.writer == writer:
+                if parent not in (None, current.parent) or state is not EpochState.PROVISIONAL:
+                    raise StateError(
+                        f"epoch {current.epoch} at {current.parent} is not decided yet: accept it "
+                        "or roll it back first"
+                    )
+                return current
+            where = self.durable if parent is None else parent
+            return self.add_epoch(writer=writer, parent=where, state=state)
+
     def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
         """Change how an epoch stands, durably."""
         with self._lease.lock:
@@ -621,18 +651,19 @@ class GroupStore:
 
     def roll_back_epoch(self, epoch: int) -> EpochEntry:
         """Abandon a provisional epoch and, in the same step, give the group back to the writer
-        before it: an accepted epoch that goes on behind all that this writer has here."""
+        before it: an accepted epoch that goes on behind all that this writer has here. Nothing
+        happens when that was done already. Provisional epochs of the same writer below it are
+        abandoned with it: the group never goes back to the one who gives it up."""
         with self._lease.lock:
             manifest = self.manifest
-            given_up = manifest.epoch(epoch)
-            if given_up is not manifest.current_epoch:
+            given_up, current = manifest.epoch(epoch), manifest.current_epoch
+            if given_up.state is EpochState.ABANDONED and current.epoch == epoch + 1:
+                return current
+            if given_up is not current:
                 raise StateError(f"epoch {epoch} is not the current one")
             if given_up.state is not EpochState.PROVISIONAL:
                 raise StateError(f"epoch {epoch} was committed")
-            epochs = tuple(
-                replace(e, state=EpochState.ABANDONED) if e.epoch == epoch else e
-                for e in manifest.epochs
-            )
+            epochs = _without_trailing(manifest.epochs, given_up.writer)
             before = replace(manifest, epochs=epochs).current_epoch
             own = self.durable.epoch == before.epoch
             entry = EpochEntry(
