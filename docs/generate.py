@@ -33,8 +33,9 @@ M, G, T (powers of 1024); times seconds, or a number with s, m, h, d, w.
 CONFIG_HEAD = """\
 # Settings
 
-`config.toml` in a site's directory, read when `vrep run` starts. Every setting has the default
-below; an unknown one is an error. Sizes are bytes, rates bytes a second, times seconds.
+`config.toml` in a site's directory, read when `vrep run` starts, and by the commands that a
+setting concerns. Every setting has the default below; an unknown one is an error. Sizes are
+bytes, rates bytes a second, times seconds.
 """
 
 

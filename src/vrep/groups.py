@@ -7,6 +7,7 @@ wrapped by the tenant's key.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,13 +106,22 @@ class GroupDirectory:
             data = path.read_bytes()
         except FileNotFoundError:
             raise errors.NotFoundError(f"no group {name!r} is protected here") from None
+        except OSError as error:
+            raise errors.StorageError(f"{path}: {error.strerror or error}") from None
         try:
             definition = msgspec.json.decode(data, type=GroupDefinition)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeError) as error:
             raise errors.CorruptError(f"{path}: {error}") from None
         if definition.version != VERSION:
             raise errors.VersionError(f"{path} has version {definition.version}, not {VERSION}")
         return definition
+
+    def readable(self) -> Iterator[GroupDefinition]:
+        """Every group whose definition can be read. One that cannot stops nothing that
+        concerns the others: it stands in the status, and is not served."""
+        for name in self.names():
+            with contextlib.suppress(errors.VrepError):
+                yield self.load(name)
 
     def store(self, definition: GroupDefinition) -> None:
         path = self.path(definition.name)

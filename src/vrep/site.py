@@ -150,7 +150,7 @@ class Site:
     def remove_peer(self, name: str) -> Peer:
         """Stop trusting a site. Refused while a group is protected to it."""
         peer = self.peers.get(name)
-        users = [g for g in self.groups.names() if self.groups.load(g).to_site == peer.site_id]
+        users = [g.name for g in self.groups.readable() if g.to_site == peer.site_id]
         if users:
             raise errors.BusyError(
                 f"{', '.join(users)} replicate to {peer.name!r}: unprotect them first"
@@ -187,11 +187,9 @@ class Site:
         identity, peer = self.identity, self.peers.get(to)
         if group in set(self.groups.names()):
             raise errors.ExistsError(f"group {group!r} is protected already")
-        known = {
-            disk.uri: other
-            for other in self.groups.names()
-            for disk in self.groups.load(other).disks
-        }
+        # The disks of a group that cannot be read are not known; whoever has them open holds
+        # their locks.
+        known = {disk.uri: g.name for g in self.groups.readable() for disk in g.disks}
         definitions = []
         for index, (name, uri) in enumerate(disks.items()):
             disk = _examine(index, check_name(name, "disk"), uri)
@@ -241,14 +239,17 @@ class Site:
     def unprotect(self, group: str, *, delete_history: bool = False) -> None:
         """Stop replicating a group and forget it here; its disks stay as they are. With
         `delete_history` the target deletes what it holds as well; that needs the target."""
-        definition = self.groups.load(group)
+        # Only what the target is asked for is in the definition: a group whose definition cannot
+        # be read can be forgotten all the same.
+        if group not in set(self.groups.names()):
+            raise errors.NotFoundError(f"no group {group!r} is protected here")
         clients = self._clients(group)
         if clients:
             raise errors.BusyError(
                 f"{clients} client(s) use {group!r}: move the VM back to its disks first"
             )
         if delete_history:
-            self._delete_history(definition)
+            self._delete_history(self.groups.load(group))
         directory = self.groups.path(group)
         (directory / "group.json").unlink()
         self._tell("source", "reload")
@@ -312,6 +313,13 @@ class Site:
         from vrep.status import collect
 
         return collect(self, group)
+
+    def verdict(self, status: Mapping[str, Any]) -> tuple[int, list[str]]:
+        """What `vrep status --check` makes of a status: 0 well, 1 warning, 2 critical, and why.
+        The limits of the RPO are those of the settings."""
+        from vrep.status import verdict
+
+        return verdict(status, self.config.status)
 
     # ---- recovery, at the site that holds the history ------------------------------
 

@@ -1,7 +1,8 @@
 """What a site knows of its groups, in one shape for people, scripts and metrics.
 
 A group is `protected` here (this site is its source) or `stored` here (its target), and has one
-`state` of `STATES` and any number of `conditions`. Times are milliseconds, sizes bytes.
+`state` of `STATES` and any number of `conditions`. Times are milliseconds, sizes bytes. What is
+wrong with one group, or with one process, is said of that one: the others are reported.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition
+from vrep.settings import StatusConfig
 
 if TYPE_CHECKING:
     from vrep.site import Site
@@ -30,16 +32,19 @@ STATES: Final = (
     "error",
 )
 CRITICAL_STATES: Final = frozenset({"offline", "unverified", "failed-over", "error"})
+HARMLESS: Final = frozenset({"testing"})
+"""conditions that are no reason for a warning"""
 WELL: Final = 0
 WARNING: Final = 1
 CRITICAL: Final = 2
 
 
 def _ask(site: Site, role: str, method: str = "status") -> dict[str, Any] | None:
-    """A process's answer; None when it does not run."""
+    """A process's answer; None when it does not run, or hangs: the others are asked all the
+    same."""
     try:
         answer = ControlClient(site.paths.socket(role), timeout=5.0).call(method)
-    except errors.UnreachableError:
+    except (errors.UnreachableError, errors.TimeLimitError):
         return None
     assert isinstance(answer, dict)
     return answer
@@ -62,24 +67,96 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
     }
     names = {peer.site_id: peer.name for peer in site.peers.list()}
     for name in site.groups.names():
-        if group in (None, name):
+        if group not in (None, name):
+            continue
+        filtered = None if filters is None else filters.get(name, {"error": "not served yet"})
+        try:
             definition = site.groups.load(name)
-            answer["groups"][name] = _protected(
-                definition,
-                names.get(definition.to_site, definition.to_site),
-                None if filters is None else filters.get(name, {"error": "not served yet"}),
-                None if sources is None else sources.get(name),
-                now_ns,
-            )
-    stored = (targets or {}).get("groups", {})
-    for key, store in stored.items():
+        except errors.NotFoundError:
+            continue  # unprotected since the listing
+        except errors.VrepError as error:
+            answer["groups"][name] = _unreadable(error, filtered)
+            continue
+        answer["groups"][name] = _protected(
+            definition,
+            names.get(definition.to_site, definition.to_site),
+            filtered,
+            None if sources is None else sources.get(name),
+            now_ns,
+        )
+    views = _views(site)
+    for key, store in (_held(site) if targets is None else targets["groups"]).items():
         name = str(store.get("name", key))
         if group in (None, name, key):
             shown = name if name not in answer["groups"] else key
-            answer["groups"][shown] = {"role": "target", **store}
+            conditions = sorted({*store["conditions"], *views.get(key, ())})
+            answer["groups"][shown] = {"role": "target", **store, "conditions": conditions}
     if group is not None and not answer["groups"]:
         raise errors.NotFoundError(f"no group {group!r} is protected or stored here")
     return answer
+
+
+def _held(site: Site) -> dict[str, dict[str, Any]]:
+    """Groups whose history is held here while no target process runs, by their ids."""
+    if not site.paths.store.is_dir():
+        return {}
+    from vrep.recovery.held import held_groups
+
+    found: dict[str, dict[str, Any]] = {}
+    for group_id, held in held_groups(site.paths):
+        common = {"group_id": group_id.hex(), "conditions": ["target-down"]}
+        if isinstance(held, errors.VrepError):
+            found[group_id.hex()] = {**common, "state": "error", "error": str(held)}
+            continue
+        disks = [{"name": d.name, "size": d.bytes, "index": d.index} for d in held.manifest.disks]
+        found[group_id.hex()] = {
+            **common,
+            "name": held.name,
+            "state": "offline",
+            "error": "",
+            "disks": disks,
+        }
+    return found
+
+
+def _views(site: Site) -> dict[str, set[str]]:
+    """What recovered disks mean for their groups, by the groups' ids: `testing` while a test is
+    served, `view-down` while one that should be served is not."""
+    if not site.paths.views.is_dir():
+        return {}
+    from vrep.recovery.view import view_directories
+
+    found: dict[str, set[str]] = {}
+    for view in view_directories(site.paths):
+        try:
+            record = view.load()
+        except errors.VrepError:
+            continue  # it ended since the listing, or cannot be read: `test list` says so
+        if record.state not in ("serving", "committed"):
+            continue
+        # Asked, not judged by its lock: to try that could keep a view from starting.
+        if not ControlClient(view.control).alive():
+            found.setdefault(record.group_id, set()).add("view-down")
+        elif record.kind == "test":
+            found.setdefault(record.group_id, set()).add("testing")
+    return found
+
+
+def _unreadable(error: errors.VrepError, filtered: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A group of which nothing is known but what is wrong with its definition. Its disks may be
+    served all the same, as they were."""
+    return {
+        "role": "source",
+        "state": "error",
+        "conditions": ["unreadable"],
+        "error": str(error),
+        "group_id": "",
+        "clients": int(filtered.get("clients", 0)) if filtered else 0,
+        "unverified": "",
+        "targets": [],
+        "disks": [],
+        "filter": None,
+    }
 
 
 def _protected(
@@ -101,7 +178,8 @@ def _protected(
         conditions.append("source-down")
     else:
         conditions.extend(str(c) for c in session["conditions"])
-        error = error or str(session["error"])
+        if not definition.paused:  # what ended the session then was the wish to pause
+            error = error or str(session["error"])
     if definition.fenced:
         conditions.append("fenced")
     if "tenant key" in error:
@@ -175,8 +253,9 @@ def _state(
     return "replicating"
 
 
-def verdict(status: Mapping[str, Any]) -> tuple[int, list[str]]:
+def verdict(status: Mapping[str, Any], limits: StatusConfig | None = None) -> tuple[int, list[str]]:
     """For `vrep status --check`: 0 well, 1 warning, 2 critical, and why."""
+    limits = limits or StatusConfig()
     worst, reasons = WELL, []
     for role, runs in status["roles"].items():
         needed = role == "target" or any(g["role"] == "source" for g in status["groups"].values())
@@ -184,17 +263,40 @@ def verdict(status: Mapping[str, Any]) -> tuple[int, list[str]]:
             worst = CRITICAL
             reasons.append(f"the {role} process does not run")
     for name, group in status["groups"].items():
-        state = str(group["state"])
-        level = WELL if state == "replicating" else WARNING
-        if state in CRITICAL_STATES or "target-full" in group["conditions"]:
-            level = CRITICAL
-        elif group["conditions"]:
-            level = WARNING
-        if level != WELL:
-            also = f" ({', '.join(group['conditions'])})" if group["conditions"] else ""
-            reasons.append(f"{name}: {state}{also}")
+        level = _level(group)
+        also = f" ({', '.join(group['conditions'])})" if group["conditions"] else ""
+        words = [f"{group['state']}{also}"] if level != WELL else []
+        for target in group.get("targets", ()):
+            late = _late(group, target, limits)
+            if late != WELL:
+                age = f"{target['rpo_ms'] / 1000:.1f} s"
+                words.append(
+                    f"the oldest write that is not durable at {target['site']} is {age} old"
+                )
+            level = max(level, late)
+        if words:
+            reasons.append(f"{name}: {'; '.join(words)}")
         worst = max(worst, level)
     return worst, reasons
+
+
+def _level(group: Mapping[str, Any]) -> int:
+    """How bad a group's state and conditions are."""
+    if group["state"] in CRITICAL_STATES or "target-full" in group["conditions"]:
+        return CRITICAL
+    if group["state"] != "replicating" or not HARMLESS.issuperset(group["conditions"]):
+        return WARNING
+    return WELL
+
+
+def _late(group: Mapping[str, Any], target: Mapping[str, Any], limits: StatusConfig) -> int:
+    """How bad a target's RPO is, whatever the state: a session that stands proves nothing about
+    what is durable. A first sync has nothing to lose yet."""
+    if group["state"] == "initial-sync":
+        return WELL
+    if target["rpo_ms"] >= limits.rpo_critical_s * 1000:
+        return CRITICAL
+    return WARNING if target["rpo_ms"] >= limits.rpo_warning_s * 1000 else WELL
 
 
 __all__ = ["CRITICAL", "STATES", "WARNING", "WELL", "collect", "verdict"]

@@ -43,6 +43,8 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
             *("-",) * 4,
             f"to pos:{group['durable']}" if "durable" in group else "-",
         )
+    if not group["targets"]:  # its definition cannot be read
+        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-")
     target = group["targets"][0]
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
@@ -112,9 +114,7 @@ def status(
     if not check:
         emit(answer, as_json, lambda: text_of(answer))
         return
-    from vrep.status import verdict
-
-    code, reasons = verdict(answer)
+    code, reasons = site.verdict(answer)
     word = ("well", "warning", "critical")[code]
     if as_json:
         print_json({"verdict": word, "exit_code": code, "reasons": reasons, "status": answer})

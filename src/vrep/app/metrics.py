@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from vrep import errors
+from vrep.settings import StatusConfig
 from vrep.status import STATES, collect, verdict
 from vrep.wire.address import parse_address
 
@@ -65,12 +66,14 @@ METRICS: Final = (
 Sample = tuple[str, tuple[str, ...], float]
 
 
-def samples(site_name: str, status: Mapping[str, Any]) -> Iterator[Sample]:
+def samples(
+    site_name: str, status: Mapping[str, Any], limits: StatusConfig | None = None
+) -> Iterator[Sample]:
     """Every value of a status as (metric, label values, value)."""
     yield "vrep_up", (site_name,), 1
     for role, runs in status["roles"].items():
         yield "vrep_role_up", (role,), float(runs)
-    yield "vrep_verdict", (), verdict(status)[0]
+    yield "vrep_verdict", (), verdict(status, limits)[0]
     for name, group in status["groups"].items():
         for state in STATES:
             yield "vrep_group_state", (name, group["role"], state), float(group["state"] == state)
@@ -115,11 +118,12 @@ class SiteCollector(Collector):
 
     def __init__(self, site: Site) -> None:
         self._site = site
+        self._limits = site.config.status
 
     def collect(self) -> Iterable[Metric]:
         name = self._site.identity.name
         try:
-            found = list(samples(name, collect(self._site)))
+            found = list(samples(name, collect(self._site), self._limits))
         except errors.VrepError:
             found = [("vrep_up", (name,), 0)]
         families = {definition.name: _family(definition) for definition in METRICS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -40,15 +41,15 @@ def _ids(store: Path) -> list[bytes]:
     return sorted(bytes.fromhex(e.name) for e in store.iterdir() if _ID.fullmatch(e.name))
 
 
-def held_groups(paths: SitePaths) -> list[HeldGroup]:
-    """Every group that can be read; damaged ones are left to whoever names them."""
-    found = []
+def held_groups(paths: SitePaths) -> Iterator[tuple[bytes, HeldGroup | IntegrityError]]:
+    """Every group by its id, as its newest manifest has it, or what is wrong with that."""
     for group_id in _ids(paths.store):
         try:
-            found.append(_load(paths.store, group_id))
-        except (IntegrityError, NotFoundError):
-            continue
-    return found
+            yield group_id, _load(paths.store, group_id)
+        except IntegrityError as error:
+            yield group_id, error
+        except NotFoundError:
+            continue  # deleted since the listing, or never begun
 
 
 def find_group(paths: SitePaths, text: str) -> HeldGroup:
@@ -58,16 +59,11 @@ def find_group(paths: SitePaths, text: str) -> HeldGroup:
         if group_id in _ids(paths.store):
             return _load(paths.store, group_id)
     damaged: list[IntegrityError] = []
-    matches = []
-    for group_id in _ids(paths.store):
-        try:
-            group = _load(paths.store, group_id)
-        except NotFoundError:
-            continue
-        except IntegrityError as error:
-            damaged.append(error)
-            continue
-        if group.name == text:
+    matches: list[HeldGroup] = []
+    for _, group in held_groups(paths):
+        if isinstance(group, IntegrityError):
+            damaged.append(group)
+        elif group.name == text:
             matches.append(group)
     if len(matches) > 1:
         ids = ", ".join(group.hex for group in matches)

@@ -1,0 +1,287 @@
+"""Status: every group is reported, whatever is wrong with another, and the verdict is honest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.app.cli_status import text_of
+from vrep.app.metrics import SiteCollector, samples
+from vrep.control import ControlServer
+from vrep.errors import NotFoundError
+from vrep.groups import DiskDefinition, GroupDefinition
+from vrep.recovery.view import RecordedDisk, ViewDirectory, ViewRecord
+from vrep.settings import StatusConfig
+from vrep.site import Site
+from vrep.status import CRITICAL, WARNING, WELL, verdict
+from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
+from vrep.target.store import GroupStore, StoreOptions, StoreSpec
+
+EAST = "11" * 16
+STORED = bytes.fromhex("33" * 16)
+FILTERED: dict[str, Any] = {
+    "head": 9, "durable": 9, "oldest_ns": 0, "ring_bytes": 100, "ring_free_bytes": 100,
+    "dirty_bytes": 0, "unshipped_bytes": 0, "total_bytes": 4096, "gap": False, "gap_seq": 0,
+    "unverified": "", "flush_failed": False, "clients": 1,
+}  # fmt: skip
+SESSION: dict[str, Any] = {
+    "connected": True, "conditions": [], "error": "", "received_seq": 9, "bytes_sent": 1,
+    "records_sent": 1, "round_trip_s": None,
+}  # fmt: skip
+
+
+class Rig:
+    """A site, and processes of it that say what the test wants."""
+
+    def __init__(self, root: Path, stack: contextlib.ExitStack) -> None:
+        self.site = Site.init(root, name="west")
+        self._stack = stack
+
+    def add(self, name: str, **changes: Any) -> Path:
+        """Protect a group; its definition's file."""
+        self.site.groups.store(
+            GroupDefinition(
+                version=1,
+                group_id=name.encode().ljust(16, b".").hex(),
+                name=name,
+                disks=(DiskDefinition("root", f"file:/{name}.raw", 4096, 0),),
+                to_site=EAST,
+                key="acme",
+                tenant_key_id="",
+                epoch=1,
+                epoch_id="22" * 16,
+                wrapped_keys=(),
+                created=0.0,
+                **changes,
+            )
+        )
+        return self.site.groups.path(name) / "group.json"
+
+    def serve(self, role: str, answer: Callable[[], Mapping[str, Any]]) -> ControlServer:
+        run = self.site.paths.make_run()
+        server = ControlServer(run / f"{role}.sock", {"status": lambda _params: answer()})
+        return self._stack.enter_context(server)
+
+    def run(self, groups: Mapping[str, Any], sessions: Mapping[str, Any]) -> None:
+        """All three roles."""
+        self.serve("filter", lambda: groups)
+        self.serve("source", lambda: sessions)
+        self.serve("target", lambda: {"groups": {}})
+
+    def store(self, name: str) -> None:
+        """Hold the history of a group."""
+        epoch = EpochEntry(1, EpochState.ACCEPTED, b"e" * 16, b"w" * 16, Position(), 1)
+        spec = StoreSpec(name, [DiskEntry("root", 4096, 0)], epoch)
+        options = StoreOptions(reserve_bytes=0)
+        GroupStore.open(self.site.paths.store, STORED, create=spec, options=options).close()
+
+    def view(self, view_id: str, *, kind: str, serve: bool, state: str = "serving") -> None:
+        """A recovered disk of the group that is held."""
+        view = ViewDirectory(self.site.paths, view_id)
+        view.create(
+            ViewRecord(
+                version=1,
+                id=view_id,
+                kind=kind,
+                group_id=STORED.hex(),
+                group="mail",
+                asked="latest",
+                point=(1, 0, 1),
+                wall_ns=0,
+                ancestry=[],
+                disks=[RecordedDisk("root", 4096, 0)],
+                created_ns=0,
+                state=state,
+            )
+        )
+        if serve:
+            self.serve(f"view-{view_id}", dict)
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with contextlib.ExitStack() as stack:
+        yield Rig(tmp_path / "site", stack)
+
+
+def spoil(definition: Path) -> None:
+    raw = json.loads(definition.read_bytes())
+    raw["epoch"] = "one"
+    definition.write_text(json.dumps(raw))
+
+
+# ---- what is wrong with one group ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"version": 1}', None], ids=ascii)
+def test_a_group_that_cannot_be_read_hides_no_other(rig: Rig, content: bytes | None) -> None:
+    rig.add("good")
+    bad = rig.add("bad")
+    if content is None:
+        spoil(bad)
+    else:
+        bad.write_bytes(content)
+    # The filter goes on serving what it had opened.
+    rig.run({"good": FILTERED, "bad": FILTERED}, {"good": SESSION, "bad": SESSION})
+    status = rig.site.status()
+    assert status["groups"]["good"]["state"] == "replicating"
+    assert status["groups"]["bad"]["state"] == "error"
+    assert status["groups"]["bad"]["conditions"] == ["unreadable"]
+    assert str(bad) in status["groups"]["bad"]["error"]
+    assert list(rig.site.status("good")["groups"]) == ["good"]
+    code, reasons = rig.site.verdict(status)
+    assert (code, reasons) == (CRITICAL, ["bad: error (unreadable)"])
+    assert f"bad: Stored or received bytes are damaged: {bad}" in text_of(status)
+    states = {key[0] for key in values(rig.site, "vrep_group_state")}
+    assert states == {"good", "bad"}
+
+
+def values(site: Site, metric: str) -> dict[tuple[str, ...], float]:
+    found = samples("west", site.status())
+    assert list(SiteCollector(site).collect())
+    return {labels: value for name, labels, value in found if name == metric}
+
+
+def test_a_group_that_cannot_be_read_stops_nothing(rig: Rig, tmp_path: Path) -> None:
+    site = rig.site
+    site.key_create("acme")
+    east = Site.init(tmp_path / "east", name="east").identity
+    peer = site.peers.check(
+        name="east",
+        site_id=east.site_id,
+        certificate=east.certificate_pem,
+        address="",
+        joined=site.keys.list()[0].created,
+    )
+    site.peers.add(peer)
+    rig.add("bad").write_text("{")
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(4096))
+    uris = {"root": f"file:{disk}"}
+    site.protect("web", uris, to="east", key="acme", accept_key_loss=True)
+    site.unprotect("web")
+    site.remove_peer("east")
+    # It can be got rid of; only what needs its definition cannot be done.
+    with pytest.raises(Exception, match=r"group\.json"):
+        site.unprotect("bad", delete_history=True)
+    site.unprotect("bad")
+    assert site.status()["groups"] == {}
+    with pytest.raises(NotFoundError, match="'bad'"):
+        site.unprotect("bad")
+
+
+def test_the_error_with_which_a_session_paused_is_none(rig: Rig) -> None:
+    ended = {**SESSION, "connected": False, "error": "The connection was lost: closed here"}
+    rig.add("web", paused=True)
+    rig.add("mail")
+    rig.run({"web": FILTERED, "mail": FILTERED}, {"web": ended, "mail": ended})
+    groups = rig.site.status()["groups"]
+    assert (groups["web"]["state"], groups["web"]["error"]) == ("paused", "")
+    assert groups["mail"]["error"] == ended["error"]
+
+
+# ---- what is held here -----------------------------------------------------------------------
+
+
+def test_what_is_held_is_shown_while_the_target_is_down(rig: Rig) -> None:
+    rig.store("mail")
+    for named in ("mail", STORED.hex()):
+        groups = rig.site.status(named)["groups"]
+        assert list(groups) == ["mail"]
+        assert groups["mail"]["state"] == "offline"
+        assert groups["mail"]["conditions"] == ["target-down"]
+        assert groups["mail"]["disks"] == [{"name": "root", "size": 4096, "index": 0}]
+    assert "offline (held here)" in text_of(rig.site.status())
+    assert values(rig.site, "vrep_group_condition") == {("mail", "target-down"): 1}
+    with pytest.raises(NotFoundError):
+        rig.site.status("web")
+    for manifest in (rig.site.paths.store / STORED.hex()).glob("manifest-*"):
+        manifest.write_bytes(b"x" * manifest.stat().st_size)
+    damaged = rig.site.status()["groups"][STORED.hex()]
+    assert damaged["state"] == "error"
+    assert damaged["error"]
+
+
+def test_tests_and_views_that_are_down_are_conditions(rig: Rig) -> None:
+    rig.store("mail")
+
+    def conditions() -> list[str]:
+        group = rig.site.status("mail")["groups"]["mail"]
+        assert "vrep_group_condition" in {name for name, _, _ in samples("w", rig.site.status())}
+        return [c for c in group["conditions"] if c != "target-down"]
+
+    assert conditions() == []
+    rig.view("a1", kind="test", serve=True)
+    assert conditions() == ["testing"]
+    rig.view("a2", kind="failover", serve=True, state="committed")
+    assert conditions() == ["testing"]
+    rig.view("a3", kind="test", serve=False, state="starting")
+    rig.view("a4", kind="failover", serve=False, state="rolling-back")
+    assert conditions() == ["testing"]
+    rig.view("a5", kind="failover", serve=False, state="committed")
+    assert conditions() == ["testing", "view-down"]
+
+
+# ---- the verdict -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("age_s", "expected"),
+    [(0, WELL), (4, WELL), (6, WARNING), (29, WARNING), (31, CRITICAL), (9999, CRITICAL)],
+)
+def test_the_verdict_knows_how_old_what_is_not_durable_is(
+    rig: Rig, age_s: int, expected: int
+) -> None:
+    oldest_ns = time.time_ns() - age_s * 1_000_000_000 if age_s else 0
+    rig.add("web")
+    rig.run({"web": {**FILTERED, "head": 10, "oldest_ns": oldest_ns}}, {"web": SESSION})
+    status = rig.site.status()
+    assert status["groups"]["web"]["state"] == "replicating"  # a session that stands is not enough
+    code, reasons = rig.site.verdict(status)
+    assert code == expected
+    assert [EAST in reason for reason in reasons] == ([True] if expected else [])
+    gauges = SiteCollector(rig.site).collect()
+    assert [m.samples[0].value for m in gauges if m.name == "vrep_verdict"] == [expected]
+
+
+def test_the_limits_are_settings(rig: Rig) -> None:
+    rig.add("web")
+    oldest_ns = time.time_ns() - 10 * 1_000_000_000
+    rig.run({"web": {**FILTERED, "oldest_ns": oldest_ns}}, {"web": SESSION})
+    for text, expected in (
+        ("rpo_warning_s = 60", WELL),
+        ("rpo_warning_s = 1", WARNING),
+        ("rpo_warning_s = 1\nrpo_critical_s = 2", CRITICAL),
+    ):
+        rig.site.paths.config.write_text(f"[status]\n{text}\n")
+        assert rig.site.verdict(rig.site.status())[0] == expected
+
+
+def status_of(state: str, conditions: list[str], rpo_ms: int) -> dict[str, Any]:
+    target = {"site": "east", "rpo_ms": rpo_ms}
+    group = {"role": "source", "state": state, "conditions": conditions, "targets": [target]}
+    roles = {"filter": True, "source": True, "target": True}
+    return {"roles": roles, "groups": {"web": group}}
+
+
+@pytest.mark.parametrize(
+    ("state", "conditions", "rpo_ms", "expected"),
+    [
+        ("replicating", ["testing"], 0, WELL),
+        ("replicating", ["view-down"], 0, WARNING),
+        ("replicating", ["target-full"], 0, CRITICAL),
+        ("initial-sync", [], 10**7, WARNING),  # there is nothing to lose yet
+        ("resync", [], 10, WARNING),
+        ("resync", [], 10**7, CRITICAL),
+        ("paused", [], 10**7, CRITICAL),
+        ("offline", [], 0, CRITICAL),
+    ],
+)
+def test_verdicts(state: str, conditions: list[str], rpo_ms: int, expected: int) -> None:
+    assert verdict(status_of(state, conditions, rpo_ms), StatusConfig())[0] == expected
