@@ -8,9 +8,12 @@ wrapped by the tenant's key.
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -84,6 +87,17 @@ def check_name(name: str, what: str = "group") -> str:
     return name
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file; it is let go when the process ends, however it does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 class GroupDirectory:
     """The groups of a site, as files."""
 
@@ -123,9 +137,29 @@ class GroupDirectory:
             with contextlib.suppress(errors.VrepError):
                 yield self.load(name)
 
+    def update(self, name: str, **changes: Any) -> GroupDefinition:
+        """Change fields of a definition. Commands and the source's process do so at the same
+        time: a lock makes reading and writing one step."""
+        path = self.path(name)
+        try:
+            with _locked(path / "group.lock"):
+                before = self.load(name)
+                definition = msgspec.structs.replace(before, **changes)
+                if definition != before:
+                    self._write(definition)
+                return definition
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"no group {name!r} is protected here") from None
+        except OSError as error:
+            raise errors.StorageError(f"{path}: {error.strerror or error}") from None
+
     def store(self, definition: GroupDefinition) -> None:
+        """Write a new definition; `update` changes one."""
+        make_private_directory(self.path(definition.name))
+        self._write(definition)
+
+    def _write(self, definition: GroupDefinition) -> None:
         path = self.path(definition.name)
-        make_private_directory(path)
         text = msgspec.json.format(msgspec.json.encode(definition), indent=2)
         write_atomic(path / "group.json", text + b"\n", mode=0o600)
 

@@ -267,20 +267,33 @@ class Site:
         self._change(group, paused=False)
 
     def resync(self, group: str) -> None:
-        """Copy every block again, as if the target held nothing that can be trusted."""
+        """Copy every block again, as if the target held nothing that can be trusted; at the
+        group's rate, and once it is resumed if it is paused."""
         self.groups.load(group)
-        self._filter().call("resync", group=group, allowed=True, bytes_per_s=0, all=True)
+        self._filter().call("resync", group=group, all=True)
 
-    def checkpoint(self, group: str, label: str) -> dict[str, Any]:
-        """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every
-        write that was acknowledged before."""
+    def wait_replicating(
+        self,
+        group: str,
+        *,
+        timeout_s: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Until a first sync or resync has ended, and every write is shipped in its order.
+        `progress` hears the bytes of the sync, so far and in all."""
+        from vrep.waits import replicating
+
+        self.wait_served(group)
+        replicating(self, group, timeout_s, progress)
+
+    def checkpoint(self, group: str, label: str, *, wait_s: float = 0.0) -> dict[str, Any]:
+        """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every write
+        that was acknowledged before, and whether it is "durable" at the target, which it must
+        be before it can be recovered. With `wait_s` it is, or `TimeLimitError` is raised."""
         from vrep.recovery.point import check_label
+        from vrep.waits import checkpoint
 
-        check_label(label)
-        self.groups.load(group)
-        result = self._filter().call("mark", group=group, label=label)
-        assert isinstance(result, dict)
-        return result
+        return checkpoint(self, group, check_label(label), wait_s)
 
     def nbd_uri(self, group: str, disk: str | None = None) -> str:
         """Where a VM finds a disk of a protected group (default: the first)."""
@@ -459,7 +472,7 @@ class Site:
         raise errors.TimeLimitError(f"the filter still serves {group!r}")
 
     def _change(self, group: str, **changes: Any) -> None:
-        self.groups.store(msgspec.structs.replace(self.groups.load(group), **changes))
+        self.groups.update(group, **changes)
         self._tell("source", "reload", group=group)
 
     def _delete_history(self, definition: GroupDefinition) -> None:

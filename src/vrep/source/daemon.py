@@ -77,7 +77,10 @@ class Source:
             if self._stopping.is_set():
                 return
             gone = [self._sessions.pop(name) for name in set(self._sessions) - names]
-            for name in sorted(names - set(self._sessions)):
+            dead = {name for name, session in self._sessions.items() if not session.alive}
+            for name in sorted(dead):
+                log.error("session is begun again", group=name)
+            for name in sorted((names - set(self._sessions)) | dead):
                 self._sessions[name] = self._begin(name)
         for session in gone:
             session.stop()

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
 import numpy as np
 import structlog
 
@@ -134,7 +133,22 @@ class GroupSession:
 
     # ---- the loop ------------------------------------------------------------
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs; what ended it stands in the log."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
+        try:
+            self._loop()
+        except BaseException:
+            log.exception("session ended", group=self.name)
+            raise
+        finally:
+            self.view.connected = False
+            self._drop_hold()
+
+    def _loop(self) -> None:
         backoff = BACKOFF_FIRST_S
         while not self._stopping.is_set():
             self._nudge.clear()
@@ -151,7 +165,7 @@ class GroupSession:
                 self._attempt(definition)
                 wait_s = BACKOFF_FIRST_S
             except FencedError as error:
-                self._set_fenced(True, str(error))
+                self._note_fenced(error)
                 wait_s = FENCED_RETRY_S
             except (VrepError, OSError) as error:
                 self._failed(error)
@@ -160,11 +174,11 @@ class GroupSession:
                 self._failed(error)
             finally:
                 self.view.connected = False
+                self.view.conditions = []  # of the target, which says nothing now
                 self._drop_hold_unless_alive()
             backoff = BACKOFF_FIRST_S if self._replicated else min(backoff * 2, BACKOFF_MAX_S)
             if not self._stopping.is_set():
                 self._nudge.wait(wait_s)
-        self._drop_hold()
 
     def _failed(self, error: BaseException) -> None:
         text = str(error) or type(error).__name__
@@ -176,9 +190,14 @@ class GroupSession:
         if fenced != self.view.fenced:
             log.warning("fenced" if fenced else "no longer fenced", group=self.name, reason=text)
         self.view.fenced, self.view.error = fenced, text if fenced else ""
-        definition = self._groups.load(self.name)
-        if definition.fenced != fenced:
-            self._groups.store(msgspec.structs.replace(definition, fenced=fenced))
+        self._groups.update(self.name, fenced=fenced)
+
+    def _note_fenced(self, error: FencedError) -> None:
+        """It is refused whether or not that can be written down; the next refusal tries again."""
+        try:
+            self._set_fenced(True, str(error))
+        except VrepError as failed:
+            log.warning("not recorded that it is fenced", group=self.name, error=str(failed))
 
     def _drop_hold_unless_alive(self) -> None:
         if self._hold is not None and not self._hold.alive():
@@ -293,7 +312,6 @@ class GroupSession:
     def _adopt_epoch(self, definition: GroupDefinition, epoch: m.EpochInfo) -> GroupDefinition:
         """Take over the epoch that the target gave back to this writer after a rollback."""
         self._set_fenced(False, "the target accepts this writer")
-        definition = self._groups.load(self.name)
         if (epoch.counter, epoch.id.hex()) == (definition.epoch, definition.epoch_id):
             return definition
         if epoch.counter < definition.epoch:
@@ -301,15 +319,14 @@ class GroupSession:
                 f"the target accepts epoch {epoch.counter}, older than {definition.epoch}"
             )
         parent = epoch.parent
-        definition = msgspec.structs.replace(
-            definition,
+        definition = self._groups.update(
+            self.name,
             epoch=epoch.counter,
             epoch_id=epoch.id.hex(),
             parent=ParentPosition(parent.epoch, parent.lane, parent.seq)
             if parent
             else ParentPosition(),
         )
-        self._groups.store(definition)
         log.info("new epoch", group=self.name, epoch=epoch.counter)
         return definition
 

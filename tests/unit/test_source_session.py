@@ -1,0 +1,160 @@
+"""The source's session of a group: what ends an attempt never ends the session."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.control import ControlClient
+from vrep.errors import FencedError, NotFoundError, StorageError
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory
+from vrep.keys.identity import SiteIdentity
+from vrep.keys.tenant import TenantKeyring
+from vrep.paths import SitePaths
+from vrep.source import daemon, session
+from vrep.source.session import GroupSession
+from vrep.wire.peers import PeerRegistry
+
+WAIT_S = 20.0
+
+
+def definition(**changes: Any) -> GroupDefinition:
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "group_id": "11" * 16,
+        "name": "web",
+        "disks": (DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
+        "to_site": "22" * 16,
+        "key": "acme",
+        "tenant_key_id": "k",
+        "epoch": 1,
+        "epoch_id": "33" * 16,
+        "wrapped_keys": (),
+        "created": 0.0,
+    }
+    return GroupDefinition(**{**fields, **changes})
+
+
+@pytest.fixture
+def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SitePaths:
+    paths = SitePaths(tmp_path / "a")
+    SiteIdentity.create(paths.root, "a")
+    GroupDirectory(paths.root).store(definition())
+    for name in ("BACKOFF_FIRST_S", "BACKOFF_MAX_S", "FENCED_RETRY_S"):
+        monkeypatch.setattr(session, name, 0.005)
+    return paths
+
+
+def make_session(paths: SitePaths) -> GroupSession:
+    return GroupSession(
+        "web",
+        GroupDirectory(paths.root),
+        SiteIdentity.load(paths.root),
+        PeerRegistry(paths.root),
+        TenantKeyring(paths.root),
+        ControlClient(paths.socket("filter")),
+    )
+
+
+def wait(test: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not test():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_disk_that_takes_nothing_does_not_end_a_fenced_session(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GroupSession, "_attempt", raising(FencedError("epoch 2 took over")))
+    one = make_session(paths)
+    groups = GroupDirectory(paths.root)
+    with monkeypatch.context() as full:
+        full.setattr("vrep.groups.write_atomic", raising(OSError(28, "No space left on device")))
+        one.start()
+        wait(lambda: one.view.attempts > 3)
+        assert one.alive
+        assert one.view.fenced
+        assert "took over" in one.view.error
+        assert not groups.load("web").fenced
+    wait(lambda: groups.load("web").fenced)  # there is room again
+    one.stop()
+    assert not one.alive
+
+
+def test_what_the_target_said_does_not_outlive_its_connection(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def attempt(self: GroupSession, _definition: GroupDefinition) -> None:
+        if ended.is_set():
+            raise StorageError("no connection")
+        self.view.connected, self.view.conditions = True, ["target-full"]
+        ended.set()
+        raise StorageError("it was cut")
+
+    monkeypatch.setattr(GroupSession, "_attempt", attempt)
+    one = make_session(paths)
+    one.start()
+    wait(lambda: one.view.attempts > 1)
+    assert (one.view.connected, one.view.conditions) == (False, [])
+    one.stop()
+
+
+def test_a_session_that_died_is_begun_again(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GroupSession, "_loop", lambda _self: None)
+    source = daemon.Source(paths)
+    source.start()
+    try:
+        first = source._sessions["web"]
+        wait(lambda: not first.alive)
+        monkeypatch.setattr(GroupSession, "_loop", lambda self: self._stopping.wait())
+        source._scan()
+        assert source._sessions["web"] is not first
+        assert source._sessions["web"].alive
+    finally:
+        source.close()
+
+
+def test_two_who_change_a_definition_lose_nothing(paths: SitePaths) -> None:
+    """`vrep pause` against an epoch that the source's process adopts."""
+    first, second = (GroupDirectory(paths.root) for _ in range(2))
+    turns = 60
+
+    def adopt() -> None:
+        for epoch in range(1, turns + 1):
+            first.update("web", epoch=epoch)
+
+    thread = threading.Thread(target=adopt)
+    thread.start()
+    for turn in range(turns):
+        paused = turn % 2 == 0
+        assert second.update("web", paused=paused).paused is paused
+        assert second.load("web").paused is paused
+    thread.join()
+    assert second.load("web").epoch == turns
+
+
+def test_a_group_that_is_gone_is_not_made_again_by_a_change(paths: SitePaths) -> None:
+    groups = GroupDirectory(paths.root)
+    (groups.path("web") / "group.json").unlink()
+    with pytest.raises(NotFoundError):
+        groups.update("web", paused=True)
+    with pytest.raises(NotFoundError):
+        groups.update("other", paused=True)
+    assert list(groups.names()) == []
