@@ -21,8 +21,10 @@ from vrep.app.demo.guest import Guest, GuestDisk, GuestTask
 from vrep.app.demo.guest_check import check_disk, judge_lines
 from vrep.app.demo.guest_disk import DiskContent, build_disk
 from vrep.app.demo.guest_image import GuestImage
+from vrep.source.daemon import Source
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
+from vrep.wire import transport
 
 pytestmark = pytest.mark.e2e
 
@@ -127,6 +129,33 @@ def test_a_byte_that_changes_on_the_wire_ends_the_connection_only(
     assert gaps(pair) == 1
     assert pair.b.points(GROUP).verdict.sealed
     pair.same_as_source()
+
+
+def test_a_connection_that_carried_much_is_renewed(
+    make_pair: Make, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys of TLS wear out; nothing is lost and no gap begins when they are renewed."""
+    monkeypatch.setattr(transport, "RENEW_AFTER_BYTES", 4 * MIB)
+    pair = make_pair()
+    pair.start("target")
+    pair.join()
+    pair.make_key()
+    pair.protect()
+    pair.start("filter")
+    pair.served()
+    pair.b.key_import(pair.exported_key)
+    source = Source(pair.a.paths)  # in this process, for the small bound
+    source.start()
+    try:
+        pair.settle()
+        before, renewed = gaps(pair), pair.cable.connections
+        write_some(pair, rng, count=200, length=100 * 1024)
+        pair.settle()
+        assert pair.cable.connections >= renewed + 3
+        assert gaps(pair) == before
+        pair.same_as_source()
+    finally:
+        source.close()
 
 
 def test_a_slow_link_never_slows_the_guest(make_pair: Make, rng: random.Random) -> None:

@@ -459,6 +459,10 @@ class GroupSession:
             self.view.round_trip_s = transport.round_trip_s
             if event is not None and not self._take(event.message, hold, shipper):
                 return
+            if transport.renewal_due:
+                log.info("the connection carried much: another is made", group=self.name)
+                self._nudge.set()  # at once
+                return
             if time.monotonic() >= next_status:
                 next_status = time.monotonic() + STATUS_EVERY_S
                 if not hold.alive():
