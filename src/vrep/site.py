@@ -293,7 +293,7 @@ class Site:
         from vrep.recovery.point import check_label
         from vrep.waits import checkpoint
 
-        return checkpoint(self, group, check_label(label), wait_s)
+        return checkpoint(self.groups, self._filter(), group, check_label(label), wait_s)
 
     def nbd_uri(self, group: str, disk: str | None = None) -> str:
         """Where a VM finds a disk of a protected group (default: the first)."""

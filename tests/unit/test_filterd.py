@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from vrep.app.filterd import FilterHost
 from vrep.control import ControlClient
-from vrep.errors import VrepError
+from vrep.errors import GapError, VrepError
 from vrep.groups import DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.paths import SitePaths
 from vrep.settings import Config
@@ -218,3 +219,53 @@ def test_a_socket_lets_in_whom_its_mode_says(rig: Rig) -> None:
     for place in (rig.paths.root, rig.paths.run):
         assert place.stat().st_mode & 0o777 == 0o711
     assert rig.paths.groups.stat().st_mode & 0o077 == 0
+
+
+class Recorded:
+    """A group that remembers how it was asked to copy."""
+
+    def __init__(self, *, allowed: bool) -> None:
+        self.allowed = allowed
+        self.calls: list[tuple[bool, int, bool]] = []
+
+    def status(self) -> dict[str, Any]:
+        return {"resync_allowed": self.allowed}
+
+    def resync(self, allowed: bool, *, bytes_per_s: int, everything: bool) -> None:
+        self.calls.append((allowed, bytes_per_s, everything))
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_resync_keeps_the_rate_and_what_is_paused(
+    rig: Rig, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add("web")
+    definition = rig.groups.load("web")
+    options = msgspec.structs.replace(definition.options, rate_bytes_per_s=12345)
+    rig.groups.store(msgspec.structs.replace(definition, options=options))
+    rig.start()
+    site = Site(rig.paths.root)
+    recorded = Recorded(allowed=allowed)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.host._hosted["web"], "group", recorded)
+        site.resync("web")
+        ControlClient(rig.paths.socket("filter")).call(
+            "resync", group="web", allowed=not allowed, bytes_per_s=7, all=False
+        )
+    assert recorded.calls == [(allowed, 12345, True), (not allowed, 7, False)]
+
+
+def test_a_resync_before_there_is_a_target_copies_nothing(rig: Rig) -> None:
+    rig.add("web")
+    rig.start()
+    Site(rig.paths.root).resync("web")
+    status = rig.status()["web"]
+    assert not status["resync_allowed"]
+    assert status["unshipped_bytes"] == MIB
+
+
+def test_there_is_no_checkpoint_before_the_sync_has_ended(rig: Rig) -> None:
+    rig.add("web")
+    rig.start()
+    with pytest.raises(GapError, match="no recovery point of 'web' until its sync has ended"):
+        Site(rig.paths.root).checkpoint("web", "nightly")

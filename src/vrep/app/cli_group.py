@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_size, site_of
 from vrep.app.cli_output import Progress, emit, time_text
-from vrep.errors import UsageError, VrepError
+from vrep.errors import UsageError
 
 if TYPE_CHECKING:
     from vrep.site import Site
 
 app = typer.Typer()
 
-WATCH_EVERY_S = 0.2
+CHECKPOINT_WAIT_S: Final = 60.0
 
 
 def parse_disks(texts: list[str]) -> dict[str, str]:
@@ -68,6 +67,14 @@ def protect(
     socket_group: Annotated[
         str | None, typer.Option("--socket-group", metavar="GROUP", help="Of the NBD socket.")
     ] = None,
+    on_fence: Annotated[
+        str | None,
+        typer.Option(
+            "--on-fence",
+            metavar="go-on|pause",
+            help="The VM's I/O once another site took the group over.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
     window: Annotated[str | None, typer.Option("--window", metavar="TIME", help="Not yet.")] = None,
     quota: Annotated[str | None, typer.Option("--quota", metavar="SIZE", help="Not yet.")] = None,
@@ -87,6 +94,7 @@ def protect(
         "tcp": tcp,
         "socket_mode": None if socket_mode is None else _mode(socket_mode),
         "socket_group": socket_group,
+        "on_fence": on_fence,
     }
     options = site.group_options(**{k: v for k, v in changes.items() if v is not None})
     definition = site.protect(
@@ -99,7 +107,7 @@ def protect(
     )
     uris = {one.name: site.nbd_uri(group, one.name) for one in definition.disks}
     if wait:
-        wait_replicating(site, group, as_json)
+        _wait(site, group, as_json)
     lines = [f"{group} is protected; a VM finds its disks at"]
     lines += [f"  {name}: {uri}" for name, uri in uris.items()]
     if not wait and not site.running():
@@ -118,19 +126,10 @@ def _mode(text: str) -> int:
     return mode
 
 
-def wait_replicating(site: Site, group: str, as_json: bool) -> None:
-    """Until every write from here on is shipped in order; shows the sync's progress."""
-    site.wait_served(group)
-    with Progress(f"first sync of {group}", as_json) as progress:
-        while True:
-            status = site.status(group)["groups"][group]
-            if status["state"] == "replicating":
-                return
-            if status["state"] == "error":
-                raise VrepError(f"{group}: {status['error'] or 'not served'}")
-            target = status["targets"][0]
-            progress(target["total_bytes"] - target["unshipped_bytes"], target["total_bytes"])
-            time.sleep(WATCH_EVERY_S)
+def _wait(site: Site, group: str, as_json: bool) -> None:
+    """Until a sync has ended; shows its progress."""
+    with Progress(f"sync of {group}", as_json) as progress:
+        site.wait_replicating(group, progress=progress)
 
 
 @app.command("unprotect")
@@ -168,27 +167,35 @@ def resync(
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Copy every block again. Points before stay; none is offered while it runs."""
+    """Copy every block again. Points before stay; none is offered while it runs. A paused group
+    is copied once it is resumed."""
     site = site_of(directory)
     site.resync(group)
     if wait:
-        wait_replicating(site, group, as_json)
-    emit({"group": group}, as_json, f"{group}: {'copied again' if wait else 'copying again'}")
+        _wait(site, group, as_json)
+    emit({"group": group}, as_json, f"{group}: {'copied again' if wait else 'to be copied again'}")
 
 
 @app.command("checkpoint")
 def checkpoint(
     group: Group,
     label: Annotated[str, typer.Argument(metavar="LABEL", help="Name of the point.")],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until it is durable at the target, at most a minute.")
+    ] = False,
     quiesce: Annotated[bool, typer.Option("--quiesce", help="Not yet.")] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Name the present instant: after every write that the VM knows to be done."""
+    """Name the present instant: after every write that the VM knows to be done. It can be
+    recovered once it is durable at the target."""
     not_yet("--quiesce", quiesce, "freezing the guest's file systems is not built in this release")
-    mark = site_of(directory).checkpoint(group, label)
-    answer = {"group": group, "label": label, **mark}
-    emit(answer, as_json, f"{label}: position {mark['seq']}, {time_text(mark['wall_ns'])}")
+    wait_s = CHECKPOINT_WAIT_S if wait else 0.0
+    mark = site_of(directory).checkpoint(group, label, wait_s=wait_s)
+    text = f"{label}: position {mark['seq']}, {time_text(mark['wall_ns'])}"
+    if not mark["durable"]:
+        text += "; not durable at the target yet"
+    emit({"group": group, "label": label, **mark}, as_json, text)
 
 
-__all__ = ["app", "parse_disks", "wait_replicating"]
+__all__ = ["app", "parse_disks"]

@@ -19,6 +19,8 @@ from vrep._core.serve import Server
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
+    GapError,
+    GoneError,
     InvalidError,
     LockedError,
     NotFoundError,
@@ -66,6 +68,7 @@ class FilterHost:
         self._failed: dict[str, _Failed] = {}
         self._lock = threading.Lock()
         self._scanning = threading.Lock()
+        self._resyncing = threading.Lock()
         self._stopping = threading.Event()
         self._control: ControlServer | None = None
 
@@ -254,15 +257,30 @@ class FilterHost:
         return {}
 
     def _mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        seq = self._host(params).group.mark(str(params.get("label", "")))
+        hosted = self._host(params)
+        try:
+            seq = hosted.group.mark(str(params.get("label", "")))
+        except GoneError:
+            if not hosted.group.status()["gap"]:
+                raise
+            raise GapError(
+                f"there is no recovery point of {hosted.definition.name!r} until its sync has ended"
+            ) from None
         return {"seq": seq, "wall_ns": time.time_ns()}
 
     def _resync(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        self._host(params).group.resync(
-            bool(params.get("allowed", True)),
-            bytes_per_s=int(params.get("bytes_per_s", 0)),
-            everything=bool(params.get("all", False)),
-        )
+        """What is not said stays: copying runs, or waits for a target, as it did, at the rate
+        that the group has."""
+        hosted = self._host(params)
+        allowed, rate = params.get("allowed"), params.get("bytes_per_s")
+        with self._resyncing:  # a session that begins meanwhile has the last word
+            if allowed is None:
+                allowed = hosted.group.status()["resync_allowed"]
+            if rate is None:
+                rate = hosted.definition.options.rate_bytes_per_s
+            hosted.group.resync(
+                bool(allowed), bytes_per_s=int(rate), everything=bool(params.get("all", False))
+            )
         return {}
 
     def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""What a command waits for: the end of a sync, a checkpoint that is durable at its target.
+
+Nothing announces either; the site's processes are asked again and again, by the caller's thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.groups import GroupDefinition, GroupDirectory
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+ASK_EVERY_S: Final = 0.2
+ASK_MARK_EVERY_S: Final = 0.02
+
+
+def replicating(
+    site: Site,
+    group: str,
+    timeout_s: float | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Until every write of a group is shipped in its order; `progress` hears the bytes of a
+    sync, so far and in all. StateError for a group that will not come so far by itself."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        status = site.status(group)["groups"][group]
+        state = status["state"]
+        if state == "replicating":
+            return
+        if state == "error":
+            raise errors.VrepError(f"{group}: {status['error'] or 'not served'}")
+        if state in ("paused", "failed-over"):
+            raise errors.StateError(f"{group!r} is {state}: nothing of it is shipped")
+        target = status["targets"][0]
+        if progress is not None:
+            progress(target["total_bytes"] - target["unshipped_bytes"], target["total_bytes"])
+        if deadline is not None and time.monotonic() > deadline:
+            raise errors.TimeLimitError(f"{group!r} is {state} after {timeout_s:g} s")
+        time.sleep(ASK_EVERY_S)
+
+
+def checkpoint(
+    groups: GroupDirectory, control: ControlClient, group: str, label: str, wait_s: float
+) -> dict[str, Any]:
+    """Mark the present instant, and wait at most so long until the mark is durable at the
+    target: it is no recovery point before. `control` is the filter's."""
+    if _own(groups, group).paused and wait_s > 0:
+        raise errors.StateError(f"{group!r} is paused: nothing becomes durable until it is resumed")
+    # A gap that begins behind the mark may take it along, and then a later durable position
+    # proves nothing about it.
+    gaps = control.call("status", group=group)["gaps"]
+    mark: dict[str, Any] = control.call("mark", group=group, label=label)
+    name = f"checkpoint {label!r} (position {mark['seq']})"
+    deadline = time.monotonic() + wait_s
+    while True:
+        status = control.call("status", group=group)
+        durable = status["durable"] >= mark["seq"] and status["gaps"] == gaps
+        if durable or wait_s <= 0:
+            return {**mark, "durable": durable}
+        if status["gaps"] != gaps:
+            raise errors.GapError(
+                f"a gap began before {name} was known to be durable: 'vrep points' at the target "
+                "shows whether it is there"
+            )
+        _own(groups, group)
+        if time.monotonic() > deadline:
+            raise errors.TimeLimitError(
+                f"{name} is not durable at the target after {wait_s:g} s, and no recovery point "
+                "until it is"
+            )
+        time.sleep(ASK_MARK_EVERY_S)
+
+
+def _own(groups: GroupDirectory, group: str) -> GroupDefinition:
+    """A group that this site writes; FencedError when it does not any more."""
+    definition = groups.load(group)
+    if definition.fenced:
+        raise errors.FencedError(
+            f"another site took {group!r} over: what is written here reaches no target"
+        )
+    return definition
+
+
+__all__ = ["checkpoint", "replicating"]
