@@ -1,6 +1,7 @@
 /* The NBD server over a group that a test controls: a raw client on a Unix socket. */
 #include <errno.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
@@ -563,6 +564,32 @@ static void connections_are_bounded(void)
     end();
 }
 
+/* A client that cannot be accepted is turned away, and the loop does not spin on it. */
+static void clients_are_turned_away_without_descriptors(void)
+{
+    begin();
+    int first = serve(false, false, "root");
+    struct rlimit before, none;
+    CHECK_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), low = dup(fd);
+    close(low); /* the lowest free descriptor: what accept would get */
+    none = before;
+    none.rlim_cur = (rlim_t)low;
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strcpy(address.sun_path, socket_path);
+    CHECK_EQ(connect(fd, (struct sockaddr *)&address, sizeof address), 0);
+    expect_end(fd);
+    struct vrep_nbd_stats stats;
+    vrep_nbd_stats(server, &stats);
+    CHECK_EQ(stats.refused, 1);
+    CHECK_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+    int next = serve(false, false, "root");
+    close(next);
+    close(first);
+    end();
+}
+
 int main(void)
 {
     RUN(options_are_answered);
@@ -576,5 +603,6 @@ int main(void)
     RUN(what_a_dead_client_left_in_its_socket_is_dropped);
     RUN(a_drain_answers_what_was_submitted);
     RUN(connections_are_bounded);
+    RUN(clients_are_turned_away_without_descriptors);
     return check_report();
 }

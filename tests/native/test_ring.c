@@ -336,27 +336,70 @@ static void forged_values_are_refused(void)
     vrep_ring_detach(ring, true);
 }
 
+/* Invariant 12: whatever a consumer does to what it was given, the filter never waits. */
+static void a_hostile_consumer_cannot_block_the_filter(void)
+{
+    struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
+    struct vrep_ring_consumer consumer;
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, &consumer));
+    struct vrep_ring_control *control = consumer_side(&consumer);
+    CHECK_EQ(fcntl(consumer.peer_fd, F_SETFL, 0), 0); /* blocking, and never read */
+    alarm(20);
+    for (uint32_t i = 1; i < 100000; i++) {
+        control->waiting = i;
+        vrep_ring_consumer_notify(ring, &consumer);
+    }
+    close(consumer.peer_fd);
+    consumer.peer_fd = -1;
+    control->waiting = 1; /* and no SIGPIPE when it is gone */
+    vrep_ring_consumer_notify(ring, &consumer);
+    alarm(0);
+    munmap(control, 4096);
+    vrep_ring_consumer_close(&consumer);
+    vrep_ring_detach(ring, true);
+}
+
+static void a_reader_outlives_the_producer_without_spinning(void)
+{
+    struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
+    struct vrep_ring_consumer consumer;
+    struct vrep_ring_reader *reader;
+    struct timespec before, after;
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, &consumer));
+    CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, consumer.peer_fd, consumer.space_fd,
+                                   &reader));
+    vrep_ring_consumer_close(&consumer);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
+    CHECK_STATUS(vrep_ring_reader_wait(reader, 100, 300), VREP_E_AGAIN);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
+    int64_t spent_ns =
+        (after.tv_sec - before.tv_sec) * 1000000000ll + after.tv_nsec - before.tv_nsec;
+    CHECK(spent_ns < 200000000);
+    vrep_ring_reader_close(reader);
+    vrep_ring_detach(ring, true);
+}
+
 static void a_waiting_consumer_is_signalled_once(void)
 {
     struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
     struct vrep_ring_consumer consumer;
     struct vrep_ring_reader *reader;
     CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 100, &consumer));
-    CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, consumer.data_fd, consumer.space_fd,
+    CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, consumer.peer_fd, consumer.space_fd,
                                    &reader));
     struct vrep_ring_control *control = consumer_side(&consumer);
     uint64_t count;
     publish(ring, 4096, 1);
     vrep_ring_consumer_notify(ring, &consumer);
-    CHECK(read(consumer.data_fd, &count, sizeof count) < 0); /* nobody waits */
+    CHECK(read(consumer.peer_fd, &count, sizeof count) < 0); /* nobody waits */
     control->waiting = 1;
     vrep_ring_consumer_notify(ring, &consumer);
     vrep_ring_consumer_notify(ring, &consumer);
-    CHECK_EQ(read(consumer.data_fd, &count, sizeof count), 8);
+    CHECK_EQ(read(consumer.peer_fd, &count, sizeof count), 8);
     CHECK_EQ(count, 1);
     control->waiting = 2;
     vrep_ring_consumer_notify(ring, &consumer);
-    CHECK_EQ(read(consumer.data_fd, &count, sizeof count), 8);
+    CHECK_EQ(read(consumer.peer_fd, &count, sizeof count), 8);
     CHECK_OK(vrep_ring_reader_wait(reader, 100, 0));
     CHECK_STATUS(vrep_ring_reader_wait(reader, 101, 1), VREP_E_AGAIN);
     CHECK_EQ(control->waiting, 0);
@@ -629,6 +672,8 @@ int main(void)
     RUN(restart_judges_by_head);
     RUN(forged_values_are_refused);
     RUN(a_waiting_consumer_is_signalled_once);
+    RUN(a_hostile_consumer_cannot_block_the_filter);
+    RUN(a_reader_outlives_the_producer_without_spinning);
     RUN(damaged_files_are_refused);
     RUN(impossible_shapes_are_refused);
     RUN(a_killed_producer_leaves_whole_records);

@@ -1,15 +1,18 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <limits.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -149,14 +152,32 @@ static uint32_t direct_align(const struct vrep_disk *disk)
     return ALIGN_DEFAULT;
 }
 
+/* Whether the file system of a file punches holes. Tried on a nameless file beside it: even a punch
+ * past the end would change the times by which a clean start knows the disk. Where we may not make
+ * one, those are named that are known to. */
+static bool punches(const struct vrep_disk *disk, const char *path)
+{
+    struct statfs fs;
+    char real[PATH_MAX];
+    if (realpath(path, real) == NULL)
+        return false;
+    int fd = open(dirname(real), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return fstatfs(disk->fd, &fs) == 0 &&
+               (fs.f_type == EXT4_SUPER_MAGIC || fs.f_type == XFS_SUPER_MAGIC ||
+                fs.f_type == BTRFS_SUPER_MAGIC || fs.f_type == TMPFS_MAGIC);
+    bool can = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, VREP_SECTOR_BYTES) == 0;
+    close(fd);
+    return can;
+}
+
 /* Whether a range can be made to read zero without writing it. */
-static bool learn_zero_cheap(const struct vrep_disk *disk)
+static bool learn_zero_cheap(const struct vrep_disk *disk, const char *path)
 {
     if (disk->read_only)
         return false;
-    if (!disk->block_device) /* past the end a punch changes nothing, but says whether it can */
-        return fallocate(disk->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)disk->bytes,
-                         4096) == 0;
+    if (!disk->block_device)
+        return punches(disk, path);
     static const char *const places[] = {"/sys/dev/block/%u:%u/queue/write_zeroes_max_bytes",
                                          "/sys/dev/block/%u:%u/../queue/write_zeroes_max_bytes"};
     for (size_t i = 0; i < 2; i++) { /* of the device, or of the one that it is a partition of */
@@ -173,13 +194,13 @@ static bool learn_zero_cheap(const struct vrep_disk *disk)
     return false;
 }
 
-static int learn_geometry(struct vrep_disk *disk)
+static int learn_geometry(struct vrep_disk *disk, const char *path)
 {
     disk->block_bytes = 4096;
     disk->align_bytes = disk->direct ? direct_align(disk) : 1;
     if (disk->align_bytes > ALIGN_MAX || disk->bytes % disk->align_bytes != 0)
         return VREP_E_UNSUPPORTED;
-    disk->zero_cheap = learn_zero_cheap(disk);
+    disk->zero_cheap = learn_zero_cheap(disk, path);
     return VREP_OK;
 }
 
@@ -271,7 +292,7 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
     if (status == VREP_OK)
         status = vrep_disk_refresh(disk);
     if (status == VREP_OK)
-        status = learn_geometry(disk);
+        status = learn_geometry(disk, path);
     if (status == VREP_OK && !disk->read_only)
         status = open_sync_fds(disk, path, mode);
     if (status != VREP_OK) {
@@ -326,6 +347,7 @@ void vrep_disk_widen(const struct vrep_disk *disk, uint64_t *offset, uint64_t *l
 
 /* ---- transfers ----------------------------------------------------------------- */
 
+/* 0, an errno, or the negative of one: a stable write that found no room, before any sync. */
 static int transfer(int fd, bool write, struct iovec *iov, int iovcnt, uint64_t offset,
                     uint64_t length, int flags)
 {
@@ -335,6 +357,12 @@ static int transfer(int fd, bool write, struct iovec *iov, int iovcnt, uint64_t 
                           : preadv2(fd, iov, count, (off_t)offset, flags);
         if (n < 0 && errno == EINTR)
             continue;
+        if (n < 0 && flags != 0 && (errno == ENOSPC || errno == EDQUOT || errno == EFBIG)) {
+            /* No room for the data, or none when they were made stable? What finds none without
+             * being made stable was never taken, and no sync failed. */
+            int error = errno;
+            return pwritev2(fd, iov, count, (off_t)offset, 0) < 0 ? -error : error;
+        }
         if (n < 0)
             return errno;
         if (n == 0)
@@ -495,7 +523,9 @@ void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bou
         else
             error = transfer(fd, io->op == VREP_IO_WRITE, io->iov, io->iovcnt, io->offset,
                              io->length, flags);
-        io->sync_failed = error != 0 && flags != 0;
+        io->sync_failed = error > 0 && flags != 0;
+        if (error < 0)
+            error = -error;
         break;
     case VREP_IO_ZERO:
         error = zero(disk, io);

@@ -58,7 +58,9 @@ void vrep_consumers_notify(struct vrep_group *group)
 
 static void drop(struct vrep_group *group, uint32_t index)
 {
-    vrep_ring_consumer_close(&group->consumers[index]); /* closing ends its place in epoll */
+    /* The consumer may keep its copy open, and with it a place in epoll. */
+    (void)epoll_ctl(group->epoll_fd, EPOLL_CTL_DEL, group->consumers[index].space_fd, NULL);
+    vrep_ring_consumer_close(&group->consumers[index]);
     group->consumers[index] = group->consumers[--group->consumers_count];
 }
 
@@ -137,7 +139,7 @@ int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const ui
     struct epoll_event event = {.events = EPOLLIN | EPOLLET};
     if (epoll_ctl(group->epoll_fd, EPOLL_CTL_ADD, consumer->space_fd, &event) != 0)
         goto fail;
-    int from[3] = {consumer->control_fd, consumer->data_fd, consumer->space_fd};
+    int from[3] = {consumer->control_fd, consumer->peer_fd, consumer->space_fd};
     for (int i = 0; i < 3; i++) {
         fds[i] = fcntl(from[i], F_DUPFD_CLOEXEC, 3);
         if (fds[i] < 0) {
@@ -148,6 +150,8 @@ int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const ui
             goto fail;
         }
     }
+    close(consumer->peer_fd); /* when the consumer is gone, so is its end */
+    consumer->peer_fd = -1;
     group->consumers_count++;
     group->liar = false;
     vrep_consumers_poll(group);

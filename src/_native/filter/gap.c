@@ -109,10 +109,10 @@ void vrep_gap_try_end(struct vrep_group *group)
     group->gap_slot = fresh;
     /* In this order: a restart that finds gap_open and a gap-end at head finishes what stands here.
      */
+    header->unverified = 0; /* a reason never outlives its gap */
     vrep_store_release_u32(&header->gap_open, 0);
     vrep_store_release_u32(&header->gap, 0);
     header->gap_seq = 0;
-    header->unverified = 0;
     group->gap_wall_ns = 0;
     group->flush_failed = false;
     group->state.unverified = 0;
@@ -120,6 +120,14 @@ void vrep_gap_try_end(struct vrep_group *group)
     group->state.flags |= VREP_STATE_SYNCED;
     vrep_maintain_state(group);
     VREP_INFO("filter", "gap ends at %llu", (unsigned long long)seq);
+}
+
+int vrep_gap_give_up_ring(struct vrep_group *group)
+{
+    vrep_map_generations_to_unshipped(group->map);
+    raise_flag(group);
+    int status = vrep_ring_release(group->ring, vrep_ring_head(group->ring));
+    return status == VREP_OK ? vrep_gap_restart(group, true) : status;
 }
 
 int vrep_gap_lose_ring(struct vrep_group *group)
@@ -130,11 +138,7 @@ int vrep_gap_lose_ring(struct vrep_group *group)
         return VREP_E_AGAIN;
     }
     group->lose_wanted = false;
-    vrep_map_generations_to_unshipped(group->map);
-    raise_flag(group);
-    int status = vrep_ring_release(group->ring, vrep_ring_head(group->ring));
-    if (status == VREP_OK)
-        status = vrep_gap_restart(group, true);
+    int status = vrep_gap_give_up_ring(group);
     group->freed = group->freed || group->wanted;
     vrep_maintain_checkpoint(group);
     return status;

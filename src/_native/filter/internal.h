@@ -288,6 +288,8 @@ int vrep_gap_restart(struct vrep_group *group, bool jump);
 bool vrep_gap_reserve(struct vrep_group *group);
 void vrep_gap_try_end(struct vrep_group *group);
 bool vrep_gap_due(const struct vrep_group *group);
+/* Everything in the ring becomes unshipped and is let go of; no copy is in flight. */
+int vrep_gap_give_up_ring(struct vrep_group *group);
 int vrep_gap_lose_ring(struct vrep_group *group);
 
 /* sync.c */

@@ -9,12 +9,14 @@
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
  *   anything that these do not explain: UNEXPLAINED, everything, with a reason */
+#include <errno.h>
 #include <limits.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "base/atomic.h"
 #include "base/log.h"
@@ -83,6 +85,15 @@ static bool one_line(uint32_t epoch, const uint8_t epoch_id[16],
            (epoch == config->epoch && memcmp(epoch_id, config->epoch_id, 16) == 0);
 }
 
+static void detach_shared(struct vrep_group *group, struct finding *found)
+{
+    vrep_map_detach(group->map);
+    vrep_ring_detach(group->ring, false);
+    group->map = NULL;
+    group->ring = NULL;
+    found->shared = false;
+}
+
 static void attach_shared(struct vrep_group *group, struct finding *found, int *status)
 {
     const struct vrep_group_config *config = &group->config;
@@ -149,6 +160,9 @@ static int find_out(struct vrep_group *group, struct finding *found)
         found->reason = VREP_UNVERIFIED_STAMPS;
     } else if (!open) {
         found->how = VREP_OPENED_CLEAN;
+        /* Memory that an earlier run in another directory left is not what the last one closed. */
+        if (found->shared && vrep_ring_head(group->ring) != group->state.seq_limit)
+            detach_shared(group, found);
     } else {
         found->how = found->shared ? VREP_OPENED_KILLED : VREP_OPENED_POWER_LOSS;
     }
@@ -157,7 +171,17 @@ static int find_out(struct vrep_group *group, struct finding *found)
 
 /* ---- shared memory made anew -------------------------------------------------------- */
 
-static int make_shared(struct vrep_group *group, const struct finding *found)
+/* Map first, ring last: shared memory counts only with both, so a kill in between leaves none. */
+static int make_map(struct vrep_group *group, const struct finding *found)
+{
+    const struct vrep_group_config *config = &group->config;
+    if (unlink(found->ring) != 0 && errno != ENOENT)
+        return vrep_status_from_errno(errno);
+    return vrep_map_create(found->map, config->group_id, config->target_id, found->disk_bytes,
+                           group->disks_count, config->bit_bytes, &group->map);
+}
+
+static int make_ring(struct vrep_group *group, const struct finding *found)
 {
     const struct vrep_group_config *config = &group->config;
     struct vrep_ring_config ring = {
@@ -171,11 +195,7 @@ static int make_shared(struct vrep_group *group, const struct finding *found)
     };
     memcpy(ring.group_id, config->group_id, 16);
     memcpy(ring.epoch_id, config->epoch_id, 16);
-    int status = vrep_map_create(found->map, config->group_id, config->target_id, found->disk_bytes,
-                                 group->disks_count, config->bit_bytes, &group->map);
-    if (status == VREP_OK)
-        status = vrep_ring_create(found->ring, &ring, &group->ring);
-    return status;
+    return vrep_ring_create(found->ring, &ring, &group->ring);
 }
 
 static void hot_to_unshipped(struct vrep_group *group)
@@ -214,14 +234,9 @@ static int settle_map(struct vrep_group *group, struct finding *found, bool inte
     bool all = found->how == VREP_OPENED_NEW || found->how == VREP_OPENED_UNEXPLAINED;
     *jump = false;
     if (!found->shared || found->how == VREP_OPENED_NEW) {
-        if (found->shared) { /* of an epoch or group that ended */
-            vrep_map_detach(group->map);
-            vrep_ring_detach(group->ring, false);
-            group->map = NULL;
-            group->ring = NULL;
-            found->shared = false;
-        }
-        int status = make_shared(group, found);
+        if (found->shared) /* of an epoch or group that ended */
+            detach_shared(group, found);
+        int status = make_map(group, found);
         if (status != VREP_OK)
             return status;
         *jump = found->first_seq != 0;
@@ -249,6 +264,27 @@ static int settle_map(struct vrep_group *group, struct finding *found, bool inte
     }
     if (all)
         vrep_map_mark_all_unshipped(group->map);
+    if (all || *jump || found->reason != 0)
+        vrep_map_set_gap(group->map);
+    vrep_fault("recover.before_ring");
+    if (group->ring != NULL)
+        return VREP_OK;
+    vrep_map_header(group->map)->unverified = found->reason;
+    return make_ring(group, found);
+}
+
+/* The durable write-intent is lost, the shared memory is not: what a later power loss could take
+ * back without a trace is made stable first. */
+static int replace_intent(struct vrep_group *group)
+{
+    for (uint32_t i = 0; i < group->disks_count; i++) {
+        struct vrep_io io = {.op = VREP_IO_FLUSH};
+        int status = vrep_fault("recover.flush");
+        if (status == VREP_OK && !group->disks[i].info.read_only)
+            status = vrep_backing_sync_io(group, i, &io);
+        if (status != VREP_OK)
+            return status;
+    }
     return VREP_OK;
 }
 
@@ -389,6 +425,15 @@ static void settle_gap(struct vrep_group *group)
     }
 }
 
+/* The process that made the ring died before the gap-begin that it was to begin with. */
+static bool begun_anew(struct vrep_group *group)
+{
+    const struct vrep_map_header *header = vrep_map_header(group->map);
+    uint64_t head = vrep_ring_head(group->ring);
+    return head != 0 && head == vrep_ring_header(group->ring)->first_seq && header->gap != 0 &&
+           header->gap_open == 0;
+}
+
 /* What the last process saw acknowledged may be more than its state file says: the ring was
  * released up to there, unless it begins anew, which no target had a part in. */
 static void settle_acknowledged(struct vrep_group *group)
@@ -446,17 +491,28 @@ int vrep_recover(struct vrep_group *group)
         return status;
 
     struct vrep_map_header *header = vrep_map_header(group->map);
-    if (found.shared && found.reason == 0)
-        found.reason = header->unverified; /* raised so late that the state does not know it */
-    header->unverified = found.reason;
-    group->flush_failed = found.reason == VREP_UNVERIFIED_FLUSH;
-    group->distrust = group->flush_failed ? 1 : 0;
-    bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
     if (found.shared) {
         settle_gap(group);
         settle_acknowledged(group);
+        jump = jump || begun_anew(group);
+        /* What memory says is newer than what the state file was told, for better and for worse. */
+        if (found.how != VREP_OPENED_UNEXPLAINED)
+            found.reason = header->unverified;
+        if (!intent_whole && found.how != VREP_OPENED_UNEXPLAINED &&
+            replace_intent(group) != VREP_OK) {
+            found.how = VREP_OPENED_UNEXPLAINED;
+            found.reason = VREP_UNVERIFIED_INTENT;
+            vrep_map_mark_all_unshipped(group->map);
+        }
     }
-    if (gap)
+    header->unverified = found.reason;
+    group->flush_failed = found.reason == VREP_UNVERIFIED_FLUSH;
+    group->distrust = group->flush_failed ? 1 : 0;
+    if (group->flush_failed)
+        hot_to_unshipped(group);
+    bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
+    /* A reason ends with a gap, so it never stands without one. */
+    if (gap || found.reason != 0)
         vrep_map_set_gap(group->map);
     if (found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED)
         group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */
@@ -476,6 +532,9 @@ int vrep_recover(struct vrep_group *group)
         status = vrep_gap_restart(group, jump);
     else if (vrep_map_gap(group->map))
         vrep_gap_enter(group);
+    /* A ring full of what no target took, and all of the disk is sent again: let go of it. */
+    if (status == VREP_E_FULL && found.how == VREP_OPENED_UNEXPLAINED)
+        status = vrep_gap_give_up_ring(group);
     if (status == VREP_OK && vrep_map_header(group->map)->gap_open == 0 && !vrep_gap_reserve(group))
         status = VREP_E_FULL;
     group->opened_as = (uint32_t)found.how;

@@ -254,11 +254,11 @@ void vrep_tap_flush_failed(struct vrep_group *group)
     if (!group->tap)
         return;
     /* Each time: the kernel tells a loss once, and this one may speak of newer writes. */
+    struct vrep_map_header *header = vrep_map_header(group->map);
+    header->unverified = VREP_UNVERIFIED_FLUSH; /* first: a restart does the rest from this alone */
     vrep_sync_since_flush(group);
     group->distrust++;
     vrep_gap_enter(group);
-    struct vrep_map_header *header = vrep_map_header(group->map);
-    header->unverified = VREP_UNVERIFIED_FLUSH;
     group->state.unverified = VREP_UNVERIFIED_FLUSH;
     group->state.flags |= VREP_STATE_UNVERIFIED;
     vrep_maintain_state(group);

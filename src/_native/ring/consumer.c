@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "base/atomic.h"
@@ -43,6 +44,7 @@ int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64
         memcpy(initial.target_id, target_id, sizeof initial.target_id);
     *out = (struct vrep_ring_consumer){.control_fd = -1,
                                        .data_fd = -1,
+                                       .peer_fd = -1,
                                        .space_fd = -1,
                                        .durable = durable,
                                        .received = durable,
@@ -51,7 +53,11 @@ int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64
     int status = make_control(&initial, &out->control_fd);
     if (status != VREP_OK)
         return status;
-    out->data_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int pair[2];
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair) == 0) {
+        out->data_fd = pair[0];
+        out->peer_fd = pair[1];
+    }
     out->space_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     void *control = mmap(NULL, sizeof initial, PROT_READ, MAP_SHARED, out->control_fd, 0);
     if (control != MAP_FAILED)
@@ -67,11 +73,12 @@ void vrep_ring_consumer_close(struct vrep_ring_consumer *consumer)
 {
     if (consumer->control != NULL)
         munmap((void *)(uintptr_t)consumer->control, sizeof *consumer->control);
-    int fds[] = {consumer->control_fd, consumer->data_fd, consumer->space_fd};
-    for (int i = 0; i < 3; i++)
+    int fds[] = {consumer->control_fd, consumer->data_fd, consumer->peer_fd, consumer->space_fd};
+    for (int i = 0; i < 4; i++)
         if (fds[i] >= 0)
             close(fds[i]);
-    *consumer = (struct vrep_ring_consumer){.control_fd = -1, .data_fd = -1, .space_fd = -1};
+    *consumer =
+        (struct vrep_ring_consumer){.control_fd = -1, .data_fd = -1, .peer_fd = -1, .space_fd = -1};
 }
 
 static bool believable(uint64_t value, uint64_t before, uint64_t head)
@@ -106,7 +113,8 @@ void vrep_ring_consumer_notify(const struct vrep_ring *ring, struct vrep_ring_co
         return;
     consumer->signalled = waiting;
     uint64_t one = 1;
-    /* Can fail only when the counter is full: then it is readable, and the consumer wakes. */
-    ssize_t written = write(consumer->data_fd, &one, sizeof one);
-    (void)written;
+    /* Never waits, whatever the consumer did to its end. It fails when that is full, so that the
+     * consumer wakes, or gone. */
+    ssize_t sent = send(consumer->data_fd, &one, sizeof one, MSG_DONTWAIT | MSG_NOSIGNAL);
+    (void)sent;
 }

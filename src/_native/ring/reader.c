@@ -119,7 +119,7 @@ int vrep_ring_reader_within(struct vrep_ring *ring, struct vrep_ring_consumer *c
         else
             reader->control = control;
         if (status == VREP_OK)
-            status = attach_control(reader, -1, consumer->data_fd, consumer->space_fd);
+            status = attach_control(reader, -1, consumer->peer_fd, consumer->space_fd);
     }
     if (status != VREP_OK) {
         vrep_ring_reader_close(reader);
@@ -168,6 +168,12 @@ static int64_t now_ns(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
+static void pause_for(int64_t left_ns)
+{
+    struct timespec pause = {.tv_nsec = left_ns < POLL_NS ? left_ns : POLL_NS};
+    nanosleep(&pause, NULL);
+}
+
 /* Sleeps until the producer signals, at most left_ns. */
 static int sleep_signalled(struct vrep_ring_reader *reader, uint64_t seq, int64_t left_ns)
 {
@@ -180,14 +186,16 @@ static int sleep_signalled(struct vrep_ring_reader *reader, uint64_t seq, int64_
         struct pollfd event = {.fd = reader->data_fd, .events = POLLIN};
         struct timespec left = {.tv_sec = left_ns / 1000000000, .tv_nsec = left_ns % 1000000000};
         int ready = ppoll(&event, 1, &left, NULL);
-        uint64_t count;
+        uint64_t word;
+        ssize_t got = ready > 0 ? read(reader->data_fd, &word, sizeof word) : (ssize_t)sizeof word;
         if (ready < 0 && errno != EINTR)
             status = vrep_status_from_errno(errno);
         else if (ready < 0)
             status = VREP_E_TIMEOUT; /* a signal: the caller may want to handle it */
-        else if (ready > 0 && read(reader->data_fd, &count, sizeof count) < 0 && errno != EAGAIN &&
-                 errno != EINTR)
+        else if (got < 0 && errno != EAGAIN && errno != EINTR)
             status = vrep_status_from_errno(errno);
+        else if (got == 0) /* the producer is gone: its last records may still be read */
+            pause_for(left_ns);
     }
     vrep_store_release_u32(&reader->control->waiting, 0);
     return status;
@@ -209,8 +217,7 @@ int vrep_ring_reader_wait(struct vrep_ring_reader *reader, uint64_t seq, int tim
             if (status != VREP_OK)
                 return status;
         } else {
-            struct timespec pause = {.tv_nsec = left < POLL_NS ? left : POLL_NS};
-            nanosleep(&pause, NULL);
+            pause_for(left);
         }
     }
 }

@@ -106,13 +106,14 @@ uint32_t vrep_ring_judge(struct vrep_ring *ring);
 
 /* ---- consumers, as the filter sees them --------------------------------- */
 
-/* A consumer: a sealed memfd (control, 4096 bytes, cannot shrink: no SIGBUS) that it writes, an
- * eventfd that the filter signals when head moved and `waiting` is set, and one that the consumer
- * signals when it wrote. */
+/* A consumer: a sealed memfd (control, 4096 bytes, cannot shrink: no SIGBUS) that it writes, a
+ * socket pair on which the filter sends a word when head moved and `waiting` is set, and an eventfd
+ * that the consumer signals when it wrote. The filter's end is the filter's alone: an eventfd
+ * shared with a consumer could be made to block whoever signals it. */
 struct vrep_ring_consumer {
     const struct vrep_ring_control *control;
-    int control_fd, data_fd, space_fd;
-    uint64_t durable, received, read; /* last accepted values */
+    int control_fd, data_fd, peer_fd, space_fd; /* peer_fd: the consumer's end of data_fd */
+    uint64_t durable, received, read;           /* last accepted values */
     uint32_t role;
     uint32_t signalled; /* the `waiting` ticket that was answered last */
 };
@@ -130,7 +131,7 @@ void vrep_ring_consumer_notify(const struct vrep_ring *ring, struct vrep_ring_co
 
 struct vrep_ring_reader;
 /* Opens the ring read-only and the control memfd read-write (fds from the filter's control socket;
- * both eventfds may be -1: then wait polls; so may control_fd: an observer that nobody knows of,
+ * the other two may be -1: then wait polls; so may control_fd: an observer that nobody knows of,
  * whose set does nothing).  Takes its own dup of the fds.  NOT_FOUND, GONE, VERSION, CORRUPT (ring
  * or control), IO. */
 int vrep_ring_reader_open(const char *ring_path, int control_fd, int data_fd, int space_fd,

@@ -1,5 +1,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
@@ -320,6 +321,19 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
         (void)send_answer(c);
 }
 
+/* Without a descriptor a waiting client would wake the loop for ever. */
+static void turn_away(struct vrep_nbd_server *server, int listener)
+{
+    if (server->spare_fd < 0)
+        return;
+    close(server->spare_fd);
+    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
+    if (fd >= 0)
+        close(fd);
+    server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    nbd_count(&server->stats.refused, 1);
+}
+
 static void accept_some(struct vrep_nbd_server *server, int listener)
 {
     for (int i = 0; i < ACCEPTS_A_TURN && listener >= 0 && !server->stopping; i++) {
@@ -327,6 +341,8 @@ static void accept_some(struct vrep_nbd_server *server, int listener)
         if (fd < 0) {
             if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR)
                 VREP_WARN("nbd", "accept: %s", strerror(errno));
+            if (errno == EMFILE || errno == ENFILE)
+                turn_away(server, listener);
             return;
         }
         fence(server);
@@ -486,6 +502,7 @@ int vrep_nbd_create(struct vrep_loop *loop, const struct vrep_nbd_config *config
     server->loop = loop;
     server->group = vrep_loop_group(loop);
     server->unix_listener.fd = server->tcp_listener.fd = -1;
+    server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     server->unix_watch.fd = server->tcp_watch.fd = -1;
     server->connections_max =
         config->connections > 0 ? config->connections : VREP_NBD_CONNECTIONS_MAX;
@@ -525,6 +542,8 @@ void vrep_nbd_destroy(struct vrep_nbd_server *server)
     if (server == NULL)
         return;
     close_listeners(server);
+    if (server->spare_fd >= 0)
+        close(server->spare_fd);
     if (server->connections != NULL)
         for (uint32_t i = 0; i < server->connections_max; i++)
             nbd_end(&server->connections[i], NULL);

@@ -89,6 +89,7 @@ struct vrep_nbd_server {
     struct vrep_group *group;
     struct vrep_listener unix_listener, tcp_listener;
     struct vrep_watch unix_watch, tcp_watch;
+    int spare_fd; /* given up to turn a client away when no descriptor is left */
     struct vrep_nbd_exports exports;
     struct vrep_buffers *buffers;
     struct nbd_request *requests, *free;

@@ -231,7 +231,7 @@ cdef class Group:
         self.call(run_resync, &request)
 
     def consumer_attach(self, role, bytes target_id=bytes(16), uint64_t durable=0):
-        """Admit a consumer; return its control file and two eventfds (data, space).
+        """Admit a consumer; return its control file, a socket (data) and an eventfd (space).
 
         GoneError: the ring no longer holds what follows ``durable``.
         """

@@ -64,6 +64,7 @@ cdef extern from "ring/ring.h" nogil:
     struct vrep_ring_consumer:
         int control_fd
         int data_fd
+        int peer_fd
         int space_fd
         uint64_t durable
         uint64_t received
@@ -335,7 +336,7 @@ cdef class RingConsumer:
     @property
     def fds(self):
         """(control, data, space), as ``RingReader`` takes them; they stay ours."""
-        return (self.consumer.control_fd, self.consumer.data_fd, self.consumer.space_fd)
+        return (self.consumer.control_fd, self.consumer.peer_fd, self.consumer.space_fd)
 
     @property
     def read(self):
