@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,6 +21,7 @@ from vrep import errors
 from vrep.durable import make_private_directory, write_atomic
 
 VERSION = 1
+ON_FENCE = ("go-on", "pause")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -55,6 +56,8 @@ class GroupOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: int = 0o600
     socket_group: str = ""
     tcp: str = ""
+    on_fence: Literal["go-on", "pause"] = "go-on"
+    """what the VM's I/O does when another site took the group over; one of `ON_FENCE`"""
 
 
 class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -75,6 +78,12 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paused: bool = False
     fenced: bool = False
     options: GroupOptions = GroupOptions()
+
+
+def pauses_guest(definition: GroupDefinition) -> bool:
+    """Whether the VM's I/O is to wait: another site took the group over, and the group asks for
+    it."""
+    return definition.fenced and definition.options.on_fence == "pause"
 
 
 def check_name(name: str, what: str = "group") -> str:
@@ -171,4 +180,5 @@ __all__ = [
     "GroupOptions",
     "ParentPosition",
     "check_name",
+    "pauses_guest",
 ]

@@ -29,6 +29,7 @@ import msgspec
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import (
+    ON_FENCE,
     VERSION,
     DiskDefinition,
     GroupDefinition,
@@ -532,6 +533,8 @@ def _check_options(options: GroupOptions) -> None:
         raise errors.InvalidError(
             f"a rate of {options.rate_bytes_per_s} bytes a second: at most {RATE_MAX}"
         )
+    if options.on_fence not in ON_FENCE:
+        raise errors.InvalidError(f"on a fence a VM's I/O may {' or '.join(ON_FENCE)}")
     if options.socket_group:
         try:
             grp.getgrnam(options.socket_group)

@@ -180,8 +180,10 @@ def _protected(
         conditions.extend(str(c) for c in session["conditions"])
         if not definition.paused:  # what ended the session then was the wish to pause
             error = error or str(session["error"])
-    if definition.fenced:
+    if definition.fenced or (session is not None and session["fenced"]):
         conditions.append("fenced")
+    if filtered is not None and filtered["guest_paused"]:
+        conditions.append("guest-paused")
     if "tenant key" in error:
         conditions.append("key-missing")
     if filtered is not None and filtered["flush_failed"]:
@@ -236,7 +238,7 @@ def _state(
     filtered: Mapping[str, Any] | None,
     session: Mapping[str, Any] | None,
 ) -> str:
-    if definition.fenced:
+    if definition.fenced or (session is not None and session["fenced"]):
         return "failed-over"
     if filtered is None:
         return "error"

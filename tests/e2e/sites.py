@@ -178,6 +178,7 @@ class Pair:
         ring_bytes: int = 64 * MIB,
         compression: int = 1,
         target_settings: str = "",
+        on_fence: str = "go-on",
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
         self.cable = Cable()
@@ -192,7 +193,9 @@ class Pair:
             f'advertise = "{self.cable.address}"\n'
             f"[target]\nsource_gone_s = {GONE_S}\n{target_settings}\n"
         )
-        self.options = self.a.group_options(ring_bytes=ring_bytes, compression=compression)
+        self.options = self.a.group_options(
+            ring_bytes=ring_bytes, compression=compression, on_fence=on_fence
+        )
         self.sizes = dict(disks or {"root": 16 * MIB})
         self.images = {name: self.root / f"{name}.raw" for name in self.sizes}
         for name, size in self.sizes.items():

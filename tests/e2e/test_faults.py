@@ -331,6 +331,34 @@ def test_an_isolated_source_that_returns_is_fenced_and_its_vm_runs_on(
         assert client.read(0, 25) != b"written at the other site"
 
 
+def test_an_old_source_that_returns_pauses_its_vm_when_asked_to(
+    make_pair: Make, rng: random.Random
+) -> None:
+    pair = make_pair(on_fence="pause").up()
+    write_some(pair, rng, 20)
+    with pair.client() as guest:
+        pair.cable.cut(down=True)
+        take_over(pair)
+        guest.write(0, b"nobody told it yet")
+        pair.cable.repair()
+        wait_until("it is refused", lambda: "guest-paused" in pair.status()["conditions"])
+        assert pair.status()["state"] == "failed-over"
+        with pytest.raises((OSError, errors.UnreachableError)):
+            guest.write(0, b"two writers")
+    with pytest.raises(errors.UnreachableError):
+        pair.client()
+    pair.kill("filter", "source")
+    pair.start("filter", "source")
+    wait_until("it still is", lambda: "guest-paused" in pair.status()["conditions"])
+    pair.b.failover_rollback(GROUP)
+    wait_until("it is served again", lambda: "guest-paused" not in pair.status()["conditions"])
+    write_some(pair, rng, 20)
+    pair.settle()
+    with pair.client() as guest:
+        assert guest.read(0, 18) != b"two writers"
+    pair.same_as_source()
+
+
 def test_a_rollback_gives_the_group_back_with_nothing_lost(
     make_pair: Make, rng: random.Random
 ) -> None:

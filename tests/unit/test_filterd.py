@@ -110,6 +110,52 @@ def test_a_group_that_cannot_be_read_stands_alone(rig: Rig, field: str, value: A
     assert rig.status()["good"]["writes"] == 0
 
 
+def connects(rig: Rig, name: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10)
+        try:
+            client.connect(str(rig.paths.nbd_socket(name)))
+        except OSError:
+            return False
+        return client.recv(8) == b"NBDMAGIC"
+
+
+def test_a_guest_is_paused_and_served_again(rig: Rig) -> None:
+    rig.add("web", on_fence="pause")
+    rig.add("other")
+    rig.start()
+    control = ControlClient(rig.paths.socket("filter"))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(rig.paths.nbd_socket("web")))
+        assert client.recv(8) == b"NBDMAGIC"
+        for _ in range(2):  # it may be said again
+            control.call("pause_guest", group="web", paused=True)
+        client.settimeout(10)
+        while client.recv(64):
+            pass  # its connection ends
+    assert not connects(rig, "web")
+    assert rig.status()["web"]["guest_paused"]
+    assert rig.status()["web"]["clients"] == 0
+    assert rig.status()["web"]["consumers"] == 0  # the group is open, and can be copied
+    assert connects(rig, "other")
+    for _ in range(2):
+        control.call("pause_guest", group="web", paused=False)
+    assert connects(rig, "web")
+    assert not rig.status()["web"]["guest_paused"]
+
+
+def test_a_guest_that_was_paused_still_is_after_a_restart(rig: Rig) -> None:
+    rig.add("web", on_fence="pause")
+    rig.add("runs")
+    for name in ("web", "runs"):
+        rig.groups.update(name, fenced=True)
+    rig.start()
+    status = rig.status()
+    assert (status["web"]["guest_paused"], status["runs"]["guest_paused"]) == (True, False)
+    assert not connects(rig, "web")
+    assert connects(rig, "runs")
+
+
 def test_a_disk_and_an_address_in_use_are_named(rig: Rig) -> None:
     rig.add("held")
     image = rig.paths.root / "held.raw"

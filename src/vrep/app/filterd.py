@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
@@ -27,13 +27,18 @@ from vrep.errors import (
     StoreFullError,
     VrepError,
 )
-from vrep.groups import GroupDefinition, GroupDirectory
+from vrep.groups import GroupDefinition, GroupDirectory, pauses_guest
 from vrep.paths import SitePaths, socket_gid
 from vrep.settings import Config
 from vrep.wire.address import parse_address
 
+if TYPE_CHECKING:
+    from vrep._core.serve import Client
+
 SCAN_EVERY_S: Final = 1.0
 RETRY_MAX_S: Final = 30.0
+PAUSE_GUEST_MS: Final = 5000
+"""commands of a guest that is paused get so long to end"""
 
 log = structlog.get_logger("vrep.filter")
 
@@ -44,8 +49,21 @@ class _Hosted:
 
     definition: GroupDefinition
     group: Group
-    server: Server
+    server: Server | None
+    """None while the guest is paused"""
     ring_path: str
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def clients(self) -> list[Client]:
+        with self.lock:
+            return self.server.clients() if self.server is not None else []
+
+    def take_server(self) -> Server | None:
+        """The server, which nobody else uses from now on."""
+        with self.lock:
+            server, self.server = self.server, None
+            return server
 
 
 @dataclass
@@ -81,7 +99,8 @@ class FilterHost:
             {
                 "reload": self._reload,
                 "status": self._status,
-                "clients": lambda p: self._host(p).server.clients(),
+                "clients": lambda p: self._host(p).clients(),
+                "pause_guest": self._pause_guest,
                 "consumer_attach": self._consumer_attach,
                 "consumer_detach": self._consumer_detach,
                 "mark": self._mark,
@@ -180,7 +199,16 @@ class FilterHost:
             error.detail = f"{uris}: {error.detail}"
             raise
         try:
-            self._paths.admit_users(options.socket_mode)
+            server = None if pauses_guest(definition) else self._serve(definition, group)
+        except BaseException:
+            group.close(clean=True)
+            raise
+        return _Hosted(definition, group, server, str(shm / "ring"))
+
+    def _serve(self, definition: GroupDefinition, group: Group) -> Server:
+        options = definition.options
+        self._paths.admit_users(options.socket_mode)
+        try:
             server = Server(
                 group,
                 unix_path=self._paths.nbd_socket(definition.name),
@@ -190,13 +218,9 @@ class FilterHost:
             )
             server.start()
         except BusyError:
-            group.close(clean=True)
             where = f"{options.tcp} or " if options.tcp else ""
             raise BusyError(f"NBD: another program listens on {where}the group's socket") from None
-        except BaseException:
-            group.close(clean=True)
-            raise
-        return _Hosted(definition, group, server, str(shm / "ring"))
+        return server
 
     def _try_close(self, hosted: _Hosted) -> None:
         """One group that does not end well leaves the others alone: its next start finds out."""
@@ -209,7 +233,9 @@ class FilterHost:
     @staticmethod
     def _close(hosted: _Hosted) -> None:
         try:
-            hosted.server.stop(drain=True)
+            server = hosted.take_server()
+            if server is not None:
+                server.stop(drain=True)
         finally:
             hosted.group.close(clean=True)
         log.info("group closed", group=hosted.definition.name)
@@ -240,7 +266,8 @@ class FilterHost:
     def _status_of(hosted: _Hosted) -> dict[str, Any]:
         return {
             **hosted.group.status(),
-            "clients": len(hosted.server.clients()),
+            "clients": len(hosted.clients()),
+            "guest_paused": hosted.server is None,
             "ring_path": hosted.ring_path,
         }
 
@@ -285,6 +312,21 @@ class FilterHost:
 
     def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:
         self._host(params).group.lose_ring()
+        return {}
+
+    def _pause_guest(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Serve a group's guest no more, or again. Its connections end, the socket is gone: a
+        QEMU with `reconnect-delay` waits. The group stays open, and is copied as ever."""
+        hosted = self._host(params)
+        with self._scanning:  # no two of these, and no close, at a time
+            if self._hosted.get(hosted.definition.name) is not hosted:
+                return {}
+            if params["paused"] and (server := hosted.take_server()) is not None:
+                log.warning("guest is paused", group=hosted.definition.name)
+                server.stop(drain=True, timeout_ms=PAUSE_GUEST_MS)
+            elif not params["paused"] and hosted.server is None:
+                hosted.server = self._serve(hosted.definition, hosted.group)
+                log.info("guest is served again", group=hosted.definition.name)
         return {}
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:

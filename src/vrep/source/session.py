@@ -190,14 +190,19 @@ class GroupSession:
         if fenced != self.view.fenced:
             log.warning("fenced" if fenced else "no longer fenced", group=self.name, reason=text)
         self.view.fenced, self.view.error = fenced, text if fenced else ""
-        self._groups.update(self.name, fenced=fenced)
+        try:
+            self._groups.update(self.name, fenced=fenced)
+        finally:
+            if self._groups.load(self.name).options.on_fence == "pause":
+                self._filter.call("pause_guest", group=self.name, paused=fenced)
 
     def _note_fenced(self, error: FencedError) -> None:
-        """It is refused whether or not that can be written down; the next refusal tries again."""
+        """It is refused whether or not that can be written down and the filter told; the next
+        refusal tries again."""
         try:
             self._set_fenced(True, str(error))
         except VrepError as failed:
-            log.warning("not recorded that it is fenced", group=self.name, error=str(failed))
+            log.warning("fenced, and not all is done", group=self.name, error=str(failed))
 
     def _drop_hold_unless_alive(self) -> None:
         if self._hold is not None and not self._hold.alive():
