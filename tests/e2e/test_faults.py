@@ -315,6 +315,10 @@ def test_an_isolated_source_that_returns_is_fenced_and_its_vm_runs_on(
         wait_until("it is refused", lambda: pair.status()["state"] == "failed-over")
         assert "fenced" in pair.status()["conditions"]
         assert pair.status()["error"]
+        # And the other site says that two VMs run.
+        wait_until("it tells", lambda: pair.stored()["source"]["state"] == "fenced")
+        assert "old-source-alive" in pair.stored()["conditions"]
+        assert pair.stored()["source"]["guest_clients"] == 1
         pair.kill("source")  # and it knows it still
         pair.start("source")
         wait_until("it still is", lambda: "fenced" in pair.status()["conditions"])

@@ -852,6 +852,28 @@ def test_a_source_that_tries_or_reports_is_heard(world: World) -> None:
         link.ask("group.report", {**paused, "state": "replicating"})
 
 
+def test_the_site_that_took_over_says_that_the_old_source_lives(world: World) -> None:
+    client = Client(world).start()
+    guest(client, 1)
+    wait_gone(world)
+    assert "old-source-alive" not in world.status()["conditions"]
+    raised = world.door.raise_epoch(writer=bytes.fromhex(world.b.site_id))
+    world.door.accept(raised.epoch)
+    wait_gone(world)
+    assert "old-source-alive" not in world.status()["conditions"]  # it has not come back
+    returns = Client(world, feed=records.Feed(seq=1))
+    with pytest.raises(RefusedByTarget, match="fenced"):
+        returns.open()
+    assert "old-source-alive" in world.status()["conditions"]
+    report = {"group_id": GROUP.hex(), "state": "fenced", "clients": 2}
+    returns.transport.ask("group.report", report)
+    status = world.status()
+    assert "old-source-alive" in status["conditions"]
+    assert (status["source"]["site"], status["source"]["guest_clients"]) == ("a", 2)
+    wait_gone(world)
+    assert "old-source-alive" not in world.status()["conditions"]
+
+
 def test_a_site_that_never_wrote_the_group_does_not_count(world: World) -> None:
     Client(world).start().transport.close()
     wait_gone(world)

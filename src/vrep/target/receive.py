@@ -370,6 +370,12 @@ class GroupHost:
             "conditions": list(status.conditions) if status else [],
         }
 
+    def _old_source_lives(self, current: EpochEntry) -> bool:
+        """Whether a site that was replaced was heard lately: then two VMs may run."""
+        sign = self._sign
+        lately = time.monotonic() - sign.seen_s < self._gone_s
+        return lately and sign.site_id != current.writer
+
     def conditions(self) -> list[str]:
         store = self._store
         return ["target-full"] if store is not None and store.full else []
@@ -395,6 +401,8 @@ class GroupHost:
         conditions = self.conditions()
         if not source["connected"]:
             conditions.append("source-silent")
+        if self._old_source_lives(current):
+            conditions.append("old-source-alive")
         state = "replicating" if source["connected"] else "offline"
         if source["connected"] and source["state"] == "gap":
             state = "gap"
