@@ -98,6 +98,8 @@ static uint64_t watched(int fd)
     struct stat st;
     if (below(path) == NULL || fstat(fd, &st) != 0)
         return 0;
+    if (S_ISREG(st.st_mode) && st.st_nlink == 0)
+        return 0; /* without a name nothing of it comes back */
     return S_ISREG(st.st_mode) || S_ISDIR(st.st_mode) ? st.st_ino : 0;
 }
 
