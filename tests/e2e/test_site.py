@@ -224,7 +224,7 @@ def pair() -> Iterator[Pair]:
 def test_a_disk_is_recovered_at_a_checkpoint_while_replication_goes_on(pair: Pair) -> None:
     uri = pair.protect()
     io(uri, "write -P 0x11 1M 1M", "write -z 2M 64k", "write -P 0x12 40000000 12345", "flush")
-    assert pair.west.vrep("checkpoint", "web", "before")["seq"] > 0
+    assert pair.west.vrep("checkpoint", "web", "before", "--wait")["durable"]
     before = pair.disk.read_bytes()
     io(uri, "write -P 0x22 1M 2M", "discard 8M 1M", "flush")
     pair.settle()
@@ -248,12 +248,15 @@ def test_a_disk_is_recovered_at_a_checkpoint_while_replication_goes_on(pair: Pai
     assert digest(content(served, pair.base / "view.raw")) == digest(before)
     io(served, "write -P 0x77 0 1M", "flush", "read -P 0x77 0 1M")
     assert [one["id"] for one in pair.east.vrep("test", "list")["views"]] == [view["id"]]
+    assert pair.east.group()["conditions"] == ["testing"]
+    assert pair.east.vrep("status", "--check")["verdict"] == "well"
 
     io(uri, "write -P 0x33 5M 256k", "flush")  # replication has not been touched
     pair.settle()
     newest = pair.disk.read_bytes()
     pair.east.vrep("test", "stop", "web")
     assert pair.east.vrep("test", "list")["views"] == []
+    assert pair.east.group()["conditions"] == []
 
     for point, expected in (("before", before), ("latest", newest)):
         for format_ in ("raw", "qcow2"):
@@ -397,10 +400,15 @@ def test_status_and_metrics_say_how_a_group_is(pair: Pair) -> None:
     pair.west.vrep("resume", "web")
     pair.settle()
 
-    pair.west.vrep("unprotect", "web")
+    assert pair.west.vrep("unprotect", "web")["target_not_told"] == ""
     assert pair.west.vrep("status")["groups"] == {}
+    assert pair.east.group()["conditions"] == ["unprotected"]
+    pair.east.vrep("status", "--check")
     pair.east.vrep("key", "import", str(pair.key_file))
     assert pair.east.vrep("points", "web")["newest"] is not None
+    pair.east.vrep("unprotect", "web", "--delete-history")
+    assert pair.east.vrep("status")["groups"] == {}
+    assert not list((pair.east.root / "store").iterdir())
 
 
 def test_a_group_that_never_reached_the_target_is_removed_with_its_history(pair: Pair) -> None:

@@ -28,11 +28,11 @@ STORED = bytes.fromhex("33" * 16)
 FILTERED: dict[str, Any] = {
     "head": 9, "durable": 9, "oldest_ns": 0, "ring_bytes": 100, "ring_free_bytes": 100,
     "dirty_bytes": 0, "unshipped_bytes": 0, "total_bytes": 4096, "gap": False, "gap_seq": 0,
-    "unverified": "", "flush_failed": False, "clients": 1,
+    "unverified": "", "flush_failed": False, "clients": 1, "guest_paused": False,
 }  # fmt: skip
 SESSION: dict[str, Any] = {
-    "connected": True, "conditions": [], "error": "", "received_seq": 9, "bytes_sent": 1,
-    "records_sent": 1, "round_trip_s": None,
+    "connected": True, "fenced": False, "conditions": [], "error": "", "received_seq": 9,
+    "bytes_sent": 1, "records_sent": 1, "round_trip_s": None,
 }  # fmt: skip
 
 
