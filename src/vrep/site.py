@@ -237,12 +237,19 @@ class Site:
         )
         return msgspec.structs.replace(options, **changes)
 
-    def unprotect(self, group: str, *, delete_history: bool = False) -> None:
+    def unprotect(self, group: str, *, delete_history: bool = False) -> str:
         """Stop replicating a group and forget it here; its disks stay as they are. With
-        `delete_history` the target deletes what it holds as well; that needs the target."""
-        # Only what the target is asked for is in the definition: a group whose definition cannot
-        # be read can be forgotten all the same.
+        `delete_history` the target deletes what it holds as well; that needs the target. The
+        answer is why the target could not be told, if it could not: then it misses its source.
+
+        At the site that holds the history of a group that was given up, with `delete_history`:
+        delete that history."""
+        # Only what the target is told is in the definition: a group whose definition cannot be
+        # read can be forgotten all the same.
         if group not in set(self.groups.names()):
+            if delete_history:
+                self._delete_held(group)
+                return ""
             raise errors.NotFoundError(f"no group {group!r} is protected here")
         clients = self._clients(group)
         if clients:
@@ -251,6 +258,10 @@ class Site:
             )
         if delete_history:
             self._delete_history(self.groups.load(group))
+        try:
+            definition, problem = self.groups.load(group), ""
+        except errors.VrepError as error:
+            definition, problem = None, str(error)
         directory = self.groups.path(group)
         (directory / "group.json").unlink()
         self._tell("source", "reload")
@@ -258,6 +269,10 @@ class Site:
             self._wait_gone(group)
         shutil.rmtree(directory)
         shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
+        # Last: a session that still ran would take the group back.
+        if definition is not None and not delete_history:
+            problem = self._tell_unprotected(definition)
+        return problem
 
     def pause(self, group: str) -> None:
         """Stop shipping. Writes stay marked; the ring may overflow into a gap."""
@@ -484,6 +499,25 @@ class Site:
         except PeerRefusedError as error:
             if error.code != NOT_STORED:  # a group that was never served has left nothing there
                 raise
+
+    def _tell_unprotected(self, definition: GroupDefinition) -> str:
+        from vrep.wire.transport import PeerRefusedError
+
+        try:
+            self._ask_target(definition, "group.unprotect", {})
+        except PeerRefusedError as error:
+            return "" if error.code == NOT_STORED else str(error)
+        except errors.VrepError as error:
+            return str(error)
+        return ""
+
+    def _delete_held(self, group: str) -> None:
+        """Delete the history of a group that its source gave up, through the target process,
+        which has it open."""
+        from vrep.recovery.held import find_group
+
+        held = find_group(self.paths, group)
+        ControlClient(self.paths.socket("target")).call("delete_unprotected", group_id=held.hex)
 
     def _ask_target(self, definition: GroupDefinition, method: str, params: dict[str, Any]) -> Any:
         from vrep.wire.site import connect

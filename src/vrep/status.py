@@ -32,7 +32,7 @@ STATES: Final = (
     "error",
 )
 CRITICAL_STATES: Final = frozenset({"offline", "unverified", "failed-over", "error"})
-HARMLESS: Final = frozenset({"testing"})
+HARMLESS: Final = frozenset({"testing", "unprotected"})
 """conditions that are no reason for a warning"""
 WELL: Final = 0
 WARNING: Final = 1
@@ -284,9 +284,12 @@ def verdict(status: Mapping[str, Any], limits: StatusConfig | None = None) -> tu
 
 def _level(group: Mapping[str, Any]) -> int:
     """How bad a group's state and conditions are."""
+    quiet = HARMLESS.issuperset(group["conditions"])
+    if quiet and group["state"] == "offline" and "unprotected" in group["conditions"]:
+        return WELL  # its source gave it up: that nothing comes was asked for
     if group["state"] in CRITICAL_STATES or "target-full" in group["conditions"]:
         return CRITICAL
-    if group["state"] != "replicating" or not HARMLESS.issuperset(group["conditions"]):
+    if group["state"] != "replicating" or not quiet:
         return WARNING
     return WELL
 

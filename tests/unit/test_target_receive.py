@@ -26,7 +26,8 @@ from vrep.errors import (
 )
 from vrep.keys import SiteIdentity
 from vrep.paths import SitePaths
-from vrep.settings import Config, NetworkConfig, TargetConfig
+from vrep.settings import Config, NetworkConfig, StatusConfig, TargetConfig
+from vrep.status import WELL, verdict
 from vrep.target.daemon import Target
 from vrep.target.epochs import EpochDoor
 from vrep.target.manifest import EpochState, Position
@@ -681,6 +682,35 @@ def test_a_group_is_deleted_by_its_writer_only(world: World) -> None:
         own.ask("group.delete", {"group_id": GROUP.hex()})
     with pytest.raises(NotFoundError):
         world.control.call("epoch_state", group_id=GROUP.hex())
+
+
+def test_a_group_that_is_given_up_is_not_missed(world: World) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(2))
+    client.wait(2)
+    group = {"group_id": GROUP.hex()}
+    with pytest.raises(PeerRefusedError, match="fenced"):
+        world.connect("c").ask("group.unprotect", group)
+    with pytest.raises(StateError, match="not given it up"):
+        world.control.call("delete_unprotected", **group)
+    own = world.connect("a")
+    assert own.ask("group.unprotect", group) == {}
+    while not isinstance(client.take(), m.Bye):
+        pass
+    world.restart()
+    status = world.status()
+    assert (status["state"], status["conditions"]) == ("offline", ["unprotected"])
+    answer = {"roles": {"target": True}, "groups": {"shop": {"role": "target", **status}}}
+    assert verdict(answer, StatusConfig()) == (WELL, [])
+    with StoreReader(world.paths.store, GROUP) as reader:
+        assert reader.durable == Position(1, 0, 2)
+    # Its source was cut off before it forgot the group, and goes on.
+    Client(world, feed=records.Feed(seq=2)).open()
+    assert world.status()["conditions"] == []
+    world.connect("a").ask("group.unprotect", group)
+    world.control.call("delete_unprotected", **group)
+    assert not (world.paths.store / GROUP.hex()).exists()
+    assert world.control.call("status")["groups"] == {}
 
 
 # ---- what a site may say, and when ------------------------------------------------------

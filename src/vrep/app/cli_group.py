@@ -136,14 +136,19 @@ def _wait(site: Site, group: str, as_json: bool) -> None:
 def unprotect(
     group: Group,
     delete_history: Annotated[
-        bool, typer.Option("--delete-history", help="The target deletes what it holds as well.")
+        bool, typer.Option("--delete-history", help="What the target holds is deleted as well.")
     ] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Stop replicating a group. Its disks, and its history at the target, stay."""
-    site_of(directory).unprotect(group, delete_history=delete_history)
-    emit({"group": group, "history_deleted": delete_history}, as_json, f"{group}: not protected")
+    """Stop replicating a group. Its disks, and its history at the target, stay; with
+    --delete-history at the target's site, the history of a group that was given up goes."""
+    problem = site_of(directory).unprotect(group, delete_history=delete_history)
+    text = f"{group}: not protected"
+    if problem:
+        text += f"\nthe target was not told, and goes on to miss this site: {problem}"
+    answer = {"group": group, "history_deleted": delete_history, "target_not_told": problem}
+    emit(answer, as_json, text)
 
 
 @app.command("pause")

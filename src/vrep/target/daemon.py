@@ -108,6 +108,7 @@ class Target:
                 "status": self._status,
                 "sessions": self._sessions,
                 "reload": self._reload,
+                "delete_unprotected": self._delete_unprotected,
                 "stop": self._stop_requested,
                 "epoch_state": lambda p: self._of(p).epoch_state(),
                 "epoch_raise": lambda p: plain(self._of(p).open_fenced(p)),
@@ -283,6 +284,8 @@ class Target:
             case "group.report":
                 status = _report_of(request.params)
                 self._of(request.params).report(site_id, transport.name, status)
+            case "group.unprotect":
+                self._of(request.params).unprotect(site_id)
             case "group.delete":
                 self._delete(transport, request, site_id)
             case method:
@@ -292,11 +295,21 @@ class Target:
     def _delete(self, transport: FrameTransport, request: m.Request, site_id: bytes) -> None:
         host = self._of(request.params)
         host.delete(site_id)
-        with self._lock:
-            self._hosts.pop(host.group_id, None)
+        self._forget(host)
         log.warning("a group was deleted", group_id=host.group_id.hex(), peer=transport.name)
 
+    def _forget(self, host: GroupHost) -> None:
+        with self._lock:
+            self._hosts.pop(host.group_id, None)
+
     # ---- control -----------------------------------------------------------------------
+
+    def _delete_unprotected(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        host = self._of(params)
+        host.delete_unprotected()
+        self._forget(host)
+        log.warning("a group that was given up was deleted", group_id=host.group_id.hex())
+        return {}
 
     def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:

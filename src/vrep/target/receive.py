@@ -173,6 +173,7 @@ class GroupHost:
                 store.commit(FULL_DRAIN_S if store.full else DRAIN_S)
             except (StoreFullError, TimeLimitError) as error:
                 raise RefusedError("full" if store.full else "busy", str(error)) from None
+            store.set_unprotected(False)
             if message.wrapped_keys:
                 store.set_wrapped_keys(message.wrapped_keys)
             session = Session(store, verdict.epoch, transport, channel, self.conditions)
@@ -399,7 +400,9 @@ class GroupHost:
         current = store.manifest.current_epoch
         source = self.source()
         conditions = self.conditions()
-        if not source["connected"]:
+        if store.manifest.unprotected:
+            conditions.append("unprotected")  # nobody is missed
+        elif not source["connected"]:
             conditions.append("source-silent")
         if self._old_source_lives(current):
             conditions.append("old-source-alive")
@@ -424,9 +427,34 @@ class GroupHost:
     def delete(self, site_id: bytes) -> None:
         """Remove the store, for the site that writes it."""
         with self._lock:
+            self._require_writer(site_id)
+            self._remove()
+
+    def delete_unprotected(self) -> None:
+        """Remove the store of a group that its source gave up, for this site."""
+        with self._lock:
+            if not self.require().manifest.unprotected:
+                raise StateError(
+                    f"the source of {self.name!r} has not given it up: unprotect it there"
+                )
+            self._remove()
+
+    def unprotect(self, site_id: bytes) -> None:
+        """The site that writes the group gives it up; its history stays."""
+        with self._lock:
+            store = self._require_writer(site_id)
+            self._end_session(m.Bye(reason="the group is not protected any more"))
+            store.set_unprotected(True)
+
+    def _require_writer(self, site_id: bytes) -> GroupStore:
+        store = self.require()
+        if store.manifest.current_epoch.writer != site_id:
+            raise FencedError("only the site that writes a group may delete it or give it up")
+        return store
+
+    def _remove(self) -> None:
+        with self._lock:
             store = self.require()
-            if store.manifest.current_epoch.writer != site_id:
-                raise FencedError("only the site that writes a group may delete it")
             if runs.pinned(store.directory):
                 raise BusyError("a recovery reads the history of this group")
             self._end_session(None)
