@@ -19,6 +19,7 @@ Port = Annotated[str, Meta(max_length=270)]
 Count = Annotated[int, Meta(ge=1, le=64)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+Age = Annotated[float, Meta(gt=0, le=30 * 86400)]
 Mode = Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")]
 
 
@@ -94,9 +95,9 @@ class RecoveryConfig(_Section, frozen=True, kw_only=True):
 class StatusConfig(_Section, frozen=True, kw_only=True):
     """When `vrep status --check` and `vrep_verdict` find that a target is too late."""
 
-    rpo_warning_s: Seconds = 5.0
+    rpo_warning_s: Age = 5.0
     """age of the oldest write not durable at a target from which it is a warning"""
-    rpo_critical_s: Seconds = 30.0
+    rpo_critical_s: Age = 30.0
     """age from which it is critical"""
 
 
