@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import base64
 import datetime
-import grp
-import ipaddress
 import os
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -28,15 +25,7 @@ import msgspec
 
 from vrep import errors
 from vrep.control import ControlClient
-from vrep.groups import (
-    ON_FENCE,
-    VERSION,
-    DiskDefinition,
-    GroupDefinition,
-    GroupDirectory,
-    GroupOptions,
-    check_name,
-)
+from vrep.groups import VERSION, GroupDefinition, GroupDirectory, GroupOptions, check_name
 from vrep.paths import SitePaths
 from vrep.settings import Config, load_config, set_listen
 
@@ -48,17 +37,12 @@ if TYPE_CHECKING:
     from vrep.recovery.view import ViewInfo
     from vrep.wire.peers import Peer, PeerRegistry
 
-SECTOR_BYTES: Final = 512
 DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
-RING_BYTES_MIN: Final = 1 << 20
-RING_BYTES_MAX: Final = 64 << 30
-RATE_MAX: Final = 1 << 50
 KEY_FILE_BYTES_MAX: Final = 1 << 16
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
-QCOW2_MAGIC: Final = b"QFI\xfb"
 
 
 class Site:
@@ -178,13 +162,14 @@ class Site:
         when the site's processes run. VMs must use the group's NBD socket from now on: see
         `nbd_uri`.
         """
+        from vrep.examine import check_options, examine_disk
         from vrep.keys.datakey import DataKey
 
         check_name(group)
         if not 1 <= len(disks) <= DISKS_MAX:
             raise errors.InvalidError(f"a group has 1 to {DISKS_MAX} disks, not {len(disks)}")
         options = options or self.group_options()
-        _check_options(options)
+        check_options(options)
         identity, peer = self.identity, self.peers.get(to)
         if group in set(self.groups.names()):
             raise errors.ExistsError(f"group {group!r} is protected already")
@@ -193,7 +178,7 @@ class Site:
         known = {disk.uri: g.name for g in self.groups.readable() for disk in g.disks}
         definitions = []
         for index, (name, uri) in enumerate(disks.items()):
-            disk = _examine(index, check_name(name, "disk"), uri)
+            disk = examine_disk(index, check_name(name, "disk"), uri)
             if disk.uri in known:
                 raise errors.BusyError(f"{disk.uri} is a disk of group {known[disk.uri]!r} already")
             known[disk.uri] = group
@@ -524,68 +509,6 @@ class Site:
 
         with connect(self.identity, self.peers.get(definition.to_site)) as transport:
             return transport.ask(method, {"group_id": definition.group_id, **params})
-
-
-def _examine(index: int, name: str, uri: str) -> DiskDefinition:
-    """A disk as it is now; clear errors for what cannot be protected."""
-    scheme, _, where = uri.partition(":")
-    if scheme not in ("file", "block") or not where:
-        known = "file:PATH and block:PATH are supported"
-        raise errors.UnsupportedError(f"the disk URI {uri!r}: {known} in this release")
-    path = Path(where).absolute()
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise errors.NotFoundError(f"disk {name!r}: {path}: {error.strerror}") from None
-    if scheme == "file" and not stat.S_ISREG(status.st_mode):
-        raise errors.InvalidError(f"disk {name!r}: {path} is not a regular file")
-    if scheme == "block" and not stat.S_ISBLK(status.st_mode):
-        raise errors.InvalidError(f"disk {name!r}: {path} is not a block device")
-    with path.open("rb") as file:
-        magic = file.read(len(QCOW2_MAGIC))
-        size = file.seek(0, os.SEEK_END)
-    if magic == QCOW2_MAGIC:
-        raise errors.UnsupportedError(
-            f"disk {name!r}: {path} is a qcow2 image: 'qemu-img convert -O raw' makes a raw one"
-        )
-    if size == 0 or size % SECTOR_BYTES:
-        raise errors.InvalidError(
-            f"disk {name!r}: {path} has {size} bytes; a disk has a multiple of {SECTOR_BYTES}"
-        )
-    return DiskDefinition(name=name, uri=f"{scheme}:{path}", bytes=size, index=index)
-
-
-def _check_options(options: GroupOptions) -> None:
-    """What the filter would refuse is refused before the group exists."""
-    from vrep.wire.address import parse_address
-
-    if not RING_BYTES_MIN <= options.ring_bytes <= RING_BYTES_MAX:
-        raise errors.InvalidError(
-            f"a ring of {options.ring_bytes} bytes: it has {RING_BYTES_MIN} to {RING_BYTES_MAX}"
-        )
-    if not 0 <= options.rate_bytes_per_s <= RATE_MAX:
-        raise errors.InvalidError(
-            f"a rate of {options.rate_bytes_per_s} bytes a second: at most {RATE_MAX}"
-        )
-    if options.on_fence not in ON_FENCE:
-        raise errors.InvalidError(f"on a fence a VM's I/O may {' or '.join(ON_FENCE)}")
-    if options.socket_group:
-        try:
-            grp.getgrnam(options.socket_group)
-        except KeyError:
-            raise errors.InvalidError(
-                f"there is no Unix group {options.socket_group!r} for the NBD socket"
-            ) from None
-    if options.tcp:
-        host, _ = parse_address(options.tcp)
-        try:
-            local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            local = False
-        if not local:
-            raise errors.InvalidError(
-                f"NBD on {options.tcp}: TCP is for loopback addresses only, as in 127.0.0.1:10809"
-            )
 
 
 def _write_new(out: str | os.PathLike[str], make: Callable[[], str]) -> None:

@@ -18,7 +18,8 @@ from vrep.app.cli_common import parse_duration, parse_size
 from vrep.app.cli_group import parse_disks
 from vrep.app.cli_output import age_text, size_text, table
 from vrep.app.cli_status import text_of
-from vrep.site import Site, _examine
+from vrep.examine import examine_disk
+from vrep.site import Site
 
 VERBS = """
 site init|invite|join|list|remove
@@ -541,7 +542,7 @@ def test_a_qcow2_image_is_not_taken_for_a_raw_one(tmp_path: Path) -> None:
     image = tmp_path / "web.qcow2"
     image.write_bytes(b"QFI\xfb".ljust(65536, b"\0"))
     with pytest.raises(errors.UnsupportedError, match="qemu-img convert"):
-        _examine(0, "root", f"file:{image}")
+        examine_disk(0, "root", f"file:{image}")
 
 
 def test_a_passphrase_file_that_is_no_text_is_named(
