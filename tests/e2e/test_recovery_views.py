@@ -22,6 +22,7 @@ from vrep.control import ControlServer
 from vrep.recovery import export as export_module
 from vrep.recovery import failover, view
 from vrep.recovery.export import export
+from vrep.recovery.keeper import ViewKeeper
 from vrep.recovery.points import list_points
 from vrep.target.epochs import EpochDoor
 from vrep.target.manifest import DiskEntry, EpochState, Position
@@ -128,6 +129,48 @@ def test_a_killed_view_comes_back_with_its_writes(lab: Any) -> None:
     assert read_all(again) == [root, data]
     assert view.restart_views(lab.paths) == []
     assert view.list_views(lab.paths)[0].pid == again.pid
+
+
+def test_a_view_that_dies_is_kept_and_one_that_is_stopped_is_not(lab: Any) -> None:
+    info = view.start_test(lab.paths, "web")
+    keeper = ViewKeeper(lab.paths)
+    kill(lab.paths, info)
+    assert keeper.tend() == []
+    again = view.list_views(lab.paths)[0]
+    assert (again.running, again.id) == (True, info.id)
+    assert again.pid != info.pid
+    os.kill(again.pid, signal.SIGTERM)  # a person
+    directory = view.ViewDirectory(lab.paths, info.id)
+    deadline = time.monotonic() + 30
+    while directory.holder() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(2):
+        assert keeper.tend() == []
+        assert not view.list_views(lab.paths)[0].running
+    # So does a shutdown: the site that starts afterwards serves it.
+    assert ViewKeeper(lab.paths).tend() == []
+    assert view.list_views(lab.paths)[0].running
+
+
+def test_a_view_that_cannot_be_served_is_tried_with_growing_pauses(lab: Any) -> None:
+    info = view.start_test(lab.paths, "web")
+    kill(lab.paths, info)
+    key = lab.root / "keys" / "acme.key"
+    kept = key.read_bytes()
+    key.unlink()
+    now = [0.0]
+    keeper = ViewKeeper(lab.paths, lambda: now[0])
+    tries = []
+    for second in range(31):
+        now[0] = float(second)
+        if keeper.tend():
+            tries.append(second)
+    assert tries == [0, 2, 6, 14, 30]
+    key.write_bytes(kept)
+    now[0] = 62.0
+    assert keeper.tend() == []
+    assert view.list_views(lab.paths)[0].running
 
 
 def test_several_tests_of_a_group_and_the_end_of_one(lab: Any) -> None:

@@ -309,6 +309,16 @@ def test_a_failover_serves_the_disk_and_fences_the_old_source(pair: Pair) -> Non
     io(uri, "write -P 0x43 0 64k", "flush")  # its VM's I/O goes on
     io(served, "read -P 0x42 0 1M")
 
+    dead = pair.east.vrep("test", "list")["views"][0]["pid"]
+    os.kill(dead, signal.SIGKILL)  # the process of the recovered disk alone
+
+    def served_again() -> bool:
+        one = pair.east.vrep("test", "list")["views"][0]
+        return bool(one["running"]) and one["pid"] != dead
+
+    wait_for(served_again, "vrep run serves it again")
+    io(served, "read -P 0x42 0 1M")
+
     pair.east.kill()  # the host of the recovered disk goes down and comes back
     pair.east.start()
     wait_for(lambda: pair.east.vrep("test", "list")["views"][0]["running"], "the view is back")

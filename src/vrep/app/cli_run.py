@@ -6,7 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vrep.paths import SitePaths
 
 app = typer.Typer()
+
+VIEWS_EVERY_S: Final = 2.0
 
 
 @app.command("run")
@@ -41,12 +43,14 @@ def run(
     setup_logs(config.log, "site")
     roles = ROLES if role == "all" else (role,)
 
+    stopping = threading.Event()
+
     @contextlib.contextmanager
     def beside() -> Iterator[None]:
         structlog.get_logger("vrep.run").info("site runs", name=identity.name, roles=role)
         if "target" in roles:
             # A recovered VM's disk waits for nothing that replicates.
-            threading.Thread(target=_restart_views, args=(site.paths,), daemon=True).start()
+            threading.Thread(target=_keep_views, args=(site.paths, stopping), daemon=True).start()
         if not config.metrics.listen:
             yield
             return
@@ -55,21 +59,28 @@ def run(
         with MetricsServer(site, config.metrics.listen):
             yield
 
-    raise typer.Exit(Supervisor(site.paths, roles).run(beside))
+    try:
+        raise typer.Exit(Supervisor(site.paths, roles).run(beside))
+    finally:
+        stopping.set()
 
 
-def _restart_views(paths: SitePaths) -> None:
-    """Bring back what was served of recovered disks before this host went down."""
+def _keep_views(paths: SitePaths, stopping: threading.Event) -> None:
+    """Serve recovered disks again after their processes, or this host, went down."""
     import structlog
 
-    from vrep.recovery.view import restart_views
+    from vrep.recovery.keeper import ViewKeeper
 
     log = structlog.get_logger("vrep.run")
-    try:
-        for problem in restart_views(paths):
-            log.error("view not served again", reason=problem)
-    except VrepError as error:
-        log.error("views not served again", error=str(error))
+    keeper = ViewKeeper(paths)
+    while True:
+        try:
+            for problem in keeper.tend():
+                log.error("view not served again", reason=problem)
+        except (VrepError, OSError) as error:
+            log.error("views not served again", error=str(error))
+        if stopping.wait(VIEWS_EVERY_S):
+            return
 
 
 @app.command("demo")

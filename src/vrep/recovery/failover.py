@@ -260,8 +260,8 @@ def commit(paths: SitePaths, group: str) -> ViewInfo:
     if record.state != "committed":
         view.change(state="committed")
     if view.holder() is None:
-        process = ViewProcess(paths)
-        process.serve(view)
+        with contextlib.suppress(errors.LockedError):  # `vrep run` was faster
+            ViewProcess(paths).serve(view)
     with contextlib.suppress(errors.VrepError):
         ControlClient(view.control).call("fill", timeout=5.0)
     return describe(view)

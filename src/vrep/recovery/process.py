@@ -34,7 +34,7 @@ from vrep.control import ControlServer
 from vrep.paths import SitePaths, socket_gid
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.fetch import Fetcher
-from vrep.recovery.view import ViewDirectory, ViewInfo, begin_test, info_of
+from vrep.recovery.view import TOLD_TO_END, ViewDirectory, ViewInfo, begin_test, info_of
 from vrep.settings import load_config
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
@@ -66,7 +66,7 @@ class View:
         self._threads: list[threading.Thread] = []
         with contextlib.ExitStack() as stack:
             lock = self._directory.take_lock()
-            stack.callback(os.close, lock)
+            stack.callback(self._let_go, lock)
             self._reader = stack.enter_context(
                 reader
                 or StoreReader(paths.store, bytes.fromhex(self._record.group_id), scattered=True)
@@ -95,6 +95,11 @@ class View:
         if self._record.kind == "failover":
             self._fill_wanted.set()
         self._start(self._fill_loop, "fill")
+
+    def _let_go(self, lock: int) -> None:
+        if self._stopping.is_set():
+            self._directory.note_in_lock(lock, TOLD_TO_END)
+        os.close(lock)
 
     def _open_fetcher(self, paths: SitePaths) -> Fetcher:
         """With the key proven right on one piece, before anything is served."""

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,6 +52,8 @@ __all__ = [
 VERSION: Final = 1
 START_S: Final = 60.0
 STOP_S: Final = 20.0
+LOCK_S: Final = 0.5
+TOLD_TO_END: Final = "told to end"
 
 
 class ViewDisk(msgspec.Struct, frozen=True):
@@ -175,14 +178,33 @@ class ViewDirectory:
     def take_lock(self) -> int:
         """The lock of the view's process; LockedError while it lives."""
         fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            raise errors.LockedError(f"view {self.id} is served by another process") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        deadline = time.monotonic() + LOCK_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(fd)
+                    raise errors.LockedError(
+                        f"view {self.id} is served by another process"
+                    ) from None
+            time.sleep(0.01)  # who only asks for the holder has it for a moment
+        self.note_in_lock(fd, str(os.getpid()))
         return fd
+
+    @staticmethod
+    def note_in_lock(fd: int, text: str) -> None:
+        """What the holder of the lock leaves in it: its pid, at last that it was told to end."""
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, text.encode(), 0)
+
+    def was_told_to_end(self) -> bool:
+        """Whether the last process of the view ended in good order, and did not die."""
+        try:
+            return (self.root / "lock").read_text() == TOLD_TO_END
+        except FileNotFoundError:
+            return False
 
     def holder(self) -> int | None:
         """Pid of the process that holds the lock; None when there is none."""
@@ -472,9 +494,12 @@ def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
         view.remove()
 
 
-def restart_views(paths: SitePaths) -> list[str]:
-    """Serve again every view whose process is gone, with what was written to it. Tests that
-    never came to be served are removed. Returns a line of text for each that could not."""
+def restart_views(
+    paths: SitePaths, due: Callable[[ViewDirectory], bool] = lambda _view: True
+) -> list[str]:
+    """Serve again every view whose process is gone and that is `due`, with what was written to
+    it. Tests that never came to be served are removed. Returns a line of text for each that
+    could not."""
     problems = []
     for view in view_directories(paths):
         try:
@@ -485,9 +510,9 @@ def restart_views(paths: SitePaths) -> list[str]:
                 if time.time_ns() - record.created_ns > 2 * START_S * 1e9:
                     view.remove()
                 continue
-            if record.state in ("serving", "committed"):
+            if record.state in ("serving", "committed") and due(view):
                 restart(view)
-        except errors.VrepError as error:
+        except (errors.VrepError, OSError) as error:
             problems.append(f"view {view.id}: {error}")
     return problems
 
