@@ -264,6 +264,20 @@ def test_an_end_that_was_taken_back_after_a_check(lab: Any) -> None:
         export(lab.paths, "web", "latest", lab.root / "out")
 
 
+def test_a_full_disk_does_not_spoil_a_good_check(
+    lab: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vrep.recovery.check.write_atomic", full)
+    assert list_points(lab.paths, "web").verdict.whole
+    assert "No space left" in caplog.text
+    assert export(lab.paths, "web", "latest", lab.root / "out").disks
+    monkeypatch.setattr("vrep.recovery.check.make_private_directory", full)
+    assert list_points(lab.paths, "web").verdict.whole
+
+
 def test_an_index_that_leaves_a_record_out(lab: Any) -> None:
     """The records are all there, but the index of their segment would show an older block."""
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ from vrep.target.reader import RecordSpan, StoreReader
 from vrep.target.segment import segment_path
 
 __all__ = ["Verdict", "check_history"]
+
+log = logging.getLogger("vrep.recovery")
 
 VERSION: Final = 1
 Structs = NDArray[np.void]
@@ -377,8 +380,11 @@ class _CacheFile:
         content = msgspec.json.encode(
             _Cache(VERSION, segments, (newest.epoch, newest.lane, newest.seq))
         )
-        make_private_directory(self._path.parent)
-        write_atomic(
-            self._path,
-            msgspec.json.encode(_File(self._mac(content), msgspec.Raw(content))),
-        )
+        whole = msgspec.json.encode(_File(self._mac(content), msgspec.Raw(content)))
+        try:
+            make_private_directory(self._path.parent)
+            write_atomic(self._path, whole)
+        except OSError as error:
+            # Recovery works on a full disk. The next check reads more, and compares the end of
+            # the history with an older one.
+            log.warning("%s: what was checked is not kept: %s", self._path, error.strerror or error)
