@@ -4,10 +4,11 @@
 
 Each ``INVARIANT-NAME.patch`` here begins with lines ``# test: ID``, of which one at least must
 turn red (``test_map`` is a native test, ``tests/unit/test_x.py::test_y`` one of pytest), and one
-may say what it breaks. The patches are applied one after another to a copy of the work tree in
-``build/mutants``, which is kept and built incrementally; a test that is red without any patch
-proves nothing and is an error, and so are a patch that does not apply, one that does not build
-and one that survives. Results: ``build/mutants.json``.
+may say what it breaks. A mutant that makes its test hang says so by ``# timeout: kills``; any other
+test that does not end in time proves nothing. The patches are applied one after another to a copy
+of the work tree in ``build/mutants``, which is kept and built incrementally; a test that is red
+without any patch, with any of the seeds, proves nothing and is an error, and so are a patch that
+does not apply, one that does not build and one that survives. Results: ``build/mutants.json``.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Mutant:
     path: Path
     tests: list[str] = field(default_factory=list)
     breaks: str = ""
+    hangs: bool = False
     files: list[str] = field(default_factory=list)
 
     @property
@@ -55,6 +57,10 @@ class Red(Exception):
     """A test failed, or the mutant was noticed in another way."""
 
 
+class Late(Exception):
+    """A test did not end in time: the mutant hangs it, or the machine is slow."""
+
+
 class Broken(Exception):
     """Nothing can be said: the machinery, the patch or the test is wrong."""
 
@@ -64,6 +70,8 @@ def read(path: Path) -> Mutant:
     for line in path.read_text().splitlines():
         if line.startswith("# test:"):
             mutant.tests.append(line.removeprefix("# test:").strip().removeprefix("ctest:"))
+        elif line.startswith("# timeout:"):
+            mutant.hangs = line.removeprefix("# timeout:").strip() == "kills"
         elif line.startswith("# ") and not mutant.files:
             mutant.breaks = mutant.breaks or line[2:]
         elif line.startswith(("+++ b/", "--- a/")):
@@ -171,7 +179,7 @@ def test_once(test: str, seed: str) -> None:
     try:
         done = run(command, seconds=TEST_S, VREP_TEST_SEED=seed)
     except subprocess.TimeoutExpired:
-        raise Red(f"{test}: no end within {TEST_S} s") from None
+        raise Late(f"{test} (seed {seed}): no end within {TEST_S} s") from None
     if done.returncode == 0:
         return
     if not is_native(test) and done.returncode != 1:
@@ -198,6 +206,8 @@ def judge(mutant: Mutant, good: dict[str, str]) -> tuple[str, str]:
         return "survived", ""
     except Broken as error:
         return "error", str(error)
+    except Late as error:
+        return "killed" if mutant.hangs else "timeout", str(error)
     except Red as error:
         return "killed", str(error)
     finally:
@@ -206,14 +216,16 @@ def judge(mutant: Mutant, good: dict[str, str]) -> tuple[str, str]:
 
 
 def without_mutants(tests: list[str]) -> dict[str, str]:
-    """What each test says about the code as it is: nothing when it is green."""
+    """What each test says about the code as it is: nothing when it is green with every seed
+    that mutants are judged with."""
     build(tests)
     said = {}
     for test in tests:
         try:
-            test_once(test, SEEDS[0])
+            for seed in SEEDS:
+                test_once(test, seed)
             said[test] = ""
-        except (Red, Broken) as error:
+        except (Red, Late, Broken) as error:
             said[test] = str(error) or "red"
             print(f"red without a mutant: {said[test]}", flush=True)
     return said
@@ -262,7 +274,8 @@ def main() -> int:
             print(evidence, flush=True)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     killed = sum(row["verdict"] == "killed" for row in rows)
-    print(f"{killed} of {len(rows)} mutants killed")
+    late = sum(row["verdict"] == "timeout" for row in rows)
+    print(f"{killed} of {len(rows)} mutants killed" + (f", {late} timed out" if late else ""))
     return 0 if rows and killed == len(rows) and not bare else 1
 
 

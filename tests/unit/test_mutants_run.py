@@ -1,0 +1,89 @@
+"""The runner of the mutants: what counts as killed, and what proves nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TEST = "tests/unit/test_x.py::test_y"
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The runner over a tree of one file, where nothing is built and no test is run."""
+    path = Path(__file__).parents[1] / "mutants" / "run.py"
+    spec = importlib.util.spec_from_file_location("mutants_run", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    (tmp_path / "code.py").write_text("right\n")
+
+    def apply(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "code.py").write_text("wrong\n")
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setattr(module, "TREE", tmp_path)
+    monkeypatch.setattr(module, "run", apply)
+    monkeypatch.setattr(module, "build", lambda _tests: None)
+    return module
+
+
+def mutant(runner: ModuleType, where: Path, *lines: str) -> Any:
+    path = where / "1-some-mutant.patch"
+    head = "".join(f"# {line}\n" for line in (f"test: {TEST}", *lines))
+    path.write_text(f"{head}--- a/code.py\n+++ b/code.py\n")
+    return runner.read(path)
+
+
+def test_the_baseline_is_run_with_every_seed_that_judges(
+    runner: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red_with_the_last(test: str, seed: str) -> None:
+        if seed == runner.SEEDS[-1]:
+            raise runner.Red(f"{test} {seed}")
+
+    monkeypatch.setattr(runner, "test_once", red_with_the_last)
+    assert runner.without_mutants([TEST])[TEST]
+    monkeypatch.setattr(runner, "test_once", lambda _test, _seed: None)
+    assert runner.without_mutants([TEST]) == {TEST: ""}
+
+
+@pytest.mark.parametrize(
+    ("lines", "verdict"),
+    [((), "timeout"), (("timeout: kills",), "killed"), (("hangs",), "timeout")],
+)
+def test_a_timeout_kills_only_where_that_is_said(
+    runner: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: tuple[str, ...],
+    verdict: str,
+) -> None:
+    def late(test: str, _seed: str) -> None:
+        raise runner.Late(test)
+
+    monkeypatch.setattr(runner, "test_once", late)
+    assert runner.judge(mutant(runner, tmp_path, *lines), {TEST: ""})[0] == verdict
+    assert (tmp_path / "code.py").read_text() == "right\n"
+
+
+def test_red_kills_and_green_survives(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red(test: str, _seed: str) -> None:
+        raise runner.Red(test)
+
+    one = mutant(runner, tmp_path, "it is wrong")
+    monkeypatch.setattr(runner, "test_once", red)
+    assert runner.judge(one, {TEST: ""})[0] == "killed"
+    assert runner.judge(one, {TEST: "red before"})[0] == "red without it"
+    monkeypatch.setattr(runner, "test_once", lambda _test, _seed: None)
+    assert runner.judge(one, {TEST: ""})[0] == "survived"
