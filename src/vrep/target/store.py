@@ -40,7 +40,7 @@ from vrep.errors import (
     UnsupportedError,
     VrepError,
 )
-from vrep.target import runs
+from vrep.target import reign, runs
 from vrep.target.files import Buffer, Files, is_full
 from vrep.target.journal import Journal
 from vrep.target.lease import Lease
@@ -85,18 +85,6 @@ log = logging.getLogger("vrep.target")
 def store_path(directory: Path, group_id: bytes) -> Path:
     """Where the store of a group is, below a site's directory of stores."""
     return Path(directory) / group_id.hex()
-
-
-def _without_trailing(epochs: Sequence[EpochEntry], writer: bytes) -> tuple[EpochEntry, ...]:
-    """Epochs, with those provisional ones of a writer abandoned behind which nothing stands."""
-    kept = list(epochs)
-    for at in reversed(range(len(kept))):
-        entry = kept[at]
-        if entry.state is EpochState.PROVISIONAL and entry.writer == writer:
-            kept[at] = replace(entry, state=EpochState.ABANDONED)
-        elif entry.state is not EpochState.ABANDONED:
-            break
-    return tuple(kept)
 
 
 @dataclass(frozen=True)
@@ -596,36 +584,27 @@ class GroupStore:
     ) -> EpochEntry:
         """Append an epoch, durably: from here on no other writer is heard."""
         with self._lease.lock:
-            manifest = self.manifest
-            known = manifest.epoch(parent.epoch)
-            if parent.epoch == self.durable.epoch and parent.seq > self.durable.seq:
-                raise InvalidError(f"the parent {parent} is not durable: {self.durable} is")
-            entry = EpochEntry(
-                epoch=manifest.epochs[-1].epoch + 1,
-                state=EpochState(state),
-                epoch_id=epoch_id or secrets.token_bytes(16),
+            entry = reign.successor(
+                self.manifest,
+                self.durable,
                 writer=writer,
-                parent=Position(known.epoch, parent.lane, parent.seq),
+                parent=parent,
+                state=state,
+                epoch_id=epoch_id,
                 wall_ns=self._wall_ns(),
             )
-            self._lease.publish(epochs=(*manifest.epochs, entry))
+            self._lease.publish(epochs=(*self.manifest.epochs, entry))
             return entry
 
     def raise_epoch(
         self, *, writer: bytes, parent: Position | None, state: EpochState
     ) -> EpochEntry:
         """`add_epoch`, at the last durable position without a parent; once, however often it is
-        asked for: who did not hear the answer asks again. A writer has one provisional epoch at
-        a time, so StateError when it stands at another parent."""
+        asked for."""
         with self._lease.lock:
-            current = self.manifest.current_epoch
-            if current.state is EpochState.PROVISIONAL and current.writer == writer:
-                if parent not in (None, current.parent) or state is not EpochState.PROVISIONAL:
-                    raise StateError(
-                        f"epoch {current.epoch} at {current.parent} is not decided yet: accept it "
-                        "or roll it back first"
-                    )
-                return current
+            known = reign.undecided(self.manifest, writer, parent, state)
+            if known is not None:
+                return known
             where = self.durable if parent is None else parent
             return self.add_epoch(writer=writer, parent=where, state=state)
 
@@ -651,31 +630,12 @@ class GroupStore:
 
     def roll_back_epoch(self, epoch: int) -> EpochEntry:
         """Abandon a provisional epoch and, in the same step, give the group back to the writer
-        before it: an accepted epoch that goes on behind all that this writer has here. Nothing
-        happens when that was done already. Provisional epochs of the same writer below it are
-        abandoned with it: the group never goes back to the one who gives it up."""
+        before it. Nothing happens when that was done already."""
         with self._lease.lock:
-            manifest = self.manifest
-            given_up, current = manifest.epoch(epoch), manifest.current_epoch
-            if given_up.state is EpochState.ABANDONED and current.epoch == epoch + 1:
-                return current
-            if given_up is not current:
-                raise StateError(f"epoch {epoch} is not the current one")
-            if given_up.state is not EpochState.PROVISIONAL:
-                raise StateError(f"epoch {epoch} was committed")
-            epochs = _without_trailing(manifest.epochs, given_up.writer)
-            before = replace(manifest, epochs=epochs).current_epoch
-            own = self.durable.epoch == before.epoch
-            entry = EpochEntry(
-                epoch=epochs[-1].epoch + 1,
-                state=EpochState.ACCEPTED,
-                epoch_id=secrets.token_bytes(16),
-                writer=before.writer,
-                parent=Position(before.epoch, 0, self.durable.seq if own else before.parent.seq),
-                wall_ns=self._wall_ns(),
-            )
-            self._lease.publish(epochs=(*epochs, entry))
-            return entry
+            epochs = reign.given_back(self.manifest, epoch, self.durable, self._wall_ns())
+            if epochs != self.manifest.epochs:
+                self._lease.publish(epochs=epochs)
+            return self.manifest.current_epoch
 
     def set_wrapped_keys(self, keys: Sequence[bytes]) -> None:
         """Replace the wrapped data keys, durably."""

@@ -1,0 +1,95 @@
+"""How the epochs of a group may change: rules over a manifest, which store nothing.
+
+Whatever changes an epoch may be asked for twice: who did not hear the answer asks again.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vrep.errors import InvalidError, StateError
+from vrep.target.manifest import EpochEntry, EpochState, Manifest, Position
+
+__all__ = ["given_back", "successor", "undecided"]
+
+
+def successor(
+    manifest: Manifest,
+    durable: Position,
+    *,
+    writer: bytes,
+    parent: Position,
+    state: EpochState,
+    epoch_id: bytes | None,
+    wall_ns: int,
+) -> EpochEntry:
+    """The next epoch, which leaves its parent at a durable position."""
+    known = manifest.epoch(parent.epoch)
+    if parent.epoch == durable.epoch and parent.seq > durable.seq:
+        raise InvalidError(f"the parent {parent} is not durable: {durable} is")
+    return EpochEntry(
+        epoch=manifest.epochs[-1].epoch + 1,
+        state=EpochState(state),
+        epoch_id=epoch_id or secrets.token_bytes(16),
+        writer=writer,
+        parent=Position(known.epoch, parent.lane, parent.seq),
+        wall_ns=wall_ns,
+    )
+
+
+def undecided(
+    manifest: Manifest, writer: bytes, parent: Position | None, state: EpochState
+) -> EpochEntry | None:
+    """The provisional epoch that a writer raised already, when it is the one that is asked for
+    now. A writer has one at a time: StateError when it stands at another parent."""
+    current = manifest.current_epoch
+    if current.state is not EpochState.PROVISIONAL or current.writer != writer:
+        return None
+    if parent not in (None, current.parent) or state is not EpochState.PROVISIONAL:
+        raise StateError(
+            f"epoch {current.epoch} at {current.parent} is not decided yet: accept it or roll it "
+            "back first"
+        )
+    return current
+
+
+def given_back(
+    manifest: Manifest, epoch: int, durable: Position, wall_ns: int
+) -> tuple[EpochEntry, ...]:
+    """The epochs after a provisional one is abandoned and the group goes back to the writer
+    before it, in a new accepted epoch behind all that this writer has here. They are the same
+    when that was done already."""
+    given_up, current = manifest.epoch(epoch), manifest.current_epoch
+    if given_up.state is EpochState.ABANDONED and current.epoch == epoch + 1:
+        return manifest.epochs
+    if given_up is not current:
+        raise StateError(f"epoch {epoch} is not the current one")
+    if given_up.state is not EpochState.PROVISIONAL:
+        raise StateError(f"epoch {epoch} was committed")
+    epochs = _without_trailing(manifest.epochs, given_up.writer)
+    before = replace(manifest, epochs=epochs).current_epoch
+    own = durable.epoch == before.epoch
+    entry = EpochEntry(
+        epoch=epochs[-1].epoch + 1,
+        state=EpochState.ACCEPTED,
+        epoch_id=secrets.token_bytes(16),
+        writer=before.writer,
+        parent=Position(before.epoch, 0, durable.seq if own else before.parent.seq),
+        wall_ns=wall_ns,
+    )
+    return (*epochs, entry)
+
+
+def _without_trailing(epochs: Sequence[EpochEntry], writer: bytes) -> tuple[EpochEntry, ...]:
+    """Epochs, with those provisional ones of a writer abandoned behind which nothing stands: the
+    group never goes back to the one who gives it up."""
+    kept = list(epochs)
+    for at in reversed(range(len(kept))):
+        entry = kept[at]
+        if entry.state is EpochState.PROVISIONAL and entry.writer == writer:
+            kept[at] = replace(entry, state=EpochState.ABANDONED)
+        elif entry.state is not EpochState.ABANDONED:
+            break
+    return tuple(kept)
