@@ -52,7 +52,8 @@ def fio(
     seconds: float,
     rate_iops: int = 0,
 ) -> dict[str, Any]:
-    """One timed load; IOPS and the latency percentiles of whole requests, in µs."""
+    """One timed load; IOPS, the latency percentiles of whole requests and the client's own CPU
+    time for each, in µs."""
     command = fio_command(socket, rw=rw, bs=bs, depth=depth, size=size)
     command += ["--time_based", f"--runtime={seconds}"]
     if rate_iops:
@@ -65,4 +66,5 @@ def fio(
         "iops": side["iops"],
         "p50": share["50.000000"] / 1000,
         "p99": share["99.000000"] / 1000,
+        "cpu_us": (job["usr_cpu"] + job["sys_cpu"]) * 1e4 / side["iops"],
     }

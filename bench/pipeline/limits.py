@@ -1,14 +1,21 @@
-"""What this machine can do in one stage alone, in MB/s: the bounds of steady shipping.
+"""What this machine can do at most: one stage alone, and the least work of all of them.
 
-AES-256-GCM of 64 KiB pieces through libcrypto; TLS 1.3 over loopback between two processes;
-appending with an fdatasync for each 4 MiB, as a journal under load does it.
+In MB/s, the bounds of steady shipping: AES-256-GCM of 64 KiB pieces through libcrypto; TLS 1.3
+over loopback between two processes; appending with an fdatasync for each 4 MiB, as a journal
+under load does it.
+
+In µs of CPU: what each step of a replicated 4 KiB write costs alone in C (`pipeline_limit.c`),
+and what the client costs against a server that does nothing (`null_nbd.c`). Their sum, on all
+processors, is the rate that no replication on this machine can pass.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import ssl
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import NameOID
 
+ROOT = Path(__file__).resolve().parents[2]
 PIECE = 64 << 10
 AMOUNT = 256 << 20
 SYNC_EVERY = 4 << 20
@@ -93,6 +101,32 @@ def disk(directory: Path) -> float:
         spent = time.monotonic() - begin
     path.unlink()
     return AMOUNT / spent / 1e6
+
+
+def program(name: str, directory: Path, *libraries: str) -> Path:
+    """One of bench/micro, compiled."""
+    made = directory / name
+    source = ROOT / "bench" / "micro" / f"{name}.c"
+    subprocess.run(["gcc", "-O2", source, *libraries, "-o", made], check=True)
+    return made
+
+
+def steps_us(directory: Path) -> dict[str, float]:
+    """CPU of each step of a replicated 4 KiB write, and their sum."""
+    done = subprocess.run(
+        [program("pipeline_limit", directory, "-lcrypto"), directory],
+        check=True,
+        capture_output=True,
+    )
+    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+
+
+def writes_per_s(
+    client_us: float, steps: dict[str, float], disk_mb_s: float, write_bytes: int
+) -> float:
+    """At most so many replicated 4 KiB writes, each of which the target stores as `write_bytes`."""
+    processors = len(os.sched_getaffinity(0))
+    return min(processors * 1e6 / (client_us + steps["sum"]), disk_mb_s * 1e6 / write_bytes)
 
 
 def measure(directory: Path) -> dict[str, float]:

@@ -156,6 +156,30 @@ def memory_rows(memory: list[dict[str, dict[str, int]]]) -> list[Row]:
     return found
 
 
+def limit_rows(directory: Path, size: int, name: str, bursts: list[Burst], void: bool) -> list[Row]:
+    """Ours beside what the least work of each stage leaves of this machine."""
+    server = limits.program("null_nbd", directory)
+    socket = directory / "least"
+    with running([str(server), str(socket), str(size)], socket):
+        client = nbd.fio(socket, rw="randwrite", bs="4k", depth=32, size=size, seconds=2.0)
+    steps, disk = limits.steps_us(directory), limits.disk(directory)
+    stored = sum(each.stored_bytes for each in bursts) // sum(each.records for each in bursts)
+    most = limits.writes_per_s(client["cpu_us"], steps, disk, stored)
+    return [
+        row(
+            name,
+            "IOPS",
+            "limit",
+            [each.iops for each in bursts],
+            [most] * len(bursts),
+            void=void,
+            client_us=round(client["cpu_us"], 1),
+            steps_us=steps["sum"],
+            disk_mb_s=round(disk),
+        )
+    ]
+
+
 def write_rows(site: Lab, directory: Path, plan: Plan, pages: str) -> tuple[list[Row], float]:
     """Random 4 KiB writes beside nbdkit: as fast as the client goes (void when that is more
     than the target's disk and two processors replicate), and at the rate that holds."""
@@ -216,6 +240,7 @@ def write_rows(site: Lab, directory: Path, plan: Plan, pages: str) -> tuple[list
         ),
     ]
     if pages == SMALL:
+        found += limit_rows(directory, size, name, bursts, void)
         found.append(
             plain(
                 "pipeline: journal bytes / guest bytes, 4 KiB",
@@ -314,8 +339,19 @@ def first_sync_rows(directory: Path, plan: Plan) -> list[Row]:
             uris = [f"nbd+unix:///?socket={each}" for each in (here, there)]
             subprocess.run(["nbdcopy", "--flush", "--destination-is-zero", *uris], check=True)
             theirs.append(time.monotonic() - begin)
+    steps = limits.steps_us(directory)
+    least = data / 4096 * steps["sync"] / 1e6 / len(os.sched_getaffinity(0))
     return [
         row("first sync of a 20 % full disk", "s", "nbdcopy", ours, theirs, "<= 1.0"),
+        row(
+            "first sync of a 20 % full disk",
+            "s",
+            "limit",
+            ours,
+            [least] * len(ours),
+            limit_x_nbdcopy=round(least / statistics.median(theirs), 2),
+            steps_us=steps["sync"],
+        ),
         plain("first sync: bytes sent / bytes of data", "", sent, "<= 1.05"),
     ]
 
