@@ -327,11 +327,11 @@ static void turn_away(struct vrep_nbd_server *server, int listener)
     if (server->spare_fd < 0)
         return;
     close(server->spare_fd);
+    nbd_count(&server->stats.refused, 1);
     int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
     if (fd >= 0)
         close(fd);
     server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    nbd_count(&server->stats.refused, 1);
 }
 
 static void accept_some(struct vrep_nbd_server *server, int listener)
