@@ -90,7 +90,12 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
         if group in (None, name, key):
             shown = name if name not in answer["groups"] else key
             conditions = sorted({*store["conditions"], *views.get(key, ())})
-            answer["groups"][shown] = {"role": "target", **store, "conditions": conditions}
+            answer["groups"][shown] = {
+                "role": "target",
+                **store,
+                **_points(store),
+                "conditions": conditions,
+            }
     if group is not None and not answer["groups"]:
         raise errors.NotFoundError(f"no group {group!r} is protected or stored here")
     return answer
@@ -220,6 +225,7 @@ def _target(
         "seq": int(filtered["head"]) if filtered else 0,
         "received_seq": int(session["received_seq"]) if session else 0,
         "durable_seq": int(filtered["durable"]) if filtered else 0,
+        **_points(session),
         "rpo_ms": max(0, now_ns - oldest) // 1_000_000 if oldest else 0,
         "lag_bytes": used,
         "dirty_bytes": int(filtered["dirty_bytes"]) if filtered else 0,
@@ -231,6 +237,20 @@ def _target(
         if session and session["round_trip_s"] is not None
         else None,
     }
+
+
+def _points(known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """From where to where a group can be recovered, as a process tells it."""
+    return {key: _point((known or {}).get(key)) for key in ("oldest_point", "newest_point")}
+
+
+def _point(known: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if known is None:
+        return None
+    from vrep.recovery.history import format_time
+
+    time_ns = int(known["wall_ns"])
+    return {"point": known["point"], "time": format_time(time_ns) if time_ns else None}
 
 
 def _state(

@@ -97,10 +97,18 @@ def test_a_link_that_stays_down_is_shown_and_costs_the_guest_nothing(
 ) -> None:
     pair = make_pair().up()
     durable = pair.settle()["targets"][0]["durable_seq"]
+
+    def newest_at_both() -> bool:
+        shown = pair.status()["targets"][0]["newest_point"]
+        assert shown["time"]
+        return shown == pair.stored()["newest_point"] and shown["point"] == f"pos:1/0/{durable}"
+
+    wait_until("its newest point is the last record", newest_at_both)
     pair.cable.cut(down=True)
     wait_until("it shows", lambda: pair.status()["state"] == "offline")
     write_some(pair, rng)
     target = pair.status()["targets"][0]
+    assert target["newest_point"]["point"] == f"pos:1/0/{durable}"
     assert not target["connected"]
     assert target["durable_seq"] == durable
     assert target["seq"] >= durable + 50

@@ -1,4 +1,4 @@
-"""One sample of each message, with every field set, and the files that pin
+"""One sample of each message at least, with every field set, and the files that pin
 their bytes. Run as a program it writes the missing files; it never changes one
 that is there: a changed encoding is a new protocol version."""
 
@@ -13,6 +13,10 @@ DIRECTORY = Path(__file__).parent / "wire"
 _ID = bytes(range(16))
 _SITE = "00112233445566778899aabbccddeeff"
 _POSITION = m.Position(epoch=2, lane=1, seq=0x1122334455667788)
+_POINTS = m.Points(
+    oldest=m.Point(position=m.Position(epoch=1, seq=9), time_ns=1_767_225_600_000_000_000),
+    newest=m.Point(position=_POSITION),
+)
 _EPOCH = m.EpochInfo(counter=3, id=_ID, parent=_POSITION, parent_id=bytes(range(16, 32)))
 
 MESSAGES: dict[str, tuple[int, m.Message]] = {
@@ -102,6 +106,25 @@ MESSAGES: dict[str, tuple[int, m.Message]] = {
         ),
     ),
     "response": (0, m.Response(id=9, result={"points": [1, 2.5, True, "x"]}, error=None, text="")),
+    "group_opened_points": (
+        1,
+        m.GroupOpened(
+            epoch=_EPOCH,
+            lanes=[m.LaneState(durable=_POSITION, received=_POSITION, points=_POINTS)],
+            credit_bytes=64 << 20,
+            empty=False,
+        ),
+    ),
+    "ack_points": (
+        1,
+        m.Ack(
+            lane=1,
+            received_seq=400,
+            durable_seq=399,
+            credit_bytes=(64 << 20) + 4096,
+            points=_POINTS,
+        ),
+    ),
 }
 
 RECORDS = b"VEPR" + bytes(range(124))

@@ -295,6 +295,7 @@ def test_status_for_people() -> None:
     target = {
         "site": "east", "rpo_ms": 1234, "lag_bytes": 3 << 20, "dirty_bytes": 65536,
         "unshipped_bytes": 25, "total_bytes": 100, "durable_seq": 7,
+        "newest_point": {"point": "pos:1/0/7", "time": "2026-01-31T12:00:00.000000Z"},
     }  # fmt: skip
     group = {
         "role": "source", "state": "initial-sync", "conditions": ["fenced"], "clients": 1,
@@ -306,6 +307,7 @@ def test_status_for_people() -> None:
         "conditions": [],
         "source": {"site": "west"},
         "durable": "1/0/9",
+        "newest_point": {"point": "pos:1/0/8", "time": None},
     }
     status = {
         "site": {"name": "west"},
@@ -317,10 +319,11 @@ def test_status_for_people() -> None:
     assert lines[1].split()[:3] == ["GROUP", "STATE", "CONDITIONS"]
     assert re.split(r" {2,}", lines[2]) == [
         "web", "initial-sync 75 %", "fenced", "east", "1.2 s", "3.0 MiB", "64.0 KiB", "1",
-        "to seq 7",
+        "to seq 7", "2026-01-31T12:00:00.000000Z",
     ]  # fmt: skip
     assert re.split(r" {2,}", lines[3]) == [
         "mail", "replicating (held here)", "-", "west", "-", "-", "-", "-", "to pos:1/0/9",
+        "pos:1/0/8",
     ]  # fmt: skip
     assert lines[4] == "web: no route"
 

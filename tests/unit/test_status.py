@@ -116,6 +116,26 @@ def spoil(definition: Path) -> None:
     definition.write_text(json.dumps(raw))
 
 
+# ---- what can be recovered --------------------------------------------------------------------
+
+
+def test_the_points_of_a_target_are_shown(rig: Rig) -> None:
+    rig.add("web")
+    rig.add("quiet")
+    oldest = {"point": "pos:1/0/2", "wall_ns": 1_800_000_000_000_000_000}
+    newest = {"point": "pos:1/0/9", "wall_ns": 0}
+    rig.run(
+        {"web": FILTERED, "quiet": FILTERED},
+        {"web": {**SESSION, "oldest_point": oldest, "newest_point": newest}, "quiet": SESSION},
+    )
+    groups = rig.site.status()["groups"]
+    shown = groups["web"]["targets"][0]
+    assert shown["oldest_point"] == {"point": "pos:1/0/2", "time": "2027-01-15T08:00:00.000000Z"}
+    assert shown["newest_point"] == {"point": "pos:1/0/9", "time": None}
+    told_nothing = groups["quiet"]["targets"][0]
+    assert told_nothing["oldest_point"] is told_nothing["newest_point"] is None
+
+
 # ---- what is wrong with one group ----------------------------------------------------------
 
 

@@ -311,6 +311,29 @@ def test_a_gap_may_jump(world: World) -> None:
         assert [event.position.seq for event in reader.events()] == [100, 102]
 
 
+def test_the_source_is_told_what_can_be_recovered(world: World) -> None:
+    client = Client(world)
+    assert client.open().lanes[0].points is m.UNSET
+    client.feed.restart(0)
+    client.announce()
+    client.send(client.feed.mark_gap(records.layout.KIND_GAP_BEGIN))
+    client.send(client.feed.writes(3))
+    assert client.wait(4).points is m.UNSET
+    client.send(client.feed.mark_gap(records.layout.KIND_GAP_END))
+    client.send(client.feed.writes(2))
+    # An acknowledgement may be ahead of the points that it carries.
+    while not (told := client.wait(7).points) or told.newest.position.seq < 7:
+        client.take(WAIT_S)
+    assert told.oldest.position == m.Position(epoch=1, seq=5)
+    assert told.newest == m.Point(position=m.Position(epoch=1, seq=7), time_ns=client.feed.wall_ns)
+    assert world.status()["newest_point"] == {
+        "point": "pos:1/0/7",
+        "wall_ns": client.feed.wall_ns,
+    }
+    again = Client(world, feed=client.feed).open()
+    assert again.lanes[0].points == told
+
+
 def damaged(batch: bytes) -> bytes:
     """A header whose checksum is wrong."""
     return batch[:20] + bytes([batch[20] ^ 1]) + batch[21:]

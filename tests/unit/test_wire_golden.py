@@ -73,3 +73,12 @@ def test_fields_of_a_later_release_are_skipped() -> None:
     for _, message in SAMPLES.MESSAGES.values():
         later = msgspec.msgpack.encode(plain(message) | {"a_later_field": [1, {"x": b"y"}]})
         assert m.decode_message(m.frame_type(message), later) == message
+
+
+def test_messages_without_points_are_those_of_before() -> None:
+    """A field that is not set is left out: the pinned bytes have none."""
+    for name in ("ack", "group_opened"):
+        payload = (GOLDEN / "wire" / f"{name}.bin").read_bytes()[HEADER_BYTES:]
+        assert b"points" not in payload
+        message = SAMPLES.MESSAGES[name][1]
+        assert m.encode_message(message) == payload

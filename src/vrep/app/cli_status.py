@@ -26,8 +26,15 @@ HEADINGS: Final = (
     "DIRTY",
     "CLIENTS",
     "HELD",
+    "NEWEST POINT",
 )
 WATCH_EVERY_S: Final = 0.5
+
+
+def _newest(known: Mapping[str, Any]) -> str:
+    """The newest recovery point: its time, which reads as a POINT, or its position."""
+    point = known.get("newest_point")
+    return str(point["time"] or point["point"]) if point else "-"
 
 
 def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -42,9 +49,10 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
             str(group.get("source", {}).get("site") or "-"),
             *("-",) * 4,
             f"to pos:{group['durable']}" if "durable" in group else "-",
+            _newest(group),
         )
     if not group["targets"]:  # its definition cannot be read
-        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-")
+        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-", "-")
     target = group["targets"][0]
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
@@ -59,6 +67,7 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
         size_text(target["dirty_bytes"]),
         str(group["clients"]),
         f"to seq {target['durable_seq']}",
+        _newest(target),
     )
 
 

@@ -65,11 +65,23 @@ class SessionView:
     error: str = ""
     received_seq: int = 0
     durable_seq: int = 0
+    oldest_point: dict[str, Any] | None = None
+    newest_point: dict[str, Any] | None = None
     bytes_sent: int = 0
     records_sent: int = 0
     conditions: list[str] = field(default_factory=list)
     round_trip_s: float | None = None
     attempts: int = 0
+
+    def show_points(self, points: m.MaybePoints) -> None:
+        """What the target can recover; nothing when it does not say."""
+        self.oldest_point = _point(points.oldest) if points else None
+        self.newest_point = _point(points.newest) if points else None
+
+
+def _point(point: m.Point) -> dict[str, Any]:
+    at = point.position
+    return {"point": f"pos:{at.epoch}/{at.lane}/{at.seq}", "wall_ns": point.time_ns}
 
 
 class GroupSession:
@@ -403,6 +415,7 @@ class GroupSession:
         hold.reader.set(read=first_seq - 1, received=settled, durable=settled)
         self.view.durable_seq = self.view.received_seq = durable
         self.view.conditions = list(opened.conditions)
+        self.view.show_points(opened.lanes[0].points)
         self.view.connected, self.view.error = True, ""
         hold.resync(True, definition.options.rate_bytes_per_s)
         log.info("replicating", group=self.name, resume_seq=durable, epoch=definition.epoch)
@@ -481,6 +494,7 @@ class GroupSession:
                 self.view.received_seq = message.received_seq
                 self.view.durable_seq = message.durable_seq
                 self.view.conditions = list(message.conditions)
+                self.view.show_points(message.points)
                 head = hold.reader.head
                 if message.received_seq > head:
                     raise StateError(f"the target acknowledged {message.received_seq}, past {head}")

@@ -34,7 +34,7 @@ from vrep.groups import check_name
 from vrep.target import runs
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
-from vrep.target.session import DRAIN_S, Session
+from vrep.target.session import DRAIN_S, Session, wire_points
 from vrep.target.store import GroupStore, StoreOptions, StoreSpec
 from vrep.wire import messages as m
 from vrep.wire.transport import FrameTransport
@@ -179,10 +179,11 @@ class GroupHost:
             session = Session(store, verdict.epoch, transport, channel, self.conditions)
             here = store.resume_position()
             position = m.Position(epoch=here.epoch, lane=here.lane, seq=here.seq)
+            points = wire_points(store)
             transport.send(
                 m.GroupOpened(
                     epoch=wire_epoch(manifest, verdict.epoch),
-                    lanes=[m.LaneState(durable=position, received=position)],
+                    lanes=[m.LaneState(durable=position, received=position, points=points)],
                     credit_bytes=self._window,
                     empty=not store.received.epoch,
                     conditions=self.conditions(),

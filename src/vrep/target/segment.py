@@ -78,6 +78,8 @@ class Batch:
     """of the last record that consumed a seq; 0 when none did"""
     ticket: int = 0
     """bytes appended to the store up to the end of this batch"""
+    turns: tuple[Any, ...] = ()
+    """headers of its gap-begins and gap-ends, and of the records before them"""
 
     @classmethod
     def of(cls, buffer: Buffer, found: Structs, ticket: int = 0) -> Batch:
@@ -91,7 +93,16 @@ class Batch:
             last=Position.of(last),
             wall_ns=int(headers[solid[-1]]["wall_ns"]) if len(solid) else 0,
             ticket=ticket,
+            turns=_turns(headers, solid),
         )
+
+
+def _turns(headers: Structs, solid: NDArray[np.intp]) -> tuple[Any, ...]:
+    kinds = headers["kind"][solid]
+    at = np.flatnonzero((kinds == layout.KIND_GAP_BEGIN) | (kinds == layout.KIND_GAP_END))
+    if not len(at):
+        return ()
+    return tuple(headers[solid[np.union1d(at, np.maximum(at - 1, 0))]])
 
 
 class SegmentWriter:

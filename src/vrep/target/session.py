@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from vrep._core import layout, record
 from vrep.errors import IntegrityError, PeerError, ProtocolError, StateError, UnsupportedError
 from vrep.target.manifest import EpochEntry, Position
+from vrep.target.span import Point
 from vrep.target.store import GroupStore
 from vrep.wire import messages as m
 from vrep.wire.transport import FrameTransport
 
-__all__ = ["DRAIN_S", "Session"]
+__all__ = ["DRAIN_S", "Session", "wire_points"]
 
 DRAIN_S: Final = 10.0
 RECEIVED_EVERY_S: Final = 0.01
@@ -33,6 +34,18 @@ RECEIVED_EVERY_S: Final = 0.01
 log = logging.getLogger("vrep.target")
 
 Structs = NDArray[np.void]
+
+
+def wire_points(store: GroupStore) -> m.MaybePoints:
+    """The oldest and the newest recovery point of a store, as a source is told."""
+    points = store.points()
+    return m.Points(oldest=_point(points[0]), newest=_point(points[1])) if points else m.UNSET
+
+
+def _point(point: Point) -> m.Point:
+    epoch, lane, seq = point.position
+    position = m.Position(epoch=epoch, lane=lane, seq=seq)
+    return m.Point(position=position, time_ns=min(point.wall_ns, m.TIME_MAX))
 
 
 class Session:
@@ -217,12 +230,14 @@ class Session:
                     return
                 self._release()
                 self._acked_s = time.monotonic()
+                points = wire_points(self.store)  # first: it is never ahead of what is durable
                 durable = self._seq(self.store.durable)
                 ack = self.transport.connection.ack(
                     self.channel,
                     max(durable, self._seq(self.store.received)),
                     durable,
                     conditions=self._conditions(),
+                    points=points,
                 )
                 self.transport.post(ack, self.channel)
             except (PeerError, StateError) as error:

@@ -62,6 +62,7 @@ from vrep.target.segment import (
     segment_path,
     write_footer,
 )
+from vrep.target.span import Point, Span
 
 __all__ = [
     "DiskEntry",
@@ -137,6 +138,7 @@ class GroupStore:
         self._has_stream = False
         self._listeners: list[Callable[[], None]] = []
         self._writer: SegmentWriter
+        self._span: Span
         self._closed = False
         self._merge_wanted = threading.Event()
         self._merge_failure = ""
@@ -217,6 +219,7 @@ class GroupStore:
         segments, last, stream = self._close_active(manifest)
         self._begin(segments, last, stream, lease=manifest.lease + 1)
         self.durable = self.received = last
+        self._span = Span(self.directory, self.manifest)
         self._has_stream = stream is not None
         self._seed_order()
         self._lease.keep_spare()
@@ -320,10 +323,15 @@ class GroupStore:
     def pending_bytes(self) -> int:
         return self._journal.pending_bytes
 
+    def points(self) -> tuple[Point, Point] | None:
+        """The oldest and the newest recovery point, both durable; None when there is none."""
+        return self._span.points(self.manifest)
+
     def status(self) -> dict[str, Any]:
         """Figures for people and programs."""
         manifest, writer = self.manifest, self._writer
         failure = self.failure
+        points = self.points()
         if len(manifest.segments):
             oldest = Position.of(manifest.segments[0]["first"])
         else:
@@ -332,6 +340,8 @@ class GroupStore:
             "group_id": self.group_id.hex(),
             "name": manifest.name,
             "oldest": str(oldest),
+            "oldest_point": points[0].plain() if points else None,
+            "newest_point": points[1].plain() if points else None,
             "received": str(self.received),
             "durable": str(self.durable),
             "received_seq": self.received.seq,
@@ -467,6 +477,7 @@ class GroupStore:
         if batches:
             self.durable = writer.last
             self.committed_ticket = batches[-1].ticket
+            self._span.add(batches)
         self._notify()
 
     def _of_current_epoch(self, batches: Sequence[Batch]) -> Sequence[Batch]:

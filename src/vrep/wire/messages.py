@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import UNSET, Meta, UnsetType
 
 from vrep.errors import ProtocolError
 from vrep.wire.frames import FrameType
 
 __all__ = [
+    "TIME_MAX",
+    "UNSET",
     "Ack",
     "Bye",
     "Data",
@@ -29,9 +31,12 @@ __all__ = [
     "Joined",
     "LaneOffer",
     "LaneState",
+    "MaybePoints",
     "Message",
     "OpenGroup",
     "Ping",
+    "Point",
+    "Points",
     "Pong",
     "Position",
     "Refused",
@@ -46,6 +51,7 @@ __all__ = [
 ]
 
 _U63 = (1 << 63) - 1
+TIME_MAX: Final = _U63
 Seq = Annotated[int, Meta(ge=0, le=_U63)]
 Bytes = Annotated[int, Meta(ge=0, le=_U63)]
 Time = Annotated[int, Meta(ge=0, le=_U63)]
@@ -75,6 +81,24 @@ class Position(_Part, frozen=True, kw_only=True):
     epoch: Epoch
     lane: Lane = 0
     seq: Seq
+
+
+class Point(_Part, frozen=True, kw_only=True):
+    """A recovery point, and its time at the source; 0 when the target does not know it."""
+
+    position: Position
+    time_ns: Time = 0
+
+
+class Points(_Part, frozen=True, kw_only=True):
+    """From where to where a target can recover; gaps may lie between."""
+
+    oldest: Point
+    newest: Point
+
+
+MaybePoints = Points | UnsetType
+"""left out while there is no point, and by a target that does not tell"""
 
 
 class EpochInfo(_Part, frozen=True, kw_only=True):
@@ -109,6 +133,7 @@ class LaneState(_Part, frozen=True, kw_only=True):
 
     durable: Position
     received: Position
+    points: MaybePoints = UNSET
 
 
 class Hello(_Message, frozen=True, kw_only=True):
@@ -220,6 +245,7 @@ class Ack(_Message, frozen=True, kw_only=True):
     credit_bytes: Bytes
     """cumulative bytes of DATA granted on this channel"""
     conditions: Conditions = []
+    points: MaybePoints = UNSET
 
 
 class Status(_Message, frozen=True, kw_only=True):

@@ -204,6 +204,7 @@ class Connection:
         *,
         lane: int = 0,
         conditions: Sequence[str] = (),
+        points: m.MaybePoints = m.UNSET,
     ) -> m.Ack:
         """An Ack for `send`, granting all credits that are free."""
         with self._lock:
@@ -213,6 +214,7 @@ class Connection:
                 durable_seq=durable_seq,
                 credit_bytes=self._granter(channel).grantable,
                 conditions=list(conditions),
+                points=points,
             )
 
     def next_channel(self) -> int:

@@ -1,0 +1,204 @@
+"""The oldest and the newest recovery point of a store, while it is written.
+
+What they are is said in recovery/history.py; here the gaps are followed as they become durable,
+so that a status costs no walk. They are of the line of the newest accepted epoch: what `latest`
+means. The newest is the last durable record, or the one before the gap that is open.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrep._core import layout
+from vrep._core.index import Index
+from vrep.errors import VrepError
+from vrep.target import runs
+from vrep.target.manifest import EpochEntry, Manifest, Position
+from vrep.target.segment import Batch, segment_path
+
+__all__ = ["Point", "Span"]
+
+_ALL: Final = (1 << 64) - 1
+_TURNS: Final = (layout.KIND_GAP_BEGIN, layout.KIND_GAP_END)
+
+log = logging.getLogger("vrep.target")
+
+
+class Point(NamedTuple):
+    """A recovery point, and its time at the source; 0 when that is not known here."""
+
+    position: Position
+    wall_ns: int = 0
+
+    def plain(self) -> dict[str, Any]:
+        return {"point": f"pos:{self.position}", "wall_ns": self.wall_ns}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A gap-begin or a gap-end that is durable."""
+
+    point: Point
+    begins: bool
+    before: Point | None = None
+    """the record of its epoch before it, where that was seen"""
+    segment: int = 0
+    """where it stands, when it was there already as the store was opened"""
+
+
+class Span:
+    """Follows one store. `add` belongs to the thread that commits, the rest to any."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        """From the indexes of the closed segments. Without one of them nothing is known, and
+        records are taken all the same."""
+        self._directory = directory
+        self._segments = manifest.segments
+        self._turns: list[_Turn] = []
+        self._lasts: dict[int, Point] = {}
+        """the last record of each epoch"""
+        self._known = True
+        self._judged: tuple[tuple[EpochEntry, ...], int] | None = None
+        self._oldest: Point | None = None
+        self._before_gap: Point | None = None
+        self._lock = threading.Lock()
+        try:
+            for unit in runs.units(manifest):
+                self._load(Index.open(unit.path(directory)))
+        except (VrepError, OSError) as error:
+            self._lose(error)
+
+    def _load(self, index: Index) -> None:
+        events = index.events
+        for row in events[np.isin(events["kind"], _TURNS)]:
+            point = Point(Position.of(row["at"]), int(row["wall_ns"]))
+            begins = int(row["kind"]) == layout.KIND_GAP_BEGIN
+            self._turns.append(_Turn(point, begins, segment=int(row["segment"])))
+        epochs = index.times["at"]["epoch"]
+        for row in index.times[np.append(epochs[1:] != epochs[:-1], True)[: len(epochs)]]:
+            self._note(Point(Position.of(row["at"]), int(row["wall_ns"])))
+
+    def _lose(self, error: Exception) -> None:
+        self._known = False
+        log.warning("%s: its recovery points are not shown: %s", self._directory, error)
+
+    def _note(self, point: Point) -> None:
+        epoch = point.position.epoch
+        self._lasts[epoch] = max(self._lasts.get(epoch, point), point)
+
+    def add(self, batches: Sequence[Batch]) -> None:
+        """Batches became durable."""
+        with self._lock:
+            for batch in batches:
+                for header in batch.turns:
+                    self._turn(header)
+                if batch.wall_ns:
+                    self._note(Point(batch.last, batch.wall_ns))
+
+    def _turn(self, header: Any) -> None:
+        point = Point(Position.of(header), int(header["wall_ns"]))
+        if header["kind"] in _TURNS:
+            begins = int(header["kind"]) == layout.KIND_GAP_BEGIN
+            before = self._lasts.get(point.position.epoch)
+            self._turns.append(_Turn(point, begins, before))
+        self._note(point)
+
+    def points(self, manifest: Manifest) -> tuple[Point, Point] | None:
+        """The oldest and the newest recovery point; None when there is none."""
+        with self._lock:
+            now = (manifest.epochs, len(self._turns))
+            if self._judged is None or self._judged[0] is not now[0] or self._judged[1] != now[1]:
+                self._judge(manifest)
+                self._judged = now
+            if not self._known or self._oldest is None:
+                return None
+            return self._oldest, self._before_gap or self._end(manifest)
+
+    def _judge(self, manifest: Manifest) -> None:
+        """Walk the gaps of the line."""
+        line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+        oldest: Point | None = None
+        closed: _Turn | None = None
+        opened = False
+        for turn in sorted(self._turns, key=lambda turn: turn.point.position):
+            position = turn.point.position
+            if position.seq > line.get(position.epoch, 0):
+                continue
+            if turn.begins and opened:
+                opened, closed = False, turn
+            elif not turn.begins and not opened:
+                opened, oldest = True, oldest or turn.point
+        self._oldest = oldest
+        self._before_gap = None
+        if oldest is not None and closed is not None and not opened:
+            self._before_gap = self._before(manifest, closed)
+
+    def _end(self, manifest: Manifest) -> Point:
+        """The last durable record of the line."""
+        epoch = manifest.accepted_epoch.epoch
+        last = self._lasts.get(epoch)
+        return last or self._standing(manifest, manifest.epoch(epoch).parent)
+
+    def _standing(self, manifest: Manifest, position: Position) -> Point:
+        """The record that an epoch's parent names: a position at the very beginning of an
+        epoch stands for the one where it left its own parent."""
+        parent = manifest.epoch(position.epoch).parent
+        while parent.epoch and position.seq <= parent.seq:
+            position = Position(parent.epoch, 0, position.seq)
+            parent = manifest.epoch(position.epoch).parent
+        last = self._lasts.get(position.epoch)
+        return last if last is not None and last.position == position else Point(position)
+
+    def _before(self, manifest: Manifest, turn: _Turn) -> Point:
+        """The record of the line before a gap-begin."""
+        before = turn.before
+        if before is None and turn.segment:
+            try:
+                before = self._look_up(turn)
+            except (VrepError, OSError) as error:
+                self._lose(error)
+        epoch = turn.point.position.epoch
+        return before or self._standing(manifest, manifest.epoch(epoch).parent)
+
+    def _look_up(self, turn: _Turn) -> Point | None:
+        """The record of its epoch before a gap-begin of a closed segment."""
+        here = turn.point.position
+        for segment in self._segments[self._segments["segment"] <= turn.segment][::-1]:
+            if Position.of(segment["last"]) < Position(here.epoch):
+                break
+            path = segment_path(self._directory, int(segment["segment"]))
+            rows = list(_records(Index.open(path), here))
+            if rows:
+                return _read(path, max(rows)[1])
+        return None
+
+
+def _records(index: Index, end: Position) -> Iterator[tuple[int, int]]:
+    """Seq and place in its segment of the newest record of an epoch before a position, of each
+    of the parts of a segment's index."""
+    events = index.events
+    parts = ((events["at"], events), *((e, e) for e in (index.short_entries, index.long_entries)))
+    for at, rows in parts:
+        chosen = (at["epoch"] == end.epoch) & (at["seq"] < end.seq)
+        if chosen.any():
+            newest = int(np.argmax(np.where(chosen, at["seq"], 0)))
+            yield int(at["seq"][newest]), int(rows["position"][newest])
+
+
+def _read(path: Path, at: int) -> Point:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = os.pread(fd, layout.RECORD.itemsize, at)
+    finally:
+        os.close(fd)
+    header: NDArray[np.void] = np.frombuffer(data, layout.RECORD, 1)
+    return Point(Position.of(header[0]), int(header[0]["wall_ns"]))
