@@ -70,6 +70,9 @@ def given_back(
         raise StateError(f"epoch {epoch} was committed")
     epochs = _without_trailing(manifest.epochs, given_up.writer)
     before = replace(manifest, epochs=epochs).current_epoch
+    if durable.epoch > before.epoch:
+        # Where its history would go on is not kept: no writer of a provisional epoch ships yet.
+        raise StateError(f"epoch {durable.epoch} wrote records: it cannot be rolled back")
     own = durable.epoch == before.epoch
     entry = EpochEntry(
         epoch=epochs[-1].epoch + 1,
