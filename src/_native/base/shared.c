@@ -77,9 +77,9 @@ static int open_locked(const char *path, int flags, int *out)
     return VREP_E_BUSY;
 }
 
-static int map_file(int fd, uint64_t bytes, int protection, int flags, struct vrep_shared *out)
+static int map_file(int fd, uint64_t bytes, int protection, struct vrep_shared *out)
 {
-    void *base = mmap(NULL, bytes, protection, MAP_SHARED | flags, fd, 0);
+    void *base = mmap(NULL, bytes, protection, MAP_SHARED, fd, 0);
     if (base == MAP_FAILED)
         return vrep_status_from_errno(errno);
     *out = (struct vrep_shared){.base = base, .bytes = bytes, .fd = fd};
@@ -109,7 +109,7 @@ int vrep_shared_create(const char *path, uint64_t bytes, uint32_t mode, struct v
         return status;
     status = allocate(fd, bytes, mode);
     if (status == VREP_OK)
-        status = map_file(fd, bytes, PROT_READ | PROT_WRITE, MAP_POPULATE, out);
+        status = map_file(fd, bytes, PROT_READ | PROT_WRITE, out);
     if (status != VREP_OK) {
         unlink(aside);
         close(fd);
@@ -160,7 +160,7 @@ int vrep_shared_attach(const char *path, uint64_t bytes_min, struct vrep_shared 
     else if (info.st_uid != geteuid() || (info.st_mode & (S_IWGRP | S_IWOTH)) != 0)
         status = VREP_E_PERMISSION;
     else
-        status = map_file(fd, (uint64_t)info.st_size, PROT_READ | PROT_WRITE, 0, out);
+        status = map_file(fd, (uint64_t)info.st_size, PROT_READ | PROT_WRITE, out);
     if (status != VREP_OK)
         close(fd);
     return status;
@@ -179,10 +179,16 @@ int vrep_shared_open(const char *path, uint64_t bytes_min, struct vrep_shared *o
     else if (!S_ISREG(info.st_mode) || info.st_size <= 0 || (uint64_t)info.st_size < bytes_min)
         status = VREP_E_CORRUPT;
     else
-        status = map_file(fd, (uint64_t)info.st_size, PROT_READ, 0, out);
+        status = map_file(fd, (uint64_t)info.st_size, PROT_READ, out);
     if (status != VREP_OK)
         close(fd);
     return status;
+}
+
+void vrep_shared_populate(const struct vrep_shared *shared)
+{
+    /* Advice: where the kernel does not know it, each page faults when it is used first. */
+    (void)madvise(shared->base, shared->bytes, MADV_POPULATE_WRITE);
 }
 
 void vrep_shared_close(struct vrep_shared *shared)

@@ -190,7 +190,7 @@ struct vrep_group {
     struct vrep_worker *slow;   /* checkpoints */
     struct vrep_worker *prober; /* holes: their range is held meanwhile, so no sync goes before */
     int notify_fd;
-    struct vrep_job intent_job, state_job, checkpoint_job, probe_job, forget_job;
+    struct vrep_job intent_job, state_job, checkpoint_job, populate_job, probe_job, forget_job;
     bool state_again, checkpoint_again;
     uint64_t checkpoint_head, checkpoint_durable;
     uint64_t intent_retry_ns, state_retry_ns;

@@ -197,12 +197,28 @@ void vrep_maintain_seal(struct vrep_group *group)
 
 /* ---- timers ----------------------------------------------------------------------------- */
 
+/* The ring is whole when the group opens, but mapping its pages takes as long as the rest of a
+ * start: that goes on beside the first commands. */
+static int populate_run(struct vrep_job *job)
+{
+    vrep_ring_populate(((struct vrep_group *)job->owner)->ring);
+    return VREP_OK;
+}
+
+static void populate_done(struct vrep_job *job)
+{
+    (void)job;
+}
+
 void vrep_maintain_init(struct vrep_group *group)
 {
     group->intent_job = (struct vrep_job){.run = intent_run, .done = intent_done, .owner = group};
     group->state_job = (struct vrep_job){.run = state_run, .done = state_done, .owner = group};
     group->checkpoint_job =
         (struct vrep_job){.run = checkpoint_run, .done = checkpoint_done, .owner = group};
+    group->populate_job =
+        (struct vrep_job){.run = populate_run, .done = populate_done, .owner = group};
+    vrep_worker_post(group->slow, &group->populate_job);
     group->seal_ns = group->now_ns + SEAL_NS;
     group->checkpoint_ns = group->now_ns + group->config.checkpoint_ns;
     group->cool_ns = group->now_ns + COOL_NS;

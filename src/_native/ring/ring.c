@@ -126,6 +126,11 @@ int vrep_ring_create(const char *path, const struct vrep_ring_config *config,
     return VREP_OK;
 }
 
+void vrep_ring_populate(const struct vrep_ring *ring)
+{
+    vrep_shared_populate(&ring->shared);
+}
+
 /* Claims a chain that must be whole, bounded and used by nobody else. */
 static bool claim_chain(struct vrep_ring *ring, uint32_t first, uint32_t chunks, bool *joined)
 {

@@ -97,6 +97,8 @@ int vrep_ring_release(struct vrep_ring *ring, uint64_t upto);
 
 /* The in-flight table, for a restart and for inspection. */
 uint32_t vrep_ring_slots(const struct vrep_ring *ring);
+/* Maps all of its pages, beside whoever uses it: what is not mapped yet faults once. */
+void vrep_ring_populate(const struct vrep_ring *ring);
 struct vrep_ring_slot *vrep_ring_slot_at(struct vrep_ring *ring, uint32_t index);
 /* Its number: stable for the life of the slot, for a caller's table of commands. */
 uint32_t vrep_ring_slot_index(const struct vrep_ring *ring, const struct vrep_ring_slot *slot);

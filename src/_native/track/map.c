@@ -102,6 +102,8 @@ int vrep_map_create(const char *path, const uint8_t group_id[16], const uint8_t 
     int status = lay_out(disk_bytes, disks, bit_bytes, map->disk, &file_bytes);
     if (status == VREP_OK)
         status = vrep_shared_create(path, file_bytes, FILE_MODE, &map->shared);
+    if (status == VREP_OK)
+        vrep_shared_populate(&map->shared);
     if (status != VREP_OK) {
         free(map);
         return status;
