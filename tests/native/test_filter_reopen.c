@@ -185,6 +185,7 @@ static void a_killed_filter_without_its_write_intent_syncs_before_it_goes_on(voi
         arm(NULL);
         CHECK_EQ(rig_status(&rig).opened_as, fails ? VREP_OPENED_UNEXPLAINED : VREP_OPENED_KILLED);
         CHECK_EQ(rig_status(&rig).unverified != 0, fails);
+        CHECK_STATUS(rig_run(&rig, VREP_OP_FLUSH, 0, 0, 0, 0), fails ? VREP_E_IO : VREP_OK);
         rig_sync(&rig);
         rig_compare(&rig);
         rig_free(&rig);

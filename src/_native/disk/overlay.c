@@ -148,9 +148,15 @@ static int live_open(struct vrep_presence *p, const char *path, const uint8_t vi
     due.checksum = checksum_of(&due);
     uint64_t bytes = HEADER_BYTES + p->words * 8;
     status = fresh ? VREP_E_NOT_FOUND : vrep_shared_attach(name, bytes, &p->memory);
-    if (status == VREP_OK && memcmp(p->memory.base, &due, sizeof due) != 0) {
+    if (status == VREP_OK && p->memory.bytes != bytes) {
         vrep_shared_close(&p->memory);
         status = VREP_E_NOT_FOUND;
+    }
+    /* In place: a full disk has room for it. The header goes first and comes back last. */
+    if (status == VREP_OK && memcmp(p->memory.base, &due, sizeof due) != 0) {
+        memset(p->memory.base, 0, bytes);
+        vrep_fence_full();
+        memcpy(p->memory.base, &due, sizeof due);
     }
     if (status == VREP_E_NOT_FOUND || status == VREP_E_CORRUPT) {
         status = vrep_shared_create(name, bytes, 0600, &p->memory);

@@ -524,8 +524,10 @@ void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bou
             error = transfer(fd, io->op == VREP_IO_WRITE, io->iov, io->iovcnt, io->offset,
                              io->length, flags);
         io->sync_failed = error > 0 && flags != 0;
-        if (error < 0)
+        if (error < 0) { /* another descriptor tells, if it was a sync after all */
             error = -error;
+            io->sync_failed = fdatasync(disk->fd) != 0;
+        }
         break;
     case VREP_IO_ZERO:
         error = zero(disk, io);

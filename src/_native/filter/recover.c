@@ -419,9 +419,9 @@ static void settle_gap(struct vrep_group *group)
         header->gap_seq = last->seq;
         vrep_store_release_u32(&header->gap_open, 1);
     } else if (header->gap_open != 0 && last->kind == VREP_KIND_GAP_END) {
+        header->unverified = 0;
         vrep_store_release_u32(&header->gap_open, 0);
         vrep_store_release_u32(&header->gap, 0);
-        header->unverified = 0;
     }
 }
 
@@ -501,7 +501,7 @@ int vrep_recover(struct vrep_group *group)
         if (!intent_whole && found.how != VREP_OPENED_UNEXPLAINED &&
             replace_intent(group) != VREP_OK) {
             found.how = VREP_OPENED_UNEXPLAINED;
-            found.reason = VREP_UNVERIFIED_INTENT;
+            found.reason = VREP_UNVERIFIED_FLUSH;
             vrep_map_mark_all_unshipped(group->map);
         }
     }

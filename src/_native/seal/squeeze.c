@@ -63,9 +63,11 @@ enum vrep_squeeze_hope vrep_squeeze_judge(const struct vrep_squeeze *squeeze, co
         for (size_t i = 0; i < SAMPLE_RUN; i += 4)
             for (size_t table = 0; table < 4; table++)
                 counts[table][data[i + table]]++;
-    for (unsigned value = 0; value < 256; value++)
-        sum += squeeze->cost[counts[0][value] + counts[1][value] + counts[2][value] +
-                             counts[3][value]];
+    for (unsigned value = 0; value < 256; value++) {
+        unsigned count =
+            0u + counts[0][value] + counts[1][value] + counts[2][value] + counts[3][value];
+        sum += squeeze->cost[count];
+    }
     if (sum > SURE || sum < -DOUBT)
         return VREP_SQUEEZE_SURE;
     return sum > DOUBT ? VREP_SQUEEZE_DOUBT : VREP_SQUEEZE_NONE;

@@ -324,6 +324,8 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
 /* Without a descriptor a waiting client would wake the loop for ever. */
 static void turn_away(struct vrep_nbd_server *server, int listener)
 {
+    if (server->spare_fd < 0) /* somebody else took the one that was free */
+        server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
     if (server->spare_fd < 0)
         return;
     close(server->spare_fd);
