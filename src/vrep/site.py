@@ -500,8 +500,18 @@ class Site:
         """Delete the history of a group that its source gave up, through the target process,
         which has it open."""
         from vrep.recovery.held import find_group
+        from vrep.recovery.view import view_directories
 
         held = find_group(self.paths, group)
+        if held.manifest.current_epoch.writer.hex() == self.identity.site_id:
+            raise errors.StateError(f"this site took {group!r} over: its history is in use")
+        # Also one that does not run now: what it has not fetched yet stands in the history alone.
+        views = [v.id for v in view_directories(self.paths) if v.load().group_id == held.hex]
+        if views:
+            raise errors.BusyError(
+                f"view {', '.join(views)} reads the history of {group!r}: end it first, with "
+                "'vrep test stop' or 'vrep failover rollback'"
+            )
         ControlClient(self.paths.socket("target")).call("delete_unprotected", group_id=held.hex)
 
     def _ask_target(self, definition: GroupDefinition, method: str, params: dict[str, Any]) -> Any:

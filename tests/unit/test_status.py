@@ -14,7 +14,7 @@ import pytest
 from vrep.app.cli_status import text_of
 from vrep.app.metrics import SiteCollector, samples
 from vrep.control import ControlServer
-from vrep.errors import NotFoundError
+from vrep.errors import BusyError, NotFoundError, StateError
 from vrep.groups import DiskDefinition, GroupDefinition
 from vrep.recovery.view import RecordedDisk, ViewDirectory, ViewRecord
 from vrep.settings import StatusConfig
@@ -74,9 +74,9 @@ class Rig:
         self.serve("source", lambda: sessions)
         self.serve("target", lambda: {"groups": {}})
 
-    def store(self, name: str) -> None:
+    def store(self, name: str, writer: bytes = b"w" * 16) -> None:
         """Hold the history of a group."""
-        epoch = EpochEntry(1, EpochState.ACCEPTED, b"e" * 16, b"w" * 16, Position(), 1)
+        epoch = EpochEntry(1, EpochState.ACCEPTED, b"e" * 16, writer, Position(), 1)
         spec = StoreSpec(name, [DiskEntry("root", 4096, 0)], epoch)
         options = StoreOptions(reserve_bytes=0)
         GroupStore.open(self.site.paths.store, STORED, create=spec, options=options).close()
@@ -108,6 +108,28 @@ class Rig:
 def rig(tmp_path: Path) -> Iterator[Rig]:
     with contextlib.ExitStack() as stack:
         yield Rig(tmp_path / "site", stack)
+
+
+@pytest.mark.parametrize("kind", ["test", "failover"])
+def test_a_history_that_a_view_reads_is_kept(rig: Rig, kind: str) -> None:
+    """Also while the view does not run: what it has not fetched stands there alone."""
+    rig.store("mail")
+    told: list[Mapping[str, Any]] = []
+    rig.site.paths.make_run()
+    rig.view("v1", kind=kind, serve=False)
+    with ControlServer(rig.site.paths.socket("target"), {"delete_unprotected": told.append}):
+        with pytest.raises(BusyError, match="v1"):
+            rig.site.unprotect("mail", delete_history=True)
+        ViewDirectory(rig.site.paths, "v1").remove()
+        assert told == []
+        rig.site.unprotect("mail", delete_history=True)
+    assert told == [{"group_id": STORED.hex()}]
+
+
+def test_a_site_does_not_delete_what_it_writes(rig: Rig) -> None:
+    rig.store("mail", writer=bytes.fromhex(rig.site.identity.site_id))
+    with pytest.raises(StateError, match="took 'mail' over"):
+        rig.site.unprotect("mail", delete_history=True)
 
 
 def spoil(definition: Path) -> None:

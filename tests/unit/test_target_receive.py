@@ -736,6 +736,27 @@ def test_a_group_that_is_given_up_is_not_missed(world: World) -> None:
     assert world.control.call("status")["groups"] == {}
 
 
+def test_what_was_taken_over_is_not_given_up(world: World) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(2))
+    client.wait(2)
+    group = {"group_id": GROUP.hex()}
+    world.connect("a").ask("group.unprotect", group)
+    ours = bytes.fromhex(world.b.site_id)
+    raised = world.door.raise_epoch(writer=ours)
+    with pytest.raises(StateError, match="under way"):
+        world.control.call("delete_unprotected", **group)
+    world.door.roll_back(raised.epoch)
+    assert world.status()["conditions"] == ["unprotected"]  # as before: nobody came back
+    world.door.accept(world.door.raise_epoch(writer=ours).epoch)
+    with pytest.raises(StateError, match="not given it up"):
+        world.control.call("delete_unprotected", **group)
+    world.restart()
+    assert "unprotected" not in world.status()["conditions"]
+    with StoreReader(world.paths.store, GROUP) as reader:
+        assert reader.durable == Position(1, 0, 2)
+
+
 # ---- what a site may say, and when ------------------------------------------------------
 
 

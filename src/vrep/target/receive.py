@@ -434,10 +434,13 @@ class GroupHost:
     def delete_unprotected(self) -> None:
         """Remove the store of a group that its source gave up, for this site."""
         with self._lock:
-            if not self.require().manifest.unprotected:
+            manifest = self.require().manifest
+            if not manifest.unprotected:
                 raise StateError(
                     f"the source of {self.name!r} has not given it up: unprotect it there"
                 )
+            if manifest.current_epoch is not manifest.accepted_epoch:
+                raise StateError(f"a failover of {self.name!r} is under way: roll it back first")
             self._remove()
 
     def unprotect(self, site_id: bytes) -> None:

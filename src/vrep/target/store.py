@@ -604,7 +604,9 @@ class GroupStore:
                 epoch_id=epoch_id,
                 wall_ns=self._wall_ns(),
             )
-            self._lease.publish(epochs=(*self.manifest.epochs, entry))
+            # Who gave the group up is the accepted writer before: of a new one that is not true.
+            given_up = self.manifest.unprotected and entry.state is not EpochState.ACCEPTED
+            self._lease.publish(epochs=(*self.manifest.epochs, entry), unprotected=given_up)
             return entry
 
     def raise_epoch(
@@ -620,11 +622,13 @@ class GroupStore:
             return self.add_epoch(writer=writer, parent=where, state=state)
 
     def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
-        """Change how an epoch stands, durably."""
+        """Change how an epoch stands, durably. The writer of one that is accepted has not given
+        the group up, whatever the writer before it did."""
         with self._lease.lock:
             entry = replace(self.manifest.epoch(epoch), state=EpochState(state))
             self._lease.publish(
-                epochs=tuple(entry if e.epoch == epoch else e for e in self.manifest.epochs)
+                epochs=tuple(entry if e.epoch == epoch else e for e in self.manifest.epochs),
+                unprotected=self.manifest.unprotected and entry.state is not EpochState.ACCEPTED,
             )
             return entry
 
