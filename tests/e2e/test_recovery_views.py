@@ -56,7 +56,7 @@ def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
     lab.commit()
     yield lab
     for each in view.view_directories(lab.paths):
-        view.end_process(each)
+        view.discard(each)
     lab.close()
 
 
@@ -396,7 +396,10 @@ def test_a_rollback_that_is_cut_off_goes_on(
 ) -> None:
     lab.close()
     failover.start(lab.paths, "web", force=True)
-    owner, name = {"end": (failover, "end_process"), "roll_back": (EpochDoor, "roll_back")}[step]
+    owner, name = {
+        "end": (failover._Failover, "provisional"),
+        "roll_back": (EpochDoor, "roll_back"),
+    }[step]
     real = getattr(owner, name)
 
     def wrapped(*args: Any) -> None:
@@ -411,6 +414,27 @@ def test_a_rollback_that_is_cut_off_goes_on(
         failover.start(lab.paths, "web")
     failover.rollback(lab.paths, "web")
     assert epochs(lab) == [(1, "accepted"), (2, "abandoned"), (3, "accepted")]
+    assert view.list_views(lab.paths) == []
+
+
+def test_a_view_that_starts_during_a_rollback_serves_nothing(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its writer would go on beside the old one, which is heard again."""
+    lab.close()
+    info = failover.start(lab.paths, "web", force=True)
+    kill(lab.paths, info)
+    roll_back, tried = EpochDoor.roll_back, []
+
+    def while_it_starts(door: EpochDoor, epoch: int) -> Any:
+        with pytest.raises(errors.LockedError):
+            view.restart(view.ViewDirectory(lab.paths, info.id))
+        tried.append(epoch)
+        return roll_back(door, epoch)
+
+    monkeypatch.setattr(EpochDoor, "roll_back", while_it_starts)
+    failover.rollback(lab.paths, "web")
+    assert tried == [info.epoch]
     assert view.list_views(lab.paths) == []
 
 
@@ -546,9 +570,9 @@ def test_a_view_whose_process_hangs_is_killed(lab: Any) -> None:
     directory = view.ViewDirectory(lab.paths, info.id)
     assert info.pid is not None
     os.kill(info.pid, signal.SIGSTOP)
-    view.end_process(directory, timeout_s=0.5)
+    with view.ended(directory, timeout_s=0.5):
+        assert directory.holder() == 0
     assert directory.holder() is None
-    directory.remove()
 
 
 def test_a_foreign_socket_is_not_taken_for_a_view(lab: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from vrep.recovery.export import export
 from vrep.recovery.points import list_points
-from vrep.recovery.view import end_process, start_test, stop_test, view_directories
+from vrep.recovery.view import discard, start_test, stop_test, view_directories
 from vrep.target.manifest import DiskEntry, EpochState, Position
 
 
@@ -85,7 +85,7 @@ def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
     lab = lab_module.Lab(tmp_path, DISKS, rng, level=rng.choice([0, 1]))
     yield lab
     for each in view_directories(lab.paths):
-        end_process(each)  # of a test that failed
+        discard(each)  # of a test that failed
     lab.close()
 
 

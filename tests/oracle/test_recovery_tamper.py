@@ -22,7 +22,7 @@ from vrep._core import layout, record
 from vrep.recovery.export import export
 from vrep.recovery.points import list_points
 from vrep.recovery.view import (
-    end_process,
+    discard,
     list_views,
     start_test,
     stop_test,
@@ -61,7 +61,7 @@ def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
         lab.commit()
     yield lab
     for each in view_directories(lab.paths):
-        end_process(each)  # of a test that failed
+        discard(each)  # of a test that failed
     lab.close()
 
 

@@ -33,7 +33,7 @@ from vrep.recovery.view import (
     ViewProcess,
     ViewRecord,
     describe,
-    end_process,
+    ended,
     record_of,
     view_directories,
 )
@@ -283,8 +283,9 @@ def rollback(paths: SitePaths, group: str) -> None:
             f"the failover of {group!r} was committed: what this site wrote since is the truth"
         )
     view.change(state="rolling-back")
-    end_process(view)
-    entry = failover.provisional()
-    if entry is not None:
-        failover.door.roll_back(entry.epoch)
-    view.remove()
+    # From before the old writer is heard again until the view is gone nobody serves it.
+    with ended(view):
+        entry = failover.provisional()
+        if entry is not None:
+            failover.door.roll_back(entry.epoch)
+        view.remove()

@@ -52,7 +52,6 @@ class View:
 
     def __init__(self, paths: SitePaths, view_id: str, reader: StoreReader | None = None) -> None:
         self._directory = ViewDirectory(paths, view_id)
-        self._record = self._directory.load()
         self._config = load_config(paths.config)
         self._stopping = threading.Event()
         self._closing = threading.Event()
@@ -67,6 +66,10 @@ class View:
         with contextlib.ExitStack() as stack:
             lock = self._directory.take_lock()
             stack.callback(self._let_go, lock)
+            # Not before: whoever ends a view holds its lock until the record says so, or is gone.
+            self._record = self._directory.load()
+            if self._record.state == "rolling-back":
+                raise errors.StateError(f"view {view_id} is being rolled back")
             self._reader = stack.enter_context(
                 reader
                 or StoreReader(paths.store, bytes.fromhex(self._record.group_id), scattered=True)

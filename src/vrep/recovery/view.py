@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -168,6 +168,7 @@ class ViewDirectory:
 
     def create(self, record: ViewRecord) -> None:
         make_private_directory(self.root)
+        (self.root / "lock").touch(0o600)
         self.store(record)
 
     def change(self, **changes: Any) -> ViewRecord:
@@ -176,19 +177,17 @@ class ViewDirectory:
         return record
 
     def take_lock(self) -> int:
-        """The lock of the view's process; LockedError while it lives."""
-        fd = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """The lock of the view's process; LockedError while another one has it, to serve the
+        view or to end it. A record that was loaded before may be of a view that is gone."""
+        try:
+            fd = os.open(self.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"no view {self.id}") from None
         deadline = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    os.close(fd)
-                    raise errors.LockedError(
-                        f"view {self.id} is served by another process"
-                    ) from None
+        while not _locked(fd):
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise errors.LockedError(f"view {self.id} is served by another process")
             time.sleep(0.01)  # who only asks for the holder has it for a moment
         self.note_in_lock(fd, str(os.getpid()))
         return fd
@@ -222,8 +221,8 @@ class ViewDirectory:
             os.close(fd)
 
     def remove(self) -> None:
-        """Delete everything of the view. Its record goes first, durably: what is left of the
-        rest is nobody's."""
+        """Delete everything of the view, which is `ended`. Its record goes first, durably: what
+        is left of the rest is nobody's."""
         self.record_path.unlink(missing_ok=True)
         if self.root.is_dir():
             sync_directory(self.root)
@@ -231,6 +230,15 @@ class ViewDirectory:
             sync_directory(self.paths.views)
         for path in (self.control, self.nbd_socket, self.log):
             path.unlink(missing_ok=True)
+
+
+def _locked(fd: int) -> bool:
+    """Whether this process has the lock of a file now."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def view_directories(paths: SitePaths) -> list[ViewDirectory]:
@@ -323,9 +331,9 @@ def failure(view: ViewDirectory, line: bytes | None, timeout_s: float) -> errors
 
 
 def discard(view: ViewDirectory) -> None:
-    """Nothing stays of a view that did not come to be served."""
-    end_process(view)
-    view.remove()
+    """End a view, and delete everything of it."""
+    with ended(view):
+        view.remove()
 
 
 def _error(detail: dict[str, str]) -> errors.VrepError:
@@ -453,19 +461,31 @@ def list_views(paths: SitePaths) -> list[ViewInfo]:
     return found
 
 
-def end_process(view: ViewDirectory, timeout_s: float = STOP_S) -> None:
-    """Stop the process of a view, if it runs; killed when it does not stop by itself."""
-    if view.holder() is None:
+@contextlib.contextmanager
+def ended(view: ViewDirectory, timeout_s: float = STOP_S) -> Iterator[None]:
+    """A view without its process: told to stop, killed when it does not. None can begin to serve
+    it inside, not even one that was started already: the lock is held here."""
+    try:
+        fd = os.open(view.root / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield  # no process ever served it
         return
-    with contextlib.suppress(errors.VrepError):
-        ControlClient(view.control).call("stop", timeout=5.0)
-    deadline = time.monotonic() + timeout_s
-    while (pid := view.holder()) is not None:
-        if time.monotonic() > deadline and pid > 0:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + timeout_s
-        time.sleep(0.01)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while not _locked(fd):
+            # Again and again: one that has just begun does not listen yet.
+            with contextlib.suppress(errors.VrepError):
+                ControlClient(view.control).call("stop", timeout=1.0)
+            pid = view.holder()
+            if time.monotonic() > deadline and pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                deadline = time.monotonic() + timeout_s
+            time.sleep(0.02)
+        view.note_in_lock(fd, TOLD_TO_END)  # the pid in it may be another's by now
+        yield
+    finally:
+        os.close(fd)
 
 
 def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
@@ -490,8 +510,7 @@ def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
             f"{len(groups)} groups are called {group!r}: give an id: {', '.join(sorted(groups))}"
         )
     for view, _record in tests:
-        end_process(view)
-        view.remove()
+        discard(view)
 
 
 def restart_views(
@@ -508,7 +527,7 @@ def restart_views(
                 continue
             if record.state == "starting" and record.kind == "test":
                 if time.time_ns() - record.created_ns > 2 * START_S * 1e9:
-                    view.remove()
+                    discard(view)
                 continue
             if record.state in ("serving", "committed") and due(view):
                 restart(view)
