@@ -926,6 +926,21 @@ def test_a_source_that_tries_or_reports_is_heard(world: World) -> None:
         link.ask("group.report", {**paused, "state": "replicating"})
 
 
+def test_a_report_counts_beside_a_session_that_died_unnoticed(world: World) -> None:
+    client = Client(world).start()
+    guest(client, 1)
+    wait_gone(world)
+    paused = {"group_id": GROUP.hex(), "state": "paused", "clients": 2}
+    world.connect("a").ask("group.report", paused)
+    for _ in range(2):
+        heard = source_of(world)
+        assert heard["gone_in_s"] > 0
+        assert (heard["state"], heard["guest_clients"]) == ("paused", 2)
+        client.transport.stream.close()  # now it is noticed
+        while world.control.call("sessions"):
+            time.sleep(0.005)
+
+
 def test_the_site_that_took_over_says_that_the_old_source_lives(world: World) -> None:
     client = Client(world).start()
     guest(client, 1)

@@ -260,9 +260,9 @@ class GroupHost:
             )
 
     def _end_session(self, message: m.Message | None) -> None:
+        self._sign = self._last_sign()
         session, self._session = self._session, None
         if session is not None:
-            self._sign = self._sign_of(session)
             session.end(message)
 
     def drop_session(self, session: Session) -> None:
@@ -334,7 +334,7 @@ class GroupHost:
         said of its VM counts until it says otherwise."""
         if all(entry.writer != site_id for entry in store.epochs):
             return False
-        last = self._sign
+        last = self._last_sign()
         if status is None and last.site_id == site_id:
             status = last.status
         self._sign = Sign(time.monotonic(), site_id, site, status)
@@ -346,7 +346,12 @@ class GroupHost:
             if not self._heard(self.require(), site_id, site, status):
                 raise FencedError("only a site that wrote the group may report on it")
 
-    def _sign_of(self, session: Session) -> Sign:
+    def _last_sign(self) -> Sign:
+        """Of a session whose connection died unnoticed the source may know already, and have
+        reported since."""
+        session = self._session
+        if session is None or session.seen_s < self._sign.seen_s:
+            return self._sign
         return Sign(session.seen_s, session.epoch.writer, session.site, session.status)
 
     # ---- what is known ---------------------------------------------------------------
@@ -354,14 +359,13 @@ class GroupHost:
     def source(self) -> dict[str, Any]:
         """How the source is, as far as this site can know. `guest_clients` is None when it did
         not say; `gone_in_s` is how long it must stay silent to count as gone."""
-        session = self._session
-        sign = self._sign if session is None else self._sign_of(session)
+        session, sign = self._session, self._last_sign()
         status, now = sign.status, time.monotonic()
         silent_s = now - sign.seen_s
-        connected = session is not None and not session.ended
+        connected = session is not None and not session.ended and now - session.seen_s < CONNECTED_S
         gone_in_s = self._gone_s - (now - max(sign.seen_s, self._since_s))
         return {
-            "connected": connected and silent_s < CONNECTED_S,
+            "connected": connected,
             "site": sign.site,
             "silent_s": round(silent_s, 3) if sign.site else None,
             "gone_in_s": round(max(0.0, gone_in_s), 3),
