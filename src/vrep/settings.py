@@ -77,8 +77,8 @@ class TargetConfig(_Section, frozen=True, kw_only=True):
     """bytes of one group that may be on their way or not yet synced"""
     reserve_bytes: Size = 64 << 20
     """space kept back, so that recovery works on a full disk"""
-    source_gone_s: Annotated[float, Meta(ge=6, le=3600)] = 20.0
-    """silence of a source after which a failover needs no --force; a paused one reports every 5"""
+    source_gone_s: Annotated[float, Meta(ge=20, le=3600)] = 20.0
+    """silence of a source after which a failover needs no --force; its own pauses last up to 15"""
 
 
 class RecoveryConfig(_Section, frozen=True, kw_only=True):

@@ -28,6 +28,7 @@ from vrep._core import layout, record
 from vrep.app.demo.nbd_client import FLUSH, NbdClient
 from vrep.groups import GroupDefinition
 from vrep.recovery.access import KeyAccess
+from vrep.settings import TargetConfig
 from vrep.site import Site
 from vrep.target.reader import StoreReader
 
@@ -36,7 +37,7 @@ GROUP = "web"
 KEY = "acme"
 WAIT_S = 120.0
 TRIM, WRITE_ZEROES = 4, 6
-GONE_S = 7.0
+GONE_S = TargetConfig().source_gone_s
 """silence after which the target counts the source as gone"""
 FUA, NO_HOLE, FAST_ZERO = 1, 2, 16
 CHUNK = 1 << 16
@@ -191,7 +192,7 @@ class Pair:
         self.b.paths.config.write_text(
             f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
             f'advertise = "{self.cable.address}"\n'
-            f"[target]\nsource_gone_s = {GONE_S}\n{target_settings}\n"
+            f"[target]\n{target_settings}\n"
         )
         self.options = self.a.group_options(
             ring_bytes=ring_bytes, compression=compression, on_fence=on_fence

@@ -161,8 +161,6 @@ class Pair:
 
     def set_up(self) -> None:
         self.east.vrep("site", "init", "--name", "east", "--listen", f"127.0.0.1:{self.port}")
-        with (self.east.root / "config.toml").open("a") as file:
-            file.write("[target]\nsource_gone_s = 6.0\n")
         self.west.vrep("site", "init", "--name", "west")
         config = self.west.root / "config.toml"
         self.metrics_port = free_port()

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from vrep.control import ControlClient
-from vrep.errors import FencedError, NotFoundError, StorageError
-from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory
+from vrep.errors import ConfigError, FencedError, NotFoundError, StorageError
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
+from vrep.settings import load_config
 from vrep.source import daemon, session
-from vrep.source.session import GroupSession
+from vrep.source.session import BACKOFF_MAX_S, GroupSession
 from vrep.wire.peers import PeerRegistry
 
 WAIT_S = 20.0
@@ -50,7 +51,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SitePaths:
     return paths
 
 
-def make_session(paths: SitePaths) -> GroupSession:
+def make_session(paths: SitePaths, **options: Any) -> GroupSession:
     return GroupSession(
         "web",
         GroupDirectory(paths.root),
@@ -58,7 +59,47 @@ def make_session(paths: SitePaths) -> GroupSession:
         PeerRegistry(paths.root),
         TenantKeyring(paths.root),
         ControlClient(paths.socket("filter")),
+        **options,
     )
+
+
+class Link:
+    """A connection to the target; what it is told, in the order in which all is done."""
+
+    def __init__(self, done: list[Any]) -> None:
+        self.done = done
+        self.closed = threading.Event()
+
+    def __call__(self, *_args: Any, **_options: Any) -> Link:
+        return self
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        pass
+
+    def ask(self, method: str, params: dict[str, Any]) -> None:
+        self.done.append((method, params["state"], params["clients"]))
+
+    def close(self, _reason: str = "") -> None:
+        self.closed.set()
+
+
+@pytest.fixture
+def done(paths: SitePaths, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was asked of the filter and told the target; two clients use the disks."""
+    done: list[Any] = []
+
+    def call(_client: ControlClient, method: str, **params: Any) -> Any:
+        if method == "status":
+            return {"clients": 2}
+        done.append((method, params))
+        return {}
+
+    monkeypatch.setattr(ControlClient, "call", call)
+    monkeypatch.setattr(PeerRegistry, "get", lambda _peers, _name: None)
+    return done
 
 
 def wait(test: Callable[[], Any]) -> None:
@@ -112,6 +153,58 @@ def test_what_the_target_said_does_not_outlive_its_connection(
     wait(lambda: one.view.attempts > 1)
     assert (one.view.connected, one.view.conditions) == (False, [])
     one.stop()
+
+
+def test_a_source_that_cannot_even_connect_says_that_it_lives(
+    paths: SitePaths, done: list[Any]
+) -> None:
+    """Its key is gone, its VM writes."""
+    one = make_session(paths, connect_peer=Link(done))
+    one.start()
+    wait(lambda: len(done) > 1)
+    assert "acme" in one.view.error
+    one.stop()
+    assert set(done) == {("group.report", "error", 2)}
+
+
+def test_a_vm_is_paused_before_the_fence_is_told(
+    paths: SitePaths, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GroupDirectory(paths.root).update("web", options=GroupOptions(on_fence="pause"))
+    monkeypatch.setattr(GroupSession, "_attempt", raising(FencedError("epoch 2 took over")))
+    one = make_session(paths, connect_peer=Link(done))
+    one.start()
+    wait(lambda: len(done) > 1)
+    one.stop()
+    paused = ("pause_guest", {"group": "web", "paused": True})
+    assert done[:2] == [paused, ("group.report", "fenced", 2)]
+    assert GroupDirectory(paths.root).load("web").fenced
+
+
+def test_a_report_that_is_not_answered_is_cut_off_by_the_end(
+    paths: SitePaths, done: list[Any]
+) -> None:
+    class Deaf(Link):
+        def ask(self, method: str, params: dict[str, Any]) -> None:
+            super().ask(method, params)
+            if not self.closed.wait(WAIT_S):
+                raise AssertionError("nobody cut it off")
+            raise StorageError("closed")
+
+    GroupDirectory(paths.root).update("web", paused=True)
+    one = make_session(paths, connect_peer=Deaf(done))
+    one.start()
+    wait(lambda: done)
+    one.stop()
+    assert not one.alive
+    assert ControlClient(paths.socket("source")).timeout > session.STOP_S
+
+
+def test_a_source_counts_as_gone_after_its_longest_pause(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"[target]\nsource_gone_s = {BACKOFF_MAX_S}\n")
+    with pytest.raises(ConfigError, match="source_gone_s"):
+        load_config(file)
 
 
 def test_a_session_that_died_is_begun_again(

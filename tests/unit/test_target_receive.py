@@ -21,6 +21,7 @@ from vrep.errors import (
     LockedError,
     NotFoundError,
     StateError,
+    StorageError,
     UnreachableError,
     VrepError,
 )
@@ -31,6 +32,7 @@ from vrep.status import WELL, verdict
 from vrep.target.daemon import Target
 from vrep.target.epochs import EpochDoor
 from vrep.target.manifest import EpochState, Position
+from vrep.target.receive import GroupHost
 from vrep.target.store import GroupStore, StoreReader
 from vrep.wire import messages as m
 from vrep.wire.peers import PeerRegistry
@@ -939,6 +941,28 @@ def test_a_report_counts_beside_a_session_that_died_unnoticed(world: World) -> N
         client.transport.stream.close()  # now it is noticed
         while world.control.call("sessions"):
             time.sleep(0.005)
+
+
+def test_a_source_that_is_refused_is_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    Client(world).start().transport.close()
+    wait_gone(world)
+    with pytest.raises(RefusedByTarget, match="several lanes"):
+        Client(world, lanes=[m.LaneOffer(lane=1, durable_seq=0, oldest_seq=1, newest_seq=0)]).open()
+    assert source_of(world)["gone_in_s"] > 0
+    wait_gone(world)
+
+    def unreadable(_host: GroupHost) -> None:
+        raise StorageError("Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(GroupHost, "load", unreadable)
+        with pytest.raises(RefusedByTarget, match="busy"):
+            Client(world).open()
+    assert source_of(world)["gone_in_s"] > 0
+    wait_gone(world)
+    report = {"group_id": GROUP.hex(), "state": "error", "clients": 1}
+    world.connect("a").ask("group.report", report)
+    assert source_of(world)["guest_clients"] == 1
 
 
 def test_the_site_that_took_over_says_that_the_old_source_lives(world: World) -> None:

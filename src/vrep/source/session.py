@@ -8,11 +8,12 @@ ends the attempt and begins the next after a backoff; nothing of it reaches the 
 from __future__ import annotations
 
 import base64
+import contextlib
 import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,7 +31,7 @@ from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
 from vrep.source.ship import Shipper
 from vrep.wire import messages as m
-from vrep.wire.peers import PeerRegistry
+from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
 from vrep.wire.stream import Clock, SystemClock
 from vrep.wire.transport import FrameTransport, Timeouts
@@ -39,6 +40,8 @@ BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MAX_S: Final = 15.0
 FENCED_RETRY_S: Final = 5.0
 STATUS_EVERY_S: Final = 1.0
+STOP_S: Final = 5.0
+"""shorter than a command waits for the process that stops its session"""
 GAP_WAIT_S: Final = 10.0
 CHANNEL: Final = 1
 
@@ -122,8 +125,9 @@ class GroupSession:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self, timeout_s: float = 10.0) -> None:
-        """End the session; the filter goes on recording."""
+    def stop(self, timeout_s: float = STOP_S) -> None:
+        """End the session; the filter goes on recording. One that is just connecting ends when
+        that does."""
         self._stopping.set()
         self.reload()
         self._thread.join(timeout_s)
@@ -170,7 +174,7 @@ class GroupSession:
                 definition = self._groups.load(self.name)
                 self.view.paused = definition.paused
                 if definition.paused:
-                    self._report_paused(definition)
+                    self._report_idle(definition, "paused")
                     self._nudge.wait(FENCED_RETRY_S)
                     continue
                 self.view.attempts += 1
@@ -178,6 +182,7 @@ class GroupSession:
                 wait_s = BACKOFF_FIRST_S
             except FencedError as error:
                 self._note_fenced(error)
+                self._report_idle(definition, "fenced")
                 wait_s = FENCED_RETRY_S
             except (VrepError, OSError) as error:
                 self._failed(error)
@@ -228,51 +233,48 @@ class GroupSession:
     # ---- one attempt -----------------------------------------------------------
 
     def _attempt(self, definition: GroupDefinition) -> None:
-        data_key = self._open_key(definition)
-        peer = self._peers.get(definition.to_site)
-        if self._hold is None:
-            self._hold = RingHold(self._filter, self.name, peer.site_id)
+        try:
+            data_key = self._open_key(definition)
+            peer = self._peers.get(definition.to_site)
+            if self._hold is None:
+                self._hold = RingHold(self._filter, self.name, peer.site_id)
+        except Exception:
+            self._report_idle(definition, "error")  # its VM may write all the same
+            raise
         hold = self._hold
+        with self._link(peer) as transport:
+            if self._wants_end():
+                return
+            opened = self._open(transport, hold, definition)
+            definition = self._adopt_epoch(definition, opened.epoch)
+            self._replicate(transport, hold, definition, data_key, opened)
+
+    @contextlib.contextmanager
+    def _link(self, peer: Peer) -> Iterator[FrameTransport]:
+        """A connection to the target, which `stop` cuts."""
         with self._connect(
             self._identity, peer, timeouts=self._timeouts, clock=self._clock
         ) as transport:
             self._transport = transport
             try:
-                if self._wants_end():
-                    return
-                try:
-                    opened = self._open(transport, hold, definition)
-                except FencedError:
-                    self._report_idle(transport, definition, "fenced")
-                    raise
-                definition = self._adopt_epoch(definition, opened.epoch)
-                self._replicate(transport, hold, definition, data_key, opened)
+                yield transport
             finally:
                 self._transport = None
 
-    def _report_paused(self, definition: GroupDefinition) -> None:
-        try:
-            peer = self._peers.get(definition.to_site)
-            with self._connect(
-                self._identity, peer, timeouts=self._timeouts, clock=self._clock
-            ) as transport:
-                self._report_idle(transport, definition, "paused")
-        except (VrepError, OSError) as error:
-            log.debug("the target was not told", group=self.name, error=str(error))
-
-    def _report_idle(
-        self, transport: FrameTransport, definition: GroupDefinition, state: str
-    ) -> None:
+    def _report_idle(self, definition: GroupDefinition, state: str) -> None:
         """Tell the target, which gets no records, that this site lives and how many clients
         use its disks: it refuses a failover by that, or shows that two VMs run."""
         try:
-            clients = int(self._filter.call("status", group=self.name)["clients"])
-        except VrepError:
-            clients = None
-        params = {"group_id": definition.group_id, "state": state, "clients": clients}
-        try:
-            transport.ask("group.report", params)
-        except VrepError as error:
+            with self._link(self._peers.get(definition.to_site)) as transport:
+                if self._stopping.is_set():
+                    return
+                try:
+                    clients = int(self._filter.call("status", group=self.name)["clients"])
+                except VrepError:
+                    clients = None
+                params = {"group_id": definition.group_id, "state": state, "clients": clients}
+                transport.ask("group.report", params)
+        except (VrepError, OSError) as error:
             log.debug("the target was not told", group=self.name, error=str(error))
 
     def _open_key(self, definition: GroupDefinition) -> DataKey:

@@ -50,7 +50,7 @@ def _room(_channel: int, length: int) -> memoryview:
 def _report_of(params: Mapping[str, Any]) -> m.Status:
     """What a source that sends nothing says of itself; InvalidError for anything else."""
     state, clients = str(params["state"]), params.get("clients")
-    if state not in ("paused", "fenced"):
+    if state not in ("paused", "fenced", "error"):
         raise InvalidError(f"a source that sends nothing is not {state[:32]!r}")
     values = {} if clients is None else {"clients": int(clients)}
     return m.Status(time_ns=time.time_ns(), state=state, values=values)

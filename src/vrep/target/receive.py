@@ -158,11 +158,12 @@ class GroupHost:
     ) -> Session:
         """Take a source on; RefusedError says why not."""
         with self._lock:
-            store = self._admit(transport, message)
-            manifest = store.manifest
-            assert transport.peer is not None
+            if transport.peer is None:
+                raise RefusedError("not-allowed", "only a site that joined may send")
             site_id = bytes.fromhex(transport.peer.site_id)
-            self._heard(store, site_id, transport.peer.name)
+            self._heard(site_id, transport.peer.name)  # it lives, whether or not it is refused
+            store = self._admit(site_id, message)
+            manifest = store.manifest
             newest = message.lanes[0].newest_seq
             verdict = judge(manifest, message.epoch, newest, site_id)
             if verdict.code is not None:
@@ -194,16 +195,14 @@ class GroupHost:
             store.listen(session.acknowledge)
             return session
 
-    def _admit(self, transport: FrameTransport, message: m.OpenGroup) -> GroupStore:
+    def _admit(self, site_id: bytes, message: m.OpenGroup) -> GroupStore:
         """The store for an offer, created on first contact."""
-        if transport.peer is None:
-            raise RefusedError("not-allowed", "only a site that joined may send")
         if [lane.lane for lane in message.lanes] != [0]:
             raise RefusedError("invalid", "groups of several lanes are not supported yet")
         try:
             store = self.load()
             if store is None:
-                store = self._create(bytes.fromhex(transport.peer.site_id), message)
+                store = self._create(site_id, message)
         except StoreFullError as error:
             raise RefusedError("full", str(error)) from None
         except IntegrityError as error:
@@ -327,12 +326,12 @@ class GroupHost:
 
     # ---- signs of life ---------------------------------------------------------------
 
-    def _heard(
-        self, store: GroupStore, site_id: bytes, site: str, status: m.Status | None = None
-    ) -> bool:
-        """A site said something; whether it is one whose VM may use the group's disks. What it
-        said of its VM counts until it says otherwise."""
-        if all(entry.writer != site_id for entry in store.epochs):
+    def _heard(self, site_id: bytes, site: str, status: m.Status | None = None) -> bool:
+        """A site said something; whether it is one whose VM may use the group's disks, which
+        any may be while the store cannot be read. What it said of its VM counts until it says
+        otherwise."""
+        store = self._store
+        if store is not None and all(entry.writer != site_id for entry in store.epochs):
             return False
         last = self._last_sign()
         if status is None and last.site_id == site_id:
@@ -341,9 +340,10 @@ class GroupHost:
         return True
 
     def report(self, site_id: bytes, site: str, status: m.Status) -> None:
-        """A source that sends nothing, since it is paused or fenced, says how its VM is."""
+        """A source that sends nothing, since it is paused, fenced or in trouble, says how its
+        VM is."""
         with self._lock:
-            if not self._heard(self.require(), site_id, site, status):
+            if not self._heard(site_id, site, status):
                 raise FencedError("only a site that wrote the group may report on it")
 
     def _last_sign(self) -> Sign:
