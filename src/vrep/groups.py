@@ -148,8 +148,12 @@ class GroupDirectory:
 
     def update(self, name: str, **changes: Any) -> GroupDefinition:
         """Change fields of a definition. Commands and the source's process do so at the same
-        time: a lock makes reading and writing one step."""
+        time: a lock makes reading and writing one step. What changes nothing needs no disk that
+        can be written."""
         path = self.path(name)
+        before = self.load(name)
+        if msgspec.structs.replace(before, **changes) == before:
+            return before
         try:
             with _locked(path / "group.lock"):
                 before = self.load(name)
@@ -162,10 +166,22 @@ class GroupDirectory:
         except OSError as error:
             raise errors.StorageError(f"{path}: {error.strerror or error}") from None
 
+    def forget(self, name: str) -> None:
+        """Delete a definition; what `update` writes meanwhile does not bring it back."""
+        path = self.path(name)
+        try:
+            with _locked(path / "group.lock"):
+                (path / "group.json").unlink()
+        except FileNotFoundError:
+            raise errors.NotFoundError(f"no group {name!r} is protected here") from None
+        except OSError as error:
+            raise errors.StorageError(f"{path}: {error.strerror or error}") from None
+
     def store(self, definition: GroupDefinition) -> None:
         """Write a new definition; `update` changes one."""
-        make_private_directory(self.path(definition.name))
-        self._write(definition)
+        path = make_private_directory(self.path(definition.name))
+        with _locked(path / "group.lock"):  # it is there when the disk is full later
+            self._write(definition)
 
     def _write(self, definition: GroupDefinition) -> None:
         path = self.path(definition.name)

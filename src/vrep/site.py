@@ -247,12 +247,11 @@ class Site:
             definition, problem = self.groups.load(group), ""
         except errors.VrepError as error:
             definition, problem = None, str(error)
-        directory = self.groups.path(group)
-        (directory / "group.json").unlink()
+        self.groups.forget(group)
         self._tell("source", "reload")
         if self._tell("filter", "reload"):
             self._wait_gone(group)
-        shutil.rmtree(directory)
+        shutil.rmtree(self.groups.path(group))
         shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
         # Last: a session that still ran would take the group back.
         if definition is not None and not delete_history:

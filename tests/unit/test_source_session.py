@@ -243,6 +243,36 @@ def test_two_who_change_a_definition_lose_nothing(paths: SitePaths) -> None:
     assert second.load("web").epoch == turns
 
 
+def test_what_changes_nothing_needs_no_lock(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a source whose disk takes nothing goes on replicating."""
+    groups = GroupDirectory(paths.root)
+    monkeypatch.setattr("vrep.groups._locked", raising(OSError(30, "Read-only file system")))
+    assert groups.update("web", fenced=False) == groups.load("web")
+    with pytest.raises(StorageError, match="Read-only"):
+        groups.update("web", fenced=True)
+
+
+def test_a_group_that_is_forgotten_is_not_written_back(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a source that is just noting an epoch."""
+    groups = GroupDirectory(paths.root)
+    write, forgets = GroupDirectory._write, []
+
+    def slow(self: GroupDirectory, changed: GroupDefinition) -> None:
+        forgets.append(threading.Thread(target=groups.forget, args=("web",)))
+        forgets[0].start()
+        forgets[0].join(0.2)  # it waits for this one
+        write(self, changed)
+
+    monkeypatch.setattr(GroupDirectory, "_write", slow)
+    groups.update("web", epoch=2)
+    forgets[0].join()
+    assert list(groups.names()) == []
+
+
 def test_a_group_that_is_gone_is_not_made_again_by_a_change(paths: SitePaths) -> None:
     groups = GroupDirectory(paths.root)
     (groups.path("web") / "group.json").unlink()
