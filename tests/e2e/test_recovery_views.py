@@ -140,16 +140,20 @@ def test_a_view_that_dies_is_kept_and_one_that_is_stopped_is_not(lab: Any) -> No
     assert (again.running, again.id) == (True, info.id)
     assert again.pid != info.pid
     os.kill(again.pid, signal.SIGTERM)  # a person
-    directory = view.ViewDirectory(lab.paths, info.id)
-    deadline = time.monotonic() + 30
-    while directory.holder() is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_dead(lab.paths, info.id)
     for _ in range(2):
         assert keeper.tend() == []
         assert not view.list_views(lab.paths)[0].running
-    # So does a shutdown: the site that starts afterwards serves it.
-    assert ViewKeeper(lab.paths).tend() == []
+    # So does a shutdown: the site that starts afterwards serves it, as soon as it can.
+    key = lab.root / "keys" / "acme.key"
+    kept = key.read_bytes()
+    key.unlink()
+    now = [0.0]
+    keeper = ViewKeeper(lab.paths, lambda: now[0])
+    assert keeper.tend() != []
+    key.write_bytes(kept)
+    now[0] = 3.0
+    assert keeper.tend() == []
     assert view.list_views(lab.paths)[0].running
 
 
@@ -438,6 +442,23 @@ def test_a_view_that_starts_during_a_rollback_serves_nothing(
     assert view.list_views(lab.paths) == []
 
 
+def test_a_failover_that_is_served_meanwhile_is_described(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its command was cut off; given again, it meets `vrep run`, which was faster."""
+    lab.close()
+    info = failover.start(lab.paths, "web", force=True)
+    holder, seen = view.ViewDirectory.holder, []
+
+    def later(directory: view.ViewDirectory) -> int | None:
+        seen.append(directory.id)
+        return None if len(seen) == 1 else holder(directory)
+
+    monkeypatch.setattr(view.ViewDirectory, "holder", later)
+    again = failover.start(lab.paths, "web")
+    assert (again.id, again.pid, again.running) == (info.id, info.pid, True)
+
+
 class Heard:
     """What the target says of the source, one answer after the other."""
 
@@ -448,6 +469,7 @@ class Heard:
             EpochDoor, "state", lambda door: {**real(door), "source": {**HEARD, **self.next()}}
         )
         monkeypatch.setattr(failover, "REPORT_WAIT_S", 0.2)
+        monkeypatch.setattr(failover, "IDLE_REPORT_WAIT_S", 0.2)
 
     def next(self) -> dict[str, Any]:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
@@ -497,6 +519,8 @@ def test_a_failover_is_refused_while_the_source_lives(
     [
         # its VM is shut down, and it says so after the question
         [{"guest_clients": 0}, {"guest_clients": 0}, {"guest_clients": 0, "seen_ns": 2}],
+        # and so when it is paused
+        [{**AWAY, "guest_clients": 0}] * 2 + [{**AWAY, "guest_clients": 0, "seen_ns": 2}],
         # it was silent for long, whatever it said last
         [{**AWAY, "gone_in_s": 0}],
     ],

@@ -44,6 +44,8 @@ from vrep.target.reader import StoreReader
 __all__ = ["commit", "rollback", "start"]
 
 REPORT_WAIT_S: Final = 3.0
+IDLE_REPORT_WAIT_S: Final = 16.0
+"""longer than the pauses between two reports of a source that sends nothing"""
 
 
 class _Failover:
@@ -78,16 +80,18 @@ def _require_no_writer(failover: _Failover) -> None:
     """SourceAliveError unless the source's VM is known not to run, or the source was silent for
     so long that it counts as gone. Every doubt refuses: two writers cannot be undone.
 
-    A source reports once a second: "no client" counts only when it was said after the question,
-    so that a VM which has just started is not overlooked.
+    A source reports once a second, a paused or fenced one more seldom: "no client" counts only
+    when it was said after the question, so that a VM which has just started is not overlooked.
     """
     first = source = failover.door.state()["source"]
-    deadline = time.monotonic() + REPORT_WAIT_S
+    began = time.monotonic()
     while source["gone_in_s"] != 0:
         clients = source["guest_clients"]
-        if clients == 0 and source["connected"] and source["seen_ns"] != first["seen_ns"]:
+        if clients == 0 and source["seen_ns"] != first["seen_ns"]:
             return
-        if clients or not source["connected"] or time.monotonic() > deadline:
+        limit_s = REPORT_WAIT_S if source["connected"] else IDLE_REPORT_WAIT_S
+        may_report = clients == 0 or (clients is None and source["connected"])
+        if not may_report or time.monotonic() - began > limit_s:
             raise errors.SourceAliveError(_why_alive(failover.held.name, source))
         time.sleep(0.05)
         source = failover.door.state()["source"]
@@ -143,7 +147,8 @@ def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = Fal
         process.cancel()
         raise
     if view.holder() is None:
-        process.serve(view)
+        with contextlib.suppress(errors.LockedError):  # `vrep run` was faster
+            process.serve(view)
     else:
         process.cancel()
     if record.state == "starting":

@@ -1,8 +1,8 @@
 """Views that stay served: a view whose process died is started again while the site runs.
 
 At once the first time, then after a growing pause. A site that starts takes up every view that
-should be served, since its host may have been stopped in good order; later a view whose process
-was told to end is left alone: a person, or a shutdown, meant it.
+should be served, since its host may have been stopped in good order, and tries until it runs;
+later a view whose process was told to end is left alone: a person, or a shutdown, meant it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vrep.paths import SitePaths
-from vrep.recovery.view import ViewDirectory, restart_views
+from vrep.recovery.view import ViewDirectory, restart_views, view_directories
 
 __all__ = ["ViewKeeper"]
 
@@ -28,18 +28,20 @@ class ViewKeeper:
     def __init__(self, paths: SitePaths, clock: Callable[[], float] = time.monotonic) -> None:
         self._paths = paths
         self._clock = clock
-        self._fresh = True
+        self._to_take_up = {view.id for view in view_directories(paths)}
+        """what this site found, until it ran once"""
         self._tried: dict[str, tuple[float, float]] = {}
         """of each view: when it was started last, and the pause after that"""
 
     def tend(self) -> list[str]:
         """Start again what is due; a line of text for each that could not be."""
         problems = restart_views(self._paths, self._due)
-        self._fresh = False
+        running = {v.id for v in view_directories(self._paths) if v.holder() is not None}
+        self._to_take_up -= running
         return problems
 
     def _due(self, view: ViewDirectory) -> bool:
-        if view.was_told_to_end() and not self._fresh:
+        if view.was_told_to_end() and view.id not in self._to_take_up:
             return False
         now = self._clock()
         last, pause_s = self._tried.get(view.id, (float("-inf"), 0.0))
