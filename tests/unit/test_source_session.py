@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -171,7 +172,10 @@ def test_a_vm_is_paused_before_the_fence_is_told(
     paths: SitePaths, done: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GroupDirectory(paths.root).update("web", options=GroupOptions(on_fence="pause"))
-    monkeypatch.setattr(GroupSession, "_attempt", raising(FencedError("epoch 2 took over")))
+    monkeypatch.setattr(PeerRegistry, "get", lambda _peers, _name: mock.Mock())
+    monkeypatch.setattr(session, "RingHold", mock.Mock())
+    monkeypatch.setattr(GroupSession, "_open_key", mock.Mock())
+    monkeypatch.setattr(GroupSession, "_open", raising(FencedError("epoch 2 took over")))
     one = make_session(paths, connect_peer=Link(done))
     one.start()
     wait(lambda: len(done) > 1)
