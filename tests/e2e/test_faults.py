@@ -159,7 +159,7 @@ def test_a_connection_that_carried_much_is_renewed(
         before, renewed = gaps(pair), pair.cable.connections
         write_some(pair, rng, count=200, length=100 * 1024)
         pair.settle()
-        assert pair.cable.connections >= renewed + 3
+        assert pair.cable.connections > renewed
         assert gaps(pair) == before
         pair.same_as_source()
     finally:

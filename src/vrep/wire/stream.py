@@ -28,6 +28,7 @@ __all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStre
 # One turn with OpenSSL: a few TLS records, so that the other direction gets its own.
 WRITE_CHUNK_BYTES: Final = 256 << 10
 READ_CHUNK_BYTES: Final = 256 << 10
+ALERT_WAIT_S: Final = 1.0
 
 
 class ConnectionLostError(UnreachableError):
@@ -158,9 +159,20 @@ class TlsStream:
                 except ssl.SSLWantWriteError:
                     events = select.POLLOUT
                 except OSError as error:
+                    self._let_alert_arrive()
                     raise _translate(error) from None
                 if not self._wait(events, deadline - self._clock.monotonic()):
                     raise TimeLimitError(f"no TLS handshake within {timeout_s:g} s")
+
+    def _let_alert_arrive(self) -> None:
+        """A socket that is closed with bytes unread is reset, and the peer loses the alert that
+        says why: read on, below TLS, until the peer closes."""
+        deadline = self._clock.monotonic() + ALERT_WAIT_S
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+            while self._wait(select.POLLIN, deadline - self._clock.monotonic()):
+                if not socket.socket.recv(self._sock, READ_CHUNK_BYTES):
+                    return
 
     def peer_certificate_der(self) -> bytes | None:
         """The peer's certificate; None when it showed none."""
