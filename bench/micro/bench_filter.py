@@ -33,7 +33,8 @@ def compile_program(where: Path) -> Path:
     options = ["-O2", "-std=c11", "-D_GNU_SOURCE", f"-I{ROOT / 'src' / '_native'}"]
     bench = str(ROOT / "bench" / "micro" / "filter_publish.c")
     subprocess.run(
-        ["cc", *options, bench, *sources, "-o", str(program), *flags, "-lpthread"], check=True
+        ["cc", *options, bench, *sources, "-o", str(program), *flags, "-lpthread", "-lm"],
+        check=True,
     )
     return program
 
