@@ -22,8 +22,8 @@
 
 struct vrep_squeeze {
     ZSTD_CCtx *context;
-    uint32_t misses; /* times in a row that zstd did not pay */
-    uint32_t skip;   /* doubtful pieces to pass untried */
+    uint32_t misses;                       /* times in a row that zstd did not pay */
+    uint32_t skip;                         /* doubtful pieces to pass untried */
     int32_t cost[VREP_SQUEEZE_SAMPLE + 1]; /* n log2 n */
 };
 
