@@ -87,8 +87,11 @@ static void *worker(void *argument)
         pthread_mutex_lock(&engine->lock);
         bool first = engine->done.first == NULL;
         list_push(&engine->done, io);
-        if (first)
+        if (first) {
+            pthread_mutex_unlock(&engine->lock);
             signal_event(engine);
+            pthread_mutex_lock(&engine->lock);
+        }
     }
     pthread_mutex_unlock(&engine->lock);
     free(bounce);
@@ -169,8 +172,9 @@ void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
     engine->pool_inflight++;
     pthread_mutex_lock(&engine->lock);
     list_push(&engine->queue, io);
-    pthread_cond_signal(&engine->work);
     pthread_mutex_unlock(&engine->lock);
+    /* Who wakes up finds the lock free. */
+    pthread_cond_signal(&engine->work);
 }
 
 bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io)

@@ -239,7 +239,8 @@ static void plan_reading(const struct vrep_disk *disk)
 }
 
 /* Before a read that goes on where the last one ended, or a little further (short reads of what
- * was fetched do not come here): starts fetching what comes next. */
+ * was fetched do not come here): starts fetching what comes next, up to the next hole, which would
+ * only fill the page cache with zeroes. */
 static void read_ahead(struct vrep_disk *disk, uint64_t offset, uint64_t length)
 {
     uint64_t end = offset + length;
@@ -253,6 +254,11 @@ static void read_ahead(struct vrep_disk *disk, uint64_t offset, uint64_t length)
     if (from - end >= READ_AHEAD_BYTES / 2)
         return;
     uint64_t to = end + READ_AHEAD_BYTES;
+    off_t hole = disk->block_device ? -1 : lseek(disk->fd, (off_t)from, SEEK_HOLE);
+    if (hole >= 0 && (uint64_t)hole < to)
+        to = (uint64_t)hole;
+    if (to <= from)
+        return;
     posix_fadvise(disk->fd, (off_t)from, (off_t)(to - from), POSIX_FADV_WILLNEED);
     vrep_store_relaxed_u64(&disk->ahead_end, to);
 }

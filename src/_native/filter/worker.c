@@ -39,10 +39,12 @@ static void *work(void *argument)
         *worker->finished_last = job;
         worker->finished_last = &job->next;
         vrep_fetch_add_u32(&worker->finished_count, 1);
+        pthread_mutex_unlock(&worker->lock);
         uint64_t one = 1;
         /* The counter cannot overflow, and the flag above is what collect reads. */
-        if (write(worker->notify_fd, &one, sizeof one) != (ssize_t)sizeof one)
-            continue;
+        ssize_t told = write(worker->notify_fd, &one, sizeof one);
+        (void)told;
+        pthread_mutex_lock(&worker->lock);
     }
     pthread_mutex_unlock(&worker->lock);
     return NULL;
@@ -95,8 +97,8 @@ void vrep_worker_post(struct vrep_worker *worker, struct vrep_job *job)
     pthread_mutex_lock(&worker->lock);
     *worker->last = job;
     worker->last = &job->next;
-    pthread_cond_signal(&worker->wake);
     pthread_mutex_unlock(&worker->lock);
+    pthread_cond_signal(&worker->wake); /* who wakes up finds the lock free */
 }
 
 uint32_t vrep_worker_collect(struct vrep_worker *worker)
