@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
+
+import numpy as np
 
 from vrep.durable import sync_directory
 
@@ -25,6 +29,12 @@ Buffer = bytes | bytearray | memoryview
 _IOV_MAX: Final = 1024
 _PAGE_BYTES: Final = 4096
 _READ_BYTES: Final = 8 << 20
+_DIRECT_BYTES_MIN: Final = 256 << 10
+_STAGING_BYTES: Final = 1 << 20
+_STAGING_KEPT: Final = 4
+
+# Page-aligned memory that waits for its next use: O_DIRECT needs it, and new memory is slower.
+_staging: deque[mmap.mmap] = deque(maxlen=_STAGING_KEPT)
 
 
 def is_full(error: OSError) -> bool:
@@ -61,6 +71,49 @@ class Files:
                 at += 1
             if written:
                 rest[at] = rest[at][written:]
+
+    def append(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
+        """Write all buffers, back to back, at the end of a file. The whole pages of a large
+        write go past the page cache (O_DIRECT), where the filesystem takes that: nobody here
+        reads them again soon, and new pages cost more than the write itself."""
+        views = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
+        end = offset + sum(len(view) for view in views)
+        start = -(-offset // _PAGE_BYTES) * _PAGE_BYTES
+        stop = end // _PAGE_BYTES * _PAGE_BYTES
+        if stop - start < _DIRECT_BYTES_MIN:
+            self.write(fd, views, offset)
+            return
+        head, rest = _cut(views, start - offset)
+        body, tail = _cut(rest, stop - start)
+        self.write(fd, head, offset)
+        self.write_direct(fd, body, start)
+        self.write(fd, tail, stop)
+
+    def write_direct(self, fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+        """Write whole pages, back to back, past the page cache if that can be."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.write(fd, buffers, offset)
+            return
+        try:
+            with _staged() as room:
+                for filled in _fill(room, buffers):
+                    try:
+                        Files.write(self, fd, [filled], offset)
+                    except OSError as error:
+                        if error.errno != errno.EINVAL:
+                            raise
+                        # Pages are not whole blocks of this device.
+                        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+                        Files.write(self, fd, [filled], offset)
+                    offset += len(filled)
+                    filled.release()
+        finally:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
     def sync(self, fd: int) -> None:
         """Content and size of a file are on stable storage when this returns."""
@@ -130,6 +183,42 @@ class Files:
         finally:
             os.close(fd)
         return view[:size]
+
+
+def _cut(views: Sequence[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
+    """The first `size` bytes, and the rest."""
+    for number, view in enumerate(views):
+        if size < len(view):
+            first = [*views[:number], view[:size]] if size else list(views[:number])
+            return first, [view[size:], *views[number + 1 :]]
+        size -= len(view)
+    return list(views), []
+
+
+@contextlib.contextmanager
+def _staged() -> Iterator[mmap.mmap]:
+    room = _staging.pop() if _staging else mmap.mmap(-1, _STAGING_BYTES)
+    try:
+        yield room
+    finally:
+        _staging.append(room)
+
+
+def _fill(room: mmap.mmap, views: Sequence[memoryview]) -> Iterator[memoryview]:
+    """The bytes of all views, copied into `room`, one fill after the other. NumPy copies
+    without the GIL."""
+    space, filled = np.frombuffer(room, np.uint8), 0
+    for view in views:
+        data, at = np.frombuffer(view, np.uint8), 0
+        while at < len(data):
+            part = data[at : at + len(space) - filled]
+            space[filled : filled + len(part)] = part
+            at, filled = at + len(part), filled + len(part)
+            if filled == len(space):
+                yield memoryview(room)[:filled]
+                filled = 0
+    if filled:
+        yield memoryview(room)[:filled]
 
 
 class _Part:

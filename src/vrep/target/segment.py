@@ -156,7 +156,7 @@ class SegmentWriter:
         block["wall_ns"] = wall_ns
         block["records"] = sum(batch.records for batch in batches)
         tail = native.commit(block, buffers)
-        self._files.write(self._fd, [*buffers, tail], self.end)
+        self._files.append(self._fd, [*buffers, tail], self.end)
         return end + len(tail)
 
     def sync(self) -> None:
