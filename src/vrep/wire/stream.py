@@ -2,9 +2,9 @@
 
 `ByteStream` is what `FrameTransport` needs; a simulator passes its own.
 `TlsStream` is full duplex from two threads: OpenSSL does not allow SSL_read
-and SSL_write on one connection at once, so the socket is non-blocking, each
-call into OpenSSL holds a lock for at most one chunk, and waiting happens in
-poll() outside of the lock.
+and SSL_write on one connection at once, so each call into it holds a lock for
+at most one chunk.  OpenSSL works in memory only: the socket, which is
+non-blocking, moves several TLS records with each call, outside of the lock.
 
 Sizes are bytes, times seconds.  Nothing here waits without a bound.
 """
@@ -18,16 +18,19 @@ import socket
 import ssl
 import threading
 import time
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final, Protocol, cast
 
 from vrep.errors import PeerError, TimeLimitError, TrustError, UnreachableError
 from vrep.wire.turn import TurnLock
 
 __all__ = ["ByteStream", "Clock", "ConnectionLostError", "SystemClock", "TlsStream"]
 
-# One turn with OpenSSL: a few TLS records, so that the other direction gets its own.
-WRITE_CHUNK_BYTES: Final = 256 << 10
-READ_CHUNK_BYTES: Final = 256 << 10
+# What the socket is given or asked for at once: a few TLS records. More would not fit in a
+# processor's cache between the copy and the cipher.
+CHUNK_BYTES: Final = 64 << 10
+# One turn with OpenSSL of a reader, so that the other direction gets its own.
+READ_TURN_BYTES: Final = 256 << 10
 ALERT_WAIT_S: Final = 1.0
 
 
@@ -64,8 +67,8 @@ class ByteStream(Protocol):
         """Write all. TimeLimitError when nothing moves for `stall_s`."""
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int:
-        """Write what goes without waiting, perhaps nothing. What is left must
-        be what the next write begins with."""
+        """Write what goes without waiting, perhaps nothing; how many bytes went.
+        The next write must begin with all that is left."""
 
     def close(self) -> None: ...
 
@@ -89,12 +92,11 @@ class TlsStream:
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool, clock: Clock
     ) -> None:
-        sock.setblocking(False)
         self._clock = clock
-        # wrap_socket takes the descriptor over, and does not shake hands yet.
-        self._sock = context.wrap_socket(
-            sock, server_side=server_side, do_handshake_on_connect=False
-        )
+        self._arrived, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._arrived, self._to_send, server_side=server_side)
+        self._sock = socket.socket(fileno=sock.detach())
+        self._sock.setblocking(False)
         self._fd = self._sock.fileno()
         self._ssl_lock = TurnLock()
         self._gate = threading.Lock()
@@ -104,8 +106,13 @@ class TlsStream:
         for events in (select.POLLIN, select.POLLOUT):
             self._pollers[events] = select.poll()
             self._pollers[events].register(self._fd, events)
-        # Of the reading thread: what the last SSL_read lacked; 0: nothing.
-        self._read_waits_for = 0
+        # Of the reading thread: whether OpenSSL has seen all that arrived.
+        self._dry = False
+        self._chunk = memoryview(bytearray(CHUNK_BYTES))
+        # Of the writing thread: what the socket did not take yet, and how many bytes of what
+        # is being written it was made of.
+        self._unsent = memoryview(b"")
+        self._owed = 0
 
     # A descriptor is closed only when no thread is inside a call that uses it:
     # its number could be another file's by then.
@@ -126,9 +133,8 @@ class TlsStream:
             if self._closed:
                 return
             self._closed = True
-            # SSLSocket.shutdown would drop TLS and let a reader see raw bytes.
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+                self._sock.shutdown(socket.SHUT_RDWR)
             if not self._users:
                 self._sock.close()
 
@@ -150,111 +156,149 @@ class TlsStream:
         """Shake hands within a total time."""
         deadline = self._clock.monotonic() + timeout_s
         with self:
+            done = False
             while True:
                 try:
-                    self._sock.do_handshake()
-                    return
-                except ssl.SSLWantReadError:
-                    events = select.POLLIN
-                except ssl.SSLWantWriteError:
-                    events = select.POLLOUT
+                    done = done or self._shake()
+                    if not self._push():
+                        events = select.POLLOUT
+                    elif done:
+                        return
+                    elif self._receive():
+                        continue
+                    else:
+                        events = select.POLLIN
                 except OSError as error:
                     self._let_alert_arrive()
                     raise _translate(error) from None
                 if not self._wait(events, deadline - self._clock.monotonic()):
                     raise TimeLimitError(f"no TLS handshake within {timeout_s:g} s")
 
+    def _shake(self) -> bool:
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return False
+        finally:
+            self._unsent = memoryview(bytes(self._unsent) + self._to_send.read())
+        return True
+
     def _let_alert_arrive(self) -> None:
-        """A socket that is closed with bytes unread is reset, and the peer loses the alert that
-        says why: read on, below TLS, until the peer closes."""
+        """Send the alert that says why. A socket that is closed with bytes unread is reset, and
+        the peer loses it: read on, below TLS, until the peer closes."""
         deadline = self._clock.monotonic() + ALERT_WAIT_S
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(self._sock, socket.SHUT_WR)
+            self._push()
+            self._sock.shutdown(socket.SHUT_WR)
             while self._wait(select.POLLIN, deadline - self._clock.monotonic()):
-                if not socket.socket.recv(self._sock, READ_CHUNK_BYTES):
+                if not self._sock.recv_into(self._chunk):
                     return
 
     def peer_certificate_der(self) -> bytes | None:
         """The peer's certificate; None when it showed none."""
-        return self._sock.getpeercert(binary_form=True)
+        return self._tls.getpeercert(binary_form=True)
 
     def peer_fingerprint(self) -> str | None:
         der = self.peer_certificate_der()
         return None if der is None else hashlib.sha256(der).hexdigest()
 
+    # ---- reading -----------------------------------------------------------------
+
     def read_into(self, buffer: memoryview, timeout_s: float) -> int | None:
         with self:
-            filled, deadline = 0, 0.0
-            while True:
-                # OpenSSL hands out one record a call: take all that is there, in one turn.
-                if self._read_waits_for == 0:
-                    with self._ssl_lock:
-                        filled, ended = self._read_records(buffer)
-                    if ended:
-                        return filled
-                if filled:
-                    return filled
-                now = self._clock.monotonic()
-                deadline = deadline or now + timeout_s
-                if not self._wait(self._read_waits_for, deadline - now):
-                    return None
-                self._read_waits_for = 0
+            deadline = 0.0
+            try:
+                while True:
+                    if not self._dry:
+                        with self._ssl_lock:
+                            filled, ended = self._read_records(buffer)
+                        if filled or ended:
+                            return filled
+                    if not self._receive():
+                        now = self._clock.monotonic()
+                        deadline = deadline or now + timeout_s
+                        if not self._wait(select.POLLIN, deadline - now):
+                            return None
+            except OSError as error:
+                raise _translate(error) from None
+
+    def _receive(self) -> bool:
+        """Hand over to OpenSSL what has arrived. False when that is nothing."""
+        try:
+            count = self._sock.recv_into(self._chunk)
+        except BlockingIOError:
+            return False
+        with self._ssl_lock:
+            if count:
+                self._arrived.write(self._chunk[:count])
+            else:
+                self._arrived.write_eof()
+        self._dry = False
+        return True
 
     def _read_records(self, buffer: memoryview) -> tuple[int, bool]:
-        """What is there, and whether the buffer is full or the stream has ended; else
-        `_read_waits_for` says what is lacking."""
-        receive, filled = self._sock.recv_into, 0
-        size = min(len(buffer), READ_CHUNK_BYTES)
+        """What is there, and whether the stream has ended."""
+        # OpenSSL hands out one record a call: take all that is there, in one turn.
+        read, filled = cast("Callable[[int, memoryview], int]", self._tls.read), 0
+        size = min(len(buffer), READ_TURN_BYTES)
         try:
             while filled < size:
-                count = receive(buffer[filled:])
-                filled += count
-                if count == 0:
-                    break
-            return filled, True
+                filled += read(size - filled, buffer[filled:size])
         except ssl.SSLWantReadError:
-            self._read_waits_for = select.POLLIN
-        except ssl.SSLWantWriteError:
-            self._read_waits_for = select.POLLOUT
-        except ssl.SSLZeroReturnError:
+            self._dry = True
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return filled, True
-        except OSError as error:
-            raise _translate(error) from None
         return filled, False
+
+    # ---- writing -----------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview, stall_s: float) -> None:
         with self, memoryview(data).cast("B") as view:
             at, size = 0, view.nbytes
-            while at < size:
-                # After a "want" OpenSSL must be given the same bytes again.
-                chunk = view[at : at + WRITE_CHUNK_BYTES]
-                try:
-                    with self._ssl_lock:
-                        at += self._sock.send(chunk)
-                    continue
-                except ssl.SSLWantWriteError:
-                    events = select.POLLOUT
-                except ssl.SSLWantReadError:
-                    events = select.POLLIN
-                except OSError as error:
-                    raise _translate(error) from None
-                finally:
-                    chunk.release()
-                if not self._wait(events, stall_s):
-                    raise TimeLimitError(f"the peer took no bytes for {stall_s:g} s")
+            if size < self._owed:
+                raise ValueError(f"{size} bytes, but the last write left {self._owed}")
+            try:
+                while True:
+                    while not self._push():
+                        if not self._wait(select.POLLOUT, stall_s):
+                            raise TimeLimitError(f"the peer took no bytes for {stall_s:g} s")
+                    at, self._owed = at + self._owed, 0
+                    if at >= size:
+                        return
+                    self._encrypt(view[at : at + CHUNK_BYTES])
+            except OSError as error:
+                raise _translate(error) from None
 
     def write_some(self, data: bytes | bytearray | memoryview) -> int:
         with self, memoryview(data).cast("B") as view:
-            at = 0
-            while at < view.nbytes:
-                try:
-                    with self._ssl_lock:
-                        at += self._sock.send(view[at : at + WRITE_CHUNK_BYTES])
-                except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                    break
-                except OSError as error:
-                    raise _translate(error) from None
+            at, size = 0, view.nbytes
+            if size < self._owed:
+                raise ValueError(f"{size} bytes, but the last write left {self._owed}")
+            try:
+                while self._push():
+                    # Bytes count as written only when they have left: those that are encrypted
+                    # and wait are what the next write begins with.
+                    at, self._owed = at + self._owed, 0
+                    if at >= size:
+                        break
+                    self._encrypt(view[at : at + CHUNK_BYTES])
+            except OSError as error:
+                raise _translate(error) from None
             return at
+
+    def _encrypt(self, chunk: memoryview) -> None:
+        with chunk, self._ssl_lock:
+            self._owed = self._tls.write(chunk)
+            self._unsent = memoryview(self._to_send.read())
+
+    def _push(self) -> bool:
+        """Send what is encrypted, without waiting. False when some of it is left."""
+        while self._unsent:
+            try:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            except BlockingIOError:
+                return False
+        return True
 
 
 _DISTRUST: Final = (
