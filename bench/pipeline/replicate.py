@@ -42,7 +42,7 @@ class Plan:
     rpo_s: float = 20.0
     disk_bytes: int = 512 * MIB
     backlog_bytes: int = 768 * MIB
-    sync_bytes: int = 2048 * MIB
+    sync_bytes: int = 10240 * MIB
 
 
 QUICK = Plan(2, 4.0, 2.0, 8.0, 6.0, 256 * MIB, 256 * MIB, 512 * MIB)
@@ -323,7 +323,7 @@ def first_sync_rows(directory: Path, plan: Plan) -> list[Row]:
     disk, copy = directory / "first.img", directory / "copy.img"
     data = image.make(disk, plan.sync_bytes, full=0.2)
     ours, theirs, sent = [], [], []
-    for _ in range(min(plan.runs, 3)):
+    for _ in range(plan.runs):
         with lab(directory / "first", disk) as site:
             wait_for(site.settled, "the first sync", 300)
             ours.append(time.monotonic() - site.protect_begin)

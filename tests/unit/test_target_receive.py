@@ -41,7 +41,7 @@ from vrep.wire.transport import FrameTransport, PeerRefusedError
 
 WAIT_S = 30.0
 CHANNEL = 1
-GONE_S = 0.5
+GONE_S = 1.0
 
 
 def load(path: Path) -> ModuleType:
