@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -120,6 +124,109 @@ def test_the_end_comes_after_all_bytes(pair: Pair) -> None:
     assert server.read_into(room, WAIT_S) == 0
     with pytest.raises(ConnectionLostError):
         server.write(bytes(1 << 20), WAIT_S)
+
+
+@pytest.fixture
+def foreign(identity: SiteIdentity) -> Iterator[tuple[ssl.SSLSocket, TlsStream]]:
+    """A client of another make, and our server."""
+    here, there = socket.socketpair()
+    server = TlsStream(there, server_context(identity, []), server_side=True, clock=SystemClock())
+    thread = threading.Thread(target=server.handshake, args=(WAIT_S,))
+    thread.start()
+    client = client_context(None).wrap_socket(here)
+    thread.join()
+    yield client, server
+    client.close()
+    server.close()
+
+
+def test_a_peer_that_says_that_it_ends(foreign: tuple[ssl.SSLSocket, TlsStream]) -> None:
+    client, server = foreign
+    client.send(b"last words")
+    client.settimeout(0.1)
+    with pytest.raises(TimeoutError):  # close_notify has left; ours does not come
+        client.unwrap()
+    ends: list[int | None] = []
+    got = bytearray(100)
+
+    def read() -> None:
+        ends.extend(server.read_into(memoryview(got), WAIT_S) for _ in range(3))
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(WAIT_S)
+    assert ends == [10, 0, 0]
+    assert got[:10] == b"last words"
+
+
+def test_a_damaged_record_is_told_to_who_sent_it(
+    foreign: tuple[ssl.SSLSocket, TlsStream],
+) -> None:
+    client, server = foreign
+    # A record of TLS 1.3 that no key opens, as a link that changes bytes would make it.
+    with socket.socket(fileno=os.dup(client.fileno())) as raw:
+        raw.sendall(b"\x17\x03\x03\x00\x20" + bytes(32))
+    with pytest.raises(ConnectionLostError, match=r"TLS failed: .*bad record mac"):
+        server.read_into(memoryview(bytearray(100)), WAIT_S)
+    server.close()
+    with pytest.raises(ssl.SSLError, match=r"(?i)alert bad record mac"):
+        client.recv(1)
+
+
+def test_new_keys_without_end(identity: SiteIdentity) -> None:
+    """A peer can ask for new keys for ever: the reader's time is over all the same, and what
+    OpenSSL answers leaves, though nobody writes."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        command = ["openssl", "s_client", "-connect", address, "-tls1_3"]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as peer:
+            sock, _ = listener.accept()
+            server = TlsStream(
+                sock, server_context(identity, []), server_side=True, clock=SystemClock()
+            )
+            try:
+                server.handshake(WAIT_S)
+                assert peer.stdin is not None
+                answers = Counting(server)
+                for _ in range(5):
+                    peer.stdin.write(b"K\n")  # a key update that asks for ours
+                    peer.stdin.flush()
+                    assert server.read_into(memoryview(bytearray(16)), 0.2) is None
+                assert answers.records >= 3
+                answers.flood = True
+                room, got = memoryview(bytearray(16)), []
+                reader = threading.Thread(
+                    target=lambda: got.append(server.read_into(room, 0.2)), daemon=True
+                )
+                reader.start()
+                reader.join(5)
+                assert got == [None]
+            finally:
+                peer.kill()
+                server.close()
+
+
+class Counting:
+    """Stands between a stream and its socket: counts what is sent, and can make it look as if
+    something that is no data arrived at every look."""
+
+    def __init__(self, stream: TlsStream) -> None:
+        self.records, self.flood = 0, False
+        self._socket, self._receive = stream._sock, stream._receive
+        stream._sock = cast("socket.socket", self)
+        stream._receive = self.receive  # type: ignore[method-assign]
+
+    def receive(self) -> bool:
+        return self._receive() or self.flood
+
+    def send(self, data: memoryview) -> int:
+        self.records += 1
+        return self._socket.send(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._socket, name)
 
 
 def test_bytes_that_are_not_tls_end_it(identity: SiteIdentity) -> None:

@@ -109,9 +109,10 @@ class TlsStream:
         # Of the reading thread: whether OpenSSL has seen all that arrived.
         self._dry = False
         self._chunk = memoryview(bytearray(CHUNK_BYTES))
-        # Of the writing thread: what the socket did not take yet, and how many bytes of what
-        # is being written it was made of.
+        # What the socket did not take yet, under a lock: a reader adds OpenSSL's answers.
+        self._sending = threading.Lock()
         self._unsent = memoryview(b"")
+        # Of the writing thread: how many bytes of what is being written that was made of.
         self._owed = 0
 
     # A descriptor is closed only when no thread is inside a call that uses it:
@@ -180,7 +181,7 @@ class TlsStream:
         except ssl.SSLWantReadError:
             return False
         finally:
-            self._unsent = memoryview(bytes(self._unsent) + self._to_send.read())
+            self._collect()
         return True
 
     def _let_alert_arrive(self) -> None:
@@ -214,12 +215,18 @@ class TlsStream:
                             filled, ended = self._read_records(buffer)
                         if filled or ended:
                             return filled
-                    if not self._receive():
-                        now = self._clock.monotonic()
-                        deadline = deadline or now + timeout_s
-                        if not self._wait(select.POLLIN, deadline - now):
-                            return None
+                        if self._to_send.pending:
+                            self._tell()
+                    # Also while bytes come: a peer can send without end what is no data.
+                    arrived, now = self._receive(), self._clock.monotonic()
+                    deadline = deadline or now + timeout_s
+                    if arrived and now <= deadline:
+                        continue
+                    if arrived or not self._wait(select.POLLIN, deadline - now):
+                        return None
             except OSError as error:
+                if isinstance(error, ssl.SSLError):
+                    self._tell()
                 raise _translate(error) from None
 
     def _receive(self) -> bool:
@@ -243,12 +250,24 @@ class TlsStream:
         size = min(len(buffer), READ_TURN_BYTES)
         try:
             while filled < size:
-                filled += read(size - filled, buffer[filled:size])
+                count = read(size - filled, buffer[filled:size])
+                if not count:  # the peer said that it ends (close_notify)
+                    return filled, True
+                filled += count
         except ssl.SSLWantReadError:
             self._dry = True
         except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
             return filled, True
         return filled, False
+
+    def _tell(self) -> None:
+        """Send what OpenSSL answers by itself, an alert or a new key's name, behind what is being
+        sent, if it goes without waiting; else with the next write."""
+        with self._sending:
+            with self._ssl_lock:
+                self._collect()
+            with contextlib.suppress(OSError):
+                self._push_locked()
 
     # ---- writing -----------------------------------------------------------------
 
@@ -287,12 +306,20 @@ class TlsStream:
             return at
 
     def _encrypt(self, chunk: memoryview) -> None:
-        with chunk, self._ssl_lock:
+        with chunk, self._sending, self._ssl_lock:
             self._owed = self._tls.write(chunk)
-            self._unsent = memoryview(self._to_send.read())
+            self._collect()
+
+    def _collect(self) -> None:
+        """Take what OpenSSL wrote; the one place, so that its order is kept."""
+        self._unsent = memoryview(bytes(self._unsent) + self._to_send.read())
 
     def _push(self) -> bool:
         """Send what is encrypted, without waiting. False when some of it is left."""
+        with self._sending:
+            return self._push_locked()
+
+    def _push_locked(self) -> bool:
         while self._unsent:
             try:
                 self._unsent = self._unsent[self._sock.send(self._unsent) :]
