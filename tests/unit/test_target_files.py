@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import random
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from vrep.target import files as target_files
 from vrep.target.files import Buffer, Files
 
 MIB = 1 << 20
@@ -107,6 +110,25 @@ def test_a_filesystem_that_knows_no_direct_writes(
     finally:
         os.close(fd)
     assert state["refused"]
+    assert (tmp_path / "file").read_bytes() == data
+
+
+def test_another_thread_takes_the_last_staging_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Taken(deque[mmap.mmap]):
+        """Empty, though a moment ago it was not."""
+
+        def __len__(self) -> int:
+            return 1
+
+    monkeypatch.setattr(target_files, "_staging", Taken(maxlen=4))
+    files, data = Files(), os.urandom(2 * MIB)
+    fd = files.create(tmp_path / "file")
+    try:
+        files.append(fd, [data], 0)
+    finally:
+        os.close(fd)
     assert (tmp_path / "file").read_bytes() == data
 
 

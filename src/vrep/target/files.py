@@ -197,7 +197,10 @@ def _cut(views: Sequence[memoryview], size: int) -> tuple[list[memoryview], list
 
 @contextlib.contextmanager
 def _staged() -> Iterator[mmap.mmap]:
-    room = _staging.pop() if _staging else mmap.mmap(-1, _STAGING_BYTES)
+    try:
+        room = _staging.pop()  # not asked first: another thread may take the last one meanwhile
+    except IndexError:
+        room = mmap.mmap(-1, _STAGING_BYTES)
     try:
         yield room
     finally:
