@@ -172,11 +172,14 @@ def _protected(
     now_ns: int,
 ) -> dict[str, Any]:
     conditions: list[str] = []
-    error = ""
+    error, clients = "", int(filtered.get("clients", 0)) if filtered else 0
     if filtered is None:
         conditions.append("filter-down")
     elif "error" in filtered:
-        conditions.append("not-served")
+        bypass = bool(filtered.get("bypass"))
+        conditions.append("bypass" if bypass else "not-served")
+        if bypass and filtered["flush_failed"]:
+            conditions.append("flush-failed")
         error = str(filtered["error"])
         filtered = None
     if session is None:
@@ -200,7 +203,7 @@ def _protected(
         "error": error,
         "group_id": definition.group_id,
         "epoch": definition.epoch,
-        "clients": int(filtered["clients"]) if filtered else 0,
+        "clients": clients,
         "unverified": filtered["unverified"] if filtered else "",
         "targets": [_target(target, filtered, session, now_ns)],
         "disks": [

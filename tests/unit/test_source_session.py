@@ -94,7 +94,7 @@ def done(paths: SitePaths, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def call(_client: ControlClient, method: str, **params: Any) -> Any:
         if method == "status":
-            return {"clients": 2}
+            return {name: {"clients": 2} for name in ("web",)}
         done.append((method, params))
         return {}
 

@@ -111,6 +111,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     *out = group->count;
     out->inflight = group->inflight;
     out->flush_failed = group->flush_failed;
+    out->opened_as = group->opened_as;
     for (uint32_t i = 0; i < group->disks_count; i++)
         out->total_bytes += group->disks[i].info.bytes;
     if (!group->tap)
@@ -129,7 +130,6 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->gap = vrep_map_gap(group->map);
     out->gap_seq = out->gap ? header->gap_seq : 0;
     out->unverified = header->unverified;
-    out->opened_as = group->opened_as;
     out->replayed = group->replayed;
     out->consumers = group->consumers_count;
     out->oldest_ns = oldest_ns(group);

@@ -28,6 +28,11 @@ static int check_config(const struct vrep_group_config *config)
         if (config->disks[i].name == NULL || config->disks[i].uri == NULL ||
             strlen(config->disks[i].name) >= VREP_NAME_BYTES)
             return VREP_E_INVALID;
+    if ((config->flags & VREP_GROUP_BYPASS) != 0)
+        return config->state_dir == NULL ||
+                       (config->flags & (VREP_GROUP_TAP | VREP_GROUP_READ_ONLY)) != 0
+                   ? VREP_E_INVALID
+                   : VREP_OK;
     if ((config->flags & VREP_GROUP_TAP) == 0)
         return VREP_OK;
     uint32_t bit = config->bit_bytes;
@@ -151,6 +156,8 @@ static int open_all(struct vrep_group *group)
     vrep_chain_build(group);
     group->now_ns = vrep_clock_ns(CLOCK_MONOTONIC);
     group->resync_filled_ns = group->now_ns;
+    if ((config->flags & VREP_GROUP_BYPASS) != 0)
+        return vrep_bypass_begin(group);
     if (!group->tap)
         return VREP_OK;
     status = vrep_recover(group);

@@ -25,6 +25,7 @@ struct vrep_group_disk {
 #define VREP_GROUP_TAP 1u /* replicate: ring, map, intent, state */
 #define VREP_GROUP_READ_ONLY 2u
 #define VREP_GROUP_DIRECT 4u /* O_DIRECT backing */
+#define VREP_GROUP_BYPASS 8u /* no tap: in the place of a filter that cannot start */
 struct vrep_group_config {
     uint8_t group_id[16];
     uint8_t target_id[16];
@@ -33,7 +34,8 @@ struct vrep_group_config {
     uint32_t flags;
     const struct vrep_group_disk *disks;
     uint32_t disks_count;
-    const char *shm_dir;   /* ring and map: "<shm_dir>/ring", "<shm_dir>/map" */
+    const char *shm_dir;   /* ring and map: "<shm_dir>/ring", "<shm_dir>/map"; NULL: a bypass that
+                              does not know */
     const char *state_dir; /* "<state_dir>/state", "intent", "map.0", "map.1" */
     uint64_t ring_bytes;
     uint32_t ring_descriptors;
@@ -74,8 +76,8 @@ uint32_t vrep_group_disks(const struct vrep_group *group);
 const char *vrep_group_disk_name(const struct vrep_group *group, uint32_t disk);
 struct vrep_disk *vrep_group_disk(struct vrep_group *group, uint32_t disk);
 uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk);
-struct vrep_map *vrep_group_map(struct vrep_group *group);   /* NULL without tap */
-struct vrep_ring *vrep_group_ring(struct vrep_group *group); /* NULL without tap */
+struct vrep_map *vrep_group_map(struct vrep_group *group);   /* NULL without tap, */
+struct vrep_ring *vrep_group_ring(struct vrep_group *group); /* unless a bypass marks */
 
 /* ---- control, from any thread ---------------------------------------------- */
 /* Runs fn(group, argument) on the group's thread and waits for it. GONE after close. */
@@ -136,6 +138,7 @@ enum vrep_unverified {
     VREP_UNVERIFIED_STATE,      /* durable state is damaged */
     VREP_UNVERIFIED_INTENT,     /* no write-intent or checkpoint after an unclean end */
     VREP_UNVERIFIED_FLUSH,      /* a flush failed */
+    VREP_UNVERIFIED_BYPASS,     /* a pass-through wrote what is marked nowhere */
 };
 int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
 /* Any thread, and slow for a large map: the union of generations and unshipped, in bytes. */

@@ -328,8 +328,32 @@ int vrep_maintain_timeout_ms(const struct vrep_group *group);
 void vrep_state_stamp(struct vrep_group *group);
 
 /* recover.c */
+/* What a group is found as at open; file names, and what follows from the durable state. */
+struct vrep_finding {
+    enum vrep_opened how;
+    uint32_t reason; /* VREP_UNVERIFIED_* */
+    bool known;      /* a durable state was read */
+    bool shared;     /* ring and map were attached */
+    bool bypassed;   /* a pass-through served since the last filter */
+    uint64_t first_seq;
+    uint64_t disk_bytes[VREP_DISKS_MAX];
+    char ring[PATH_MAX], map[PATH_MAX], intent[PATH_MAX], state[PATH_MAX], checkpoint[PATH_MAX];
+};
+/* Fills it and group->state, attaches ring and map; changes nothing durable. LOCKED, FENCED,
+ * VERSION, INVALID, IO. */
+int vrep_recover_find(struct vrep_group *group, struct vrep_finding *found);
+/* The record at head tells which half of a gap's begin or end the dead process had done. */
+void vrep_recover_settle_gap(struct vrep_group *group);
+void vrep_recover_detach(struct vrep_group *group, struct vrep_finding *found);
+/* Whether an entry of the in-flight table names a range of a disk. */
+bool vrep_recover_slot_sane(const struct vrep_group *group, const struct vrep_ring_slot *slot);
 int vrep_recover(struct vrep_group *group);
 int vrep_backing_sync_io(struct vrep_group *group, uint32_t disk, struct vrep_io *io);
+
+/* bypass.c */
+int vrep_bypass_begin(struct vrep_group *group);
+/* A sync failed: it outlives the pass-through. */
+void vrep_bypass_flush_failed(struct vrep_group *group);
 
 /* miss.c */
 extern const struct vrep_filter_ops vrep_view_ops;

@@ -8,7 +8,10 @@
  *   closed     gone            CLEAN         the clean checkpoint's bits
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
- *   anything that these do not explain: UNEXPLAINED, everything, with a reason */
+ *   anything that these do not explain: UNEXPLAINED, everything, with a reason
+ *
+ * After a pass-through (bypass.c) the state is open: KILLED when it marked in the shared memory
+ * that is still there, else UNEXPLAINED. */
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
@@ -23,24 +26,17 @@
 #include "filter/fault.h"
 #include "filter/internal.h"
 
-struct finding {
-    enum vrep_opened how;
-    uint32_t reason; /* VREP_UNVERIFIED_* */
-    bool shared;     /* ring and map were attached */
-    uint64_t first_seq;
-    uint64_t disk_bytes[VREP_DISKS_MAX];
-    char ring[PATH_MAX], map[PATH_MAX], intent[PATH_MAX], state[PATH_MAX], checkpoint[PATH_MAX];
-};
-
 static int join(char out[PATH_MAX], const char *directory, const char *name)
 {
     int length = snprintf(out, PATH_MAX, "%s/%s", directory, name);
     return length > 0 && length < PATH_MAX - 8 ? VREP_OK : VREP_E_RANGE;
 }
 
-static int name_files(const struct vrep_group *group, struct finding *found)
+static int name_files(const struct vrep_group *group, struct vrep_finding *found)
 {
     const char *shm = group->config.shm_dir, *state = group->config.state_dir;
+    if (shm == NULL)
+        shm = state; /* nothing is looked for there */
     if (join(found->ring, shm, "ring") != VREP_OK || join(found->map, shm, "map") != VREP_OK ||
         join(found->intent, state, "intent") != VREP_OK ||
         join(found->state, state, "state") != VREP_OK ||
@@ -85,7 +81,7 @@ static bool one_line(uint32_t epoch, const uint8_t epoch_id[16],
            (epoch == config->epoch && memcmp(epoch_id, config->epoch_id, 16) == 0);
 }
 
-static void detach_shared(struct vrep_group *group, struct finding *found)
+void vrep_recover_detach(struct vrep_group *group, struct vrep_finding *found)
 {
     vrep_map_detach(group->map);
     vrep_ring_detach(group->ring, false);
@@ -94,9 +90,12 @@ static void detach_shared(struct vrep_group *group, struct finding *found)
     found->shared = false;
 }
 
-static void attach_shared(struct vrep_group *group, struct finding *found, int *status)
+static void attach_shared(struct vrep_group *group, struct vrep_finding *found, int *status)
 {
     const struct vrep_group_config *config = &group->config;
+    *status = VREP_E_NOT_FOUND;
+    if (config->shm_dir == NULL)
+        return;
     *status = vrep_ring_attach(found->ring, config->group_id, &group->ring);
     if (*status != VREP_OK) {
         group->ring = NULL;
@@ -118,7 +117,7 @@ static void attach_shared(struct vrep_group *group, struct finding *found, int *
     group->ring = NULL;
 }
 
-static int find_out(struct vrep_group *group, struct finding *found)
+static int find_out(struct vrep_group *group, struct vrep_finding *found)
 {
     const struct vrep_group_config *config = &group->config;
     int shared_status;
@@ -127,6 +126,7 @@ static int find_out(struct vrep_group *group, struct finding *found)
         return status;
     if (status == VREP_OK && group->state.epoch > config->epoch)
         return VREP_E_FENCED;
+    found->known = status == VREP_OK;
     attach_shared(group, found, &shared_status);
     if (shared_status == VREP_E_BUSY)
         return VREP_E_LOCKED;
@@ -151,10 +151,17 @@ static int find_out(struct vrep_group *group, struct finding *found)
     }
     found->first_seq = group->state.seq_limit;
     found->reason = group->state.unverified;
+    found->bypassed = (group->state.flags & (VREP_STATE_BYPASS | VREP_STATE_BLIND)) != 0;
+    if ((group->state.flags & VREP_STATE_BLIND) != 0 && found->shared)
+        vrep_recover_detach(group, found); /* it may be of any earlier run */
     bool open = (group->state.flags & VREP_STATE_OPEN) != 0;
     if (!sizes_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_SIZE;
+    } else if (found->bypassed && !found->shared) {
+        found->how = VREP_OPENED_UNEXPLAINED;
+        if (found->reason != VREP_UNVERIFIED_FLUSH)
+            found->reason = VREP_UNVERIFIED_BYPASS;
     } else if (!open && !stamps_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_STAMPS;
@@ -162,7 +169,7 @@ static int find_out(struct vrep_group *group, struct finding *found)
         found->how = VREP_OPENED_CLEAN;
         /* Memory that an earlier run in another directory left is not what the last one closed. */
         if (found->shared && vrep_ring_head(group->ring) != group->state.seq_limit)
-            detach_shared(group, found);
+            vrep_recover_detach(group, found);
     } else {
         found->how = found->shared ? VREP_OPENED_KILLED : VREP_OPENED_POWER_LOSS;
     }
@@ -172,7 +179,7 @@ static int find_out(struct vrep_group *group, struct finding *found)
 /* ---- shared memory made anew -------------------------------------------------------- */
 
 /* Map first, ring last: shared memory counts only with both, so a kill in between leaves none. */
-static int make_map(struct vrep_group *group, const struct finding *found)
+static int make_map(struct vrep_group *group, const struct vrep_finding *found)
 {
     const struct vrep_group_config *config = &group->config;
     if (unlink(found->ring) != 0 && errno != ENOENT)
@@ -181,7 +188,7 @@ static int make_map(struct vrep_group *group, const struct finding *found)
                            group->disks_count, config->bit_bytes, &group->map);
 }
 
-static int make_ring(struct vrep_group *group, const struct finding *found)
+static int make_ring(struct vrep_group *group, const struct vrep_finding *found)
 {
     const struct vrep_group_config *config = &group->config;
     struct vrep_ring_config ring = {
@@ -210,7 +217,7 @@ static void hot_to_unshipped(struct vrep_group *group)
 }
 
 /* Opens the write-intent, or makes a new one; *whole says whether the old one can be believed. */
-static int open_intent(struct vrep_group *group, const struct finding *found, bool *whole)
+static int open_intent(struct vrep_group *group, const struct vrep_finding *found, bool *whole)
 {
     const uint8_t *id = group->config.group_id;
     *whole = false;
@@ -228,14 +235,14 @@ static int open_intent(struct vrep_group *group, const struct finding *found, bo
 }
 
 /* After this the map says what may differ; *jump: the ring begins with a gap that breaks seq. */
-static int settle_map(struct vrep_group *group, struct finding *found, bool intent_whole,
+static int settle_map(struct vrep_group *group, struct vrep_finding *found, bool intent_whole,
                       bool *jump)
 {
     bool all = found->how == VREP_OPENED_NEW || found->how == VREP_OPENED_UNEXPLAINED;
     *jump = false;
     if (!found->shared || found->how == VREP_OPENED_NEW) {
         if (found->shared) /* of an epoch or group that ended */
-            detach_shared(group, found);
+            vrep_recover_detach(group, found);
         int status = make_map(group, found);
         if (status != VREP_OK)
             return status;
@@ -273,9 +280,9 @@ static int settle_map(struct vrep_group *group, struct finding *found, bool inte
     return make_ring(group, found);
 }
 
-/* The durable write-intent is lost, the shared memory is not: what a later power loss could take
- * back without a trace is made stable first. */
-static int replace_intent(struct vrep_group *group)
+/* The durable write-intent is lost, or a pass-through kept none, and the shared memory is whole:
+ * what a later power loss could take back without a trace is made stable first. */
+static int sync_backing(struct vrep_group *group)
 {
     for (uint32_t i = 0; i < group->disks_count; i++) {
         struct vrep_io io = {.op = VREP_IO_FLUSH};
@@ -313,7 +320,7 @@ int vrep_backing_sync_io(struct vrep_group *group, uint32_t disk, struct vrep_io
     return io->status;
 }
 
-static bool slot_sane(const struct vrep_group *group, const struct vrep_ring_slot *slot)
+bool vrep_recover_slot_sane(const struct vrep_group *group, const struct vrep_ring_slot *slot)
 {
     return slot->disk < group->disks_count && slot->length > 0 &&
            slot->offset <= group->disks[slot->disk].info.bytes &&
@@ -378,7 +385,7 @@ static void replay(struct vrep_group *group)
     /* All are counted before the first is published: a later kill must find every mark. */
     for (uint32_t i = 0; i < slots; i++) {
         struct vrep_ring_slot *slot = vrep_ring_slot_at(group->ring, i);
-        if (slot->state != VREP_SLOT_GRANTED || !slot_sane(group, slot))
+        if (slot->state != VREP_SLOT_GRANTED || !vrep_recover_slot_sane(group, slot))
             continue;
         slot->generation = vrep_map_mark(map, slot->disk, slot->offset, slot->length);
     }
@@ -386,8 +393,8 @@ static void replay(struct vrep_group *group)
         struct vrep_ring_slot *slot = vrep_ring_slot_at(group->ring, i);
         if (slot->state == VREP_SLOT_FREE)
             continue;
-        if (!slot_sane(group,
-                       slot)) { /* an entry that was being filled: nothing was submitted for it */
+        if (!vrep_recover_slot_sane(
+                group, slot)) { /* an entry that was being filled: nothing was submitted for it */
             vrep_ring_cancel(group->ring, slot);
             continue;
         }
@@ -408,8 +415,7 @@ static void replay(struct vrep_group *group)
     }
 }
 
-/* The record at head tells which half of a gap's begin or end the dead process had done. */
-static void settle_gap(struct vrep_group *group)
+void vrep_recover_settle_gap(struct vrep_group *group)
 {
     struct vrep_map_header *header = vrep_map_header(group->map);
     const struct vrep_ring_desc *last = vrep_group_desc(group, vrep_ring_head(group->ring));
@@ -448,7 +454,7 @@ static void settle_acknowledged(struct vrep_group *group)
 
 /* ---- all of it --------------------------------------------------------------------------- */
 
-static int store_state(struct vrep_group *group, const struct finding *found)
+static int store_state(struct vrep_group *group, const struct vrep_finding *found)
 {
     struct vrep_state *state = &group->state;
     memcpy(state->group_id, group->config.group_id, 16);
@@ -456,7 +462,8 @@ static int store_state(struct vrep_group *group, const struct finding *found)
     state->epoch = group->config.epoch;
     state->lane = 0;
     state->flags |= VREP_STATE_OPEN;
-    state->flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED);
+    state->flags &=
+        ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED | VREP_STATE_BYPASS | VREP_STATE_BLIND);
     if (vrep_map_gap(group->map))
         state->flags |= VREP_STATE_GAP;
     if (found->reason != 0)
@@ -470,14 +477,19 @@ static int store_state(struct vrep_group *group, const struct finding *found)
     return status;
 }
 
+int vrep_recover_find(struct vrep_group *group, struct vrep_finding *found)
+{
+    *found = (struct vrep_finding){.how = VREP_OPENED_NEW};
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        found->disk_bytes[i] = group->disks[i].info.bytes;
+    int status = name_files(group, found);
+    return status == VREP_OK ? find_out(group, found) : status;
+}
+
 int vrep_recover(struct vrep_group *group)
 {
-    struct finding found = {.how = VREP_OPENED_NEW};
-    for (uint32_t i = 0; i < group->disks_count; i++)
-        found.disk_bytes[i] = group->disks[i].info.bytes;
-    int status = name_files(group, &found);
-    if (status == VREP_OK)
-        status = find_out(group, &found);
+    struct vrep_finding found;
+    int status = vrep_recover_find(group, &found);
     bool intent_whole = false, jump = false;
     if (status == VREP_OK)
         status = open_intent(group, &found, &intent_whole);
@@ -492,14 +504,14 @@ int vrep_recover(struct vrep_group *group)
 
     struct vrep_map_header *header = vrep_map_header(group->map);
     if (found.shared) {
-        settle_gap(group);
+        vrep_recover_settle_gap(group);
         settle_acknowledged(group);
         jump = jump || begun_anew(group);
         /* What memory says is newer than what the state file was told, for better and for worse. */
         if (found.how != VREP_OPENED_UNEXPLAINED)
             found.reason = header->unverified;
-        if (!intent_whole && found.how != VREP_OPENED_UNEXPLAINED &&
-            replace_intent(group) != VREP_OK) {
+        if ((!intent_whole || found.bypassed) && found.how != VREP_OPENED_UNEXPLAINED &&
+            sync_backing(group) != VREP_OK) {
             found.how = VREP_OPENED_UNEXPLAINED;
             found.reason = VREP_UNVERIFIED_FLUSH;
             vrep_map_mark_all_unshipped(group->map);
@@ -518,7 +530,7 @@ int vrep_recover(struct vrep_group *group)
         group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */
     group->durable = vrep_ring_released(group->ring);
     /* Before the state says open, what a power loss would need is on disk. */
-    if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole)
+    if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole || found.bypassed)
         status = vrep_checkpoint_write(group->checkpoint, vrep_ring_head(group->ring), false);
     if (status == VREP_OK)
         status = store_state(group, &found);

@@ -81,6 +81,10 @@ static void enter(struct vrep_group *group, struct command *command)
 static void granted(struct vrep_group *group, struct command *command)
 {
     if (!group->tap) {
+        if (group->map != NULL) { /* a bypass */
+            vrep_map_mark_unshipped(group->map, command->base.disk, command->at, command->bytes);
+            vrep_fault("bypass.after_mark");
+        }
         vrep_chain_down(command);
         return;
     }
@@ -251,8 +255,10 @@ void vrep_tap_flush_failed(struct vrep_group *group)
             "filter",
             "a flush of the backing store failed: flushes fail until the disks are verified again");
     group->flush_failed = true;
-    if (!group->tap)
+    if (!group->tap) {
+        vrep_bypass_flush_failed(group);
         return;
+    }
     /* Each time: the kernel tells a loss once, and this one may speak of newer writes. */
     struct vrep_map_header *header = vrep_map_header(group->map);
     header->unverified = VREP_UNVERIFIED_FLUSH; /* first: a restart does the rest from this alone */

@@ -410,6 +410,8 @@ VREP_LAYOUT(struct vrep_intent_header, 128);
 #define VREP_STATE_SYNCED 0x4u /* a first sync has ended at least once */
 #define VREP_STATE_FENCED 0x8u
 #define VREP_STATE_UNVERIFIED 0x10u
+#define VREP_STATE_BYPASS 0x20u /* a pass-through served since, and marked in the shared map */
+#define VREP_STATE_BLIND 0x40u  /* one did that could not mark: every block counts as unshipped */
 struct vrep_state_disk {
     uint64_t bytes;
     uint64_t device;

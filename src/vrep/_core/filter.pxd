@@ -40,6 +40,7 @@ cdef extern from "filter/group.h" nogil:
         VREP_GROUP_TAP
         VREP_GROUP_READ_ONLY
         VREP_GROUP_DIRECT
+        VREP_GROUP_BYPASS
     struct vrep_group:
         pass
     struct vrep_map:

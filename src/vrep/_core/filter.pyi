@@ -69,6 +69,7 @@ class Group:
         shm_dir: str | PathLike[str] | None = None,
         state_dir: str | PathLike[str] | None = None,
         tap: bool = True,
+        bypass: bool = False,
         read_only: bool = False,
         direct: bool = False,
         ring_bytes: int = ...,

@@ -28,7 +28,7 @@ cdef extern from "format/layout.h":
         VREP_CONTROL_TARGET
 
 OPENED = {1: "new", 2: "clean", 3: "killed", 4: "power-loss", 5: "unexplained"}
-UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush"}
+UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush", 6: "bypass"}
 ROLES = {"observer": VREP_CONTROL_OBSERVER, "target": VREP_CONTROL_TARGET}
 MISSES_MAX = 64
 
@@ -103,11 +103,15 @@ cdef uint32_t role_of(object role) except 0:
 
 
 cdef class Group:
-    """A protection group: its disks, and when it is tapped its ring, map and state."""
+    """A protection group: its disks, and when it is tapped its ring, map and state.
+
+    With ``bypass`` instead of ``tap`` nothing is recorded: a pass-through for a filter that
+    cannot start. It needs ``state_dir``; without ``shm_dir`` every block is copied again later.
+    """
 
     def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
                   bytes epoch_id=bytes(16), uint32_t epoch=1, shm_dir=None, state_dir=None,
-                  bint tap=True, bint read_only=False, bint direct=False,
+                  bint tap=True, bint bypass=False, bint read_only=False, bint direct=False,
                   uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
                   uint32_t slots=256, uint32_t bit_bytes=65536, uint32_t threads=4,
                   uint64_t private_bytes=64 << 20, uint64_t resync_bytes_per_s=0,
@@ -138,7 +142,8 @@ cdef class Group:
             memcpy(config.epoch_id, <const char *>epoch_id, 16)
             config.epoch = epoch
             config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
-                            | (VREP_GROUP_READ_ONLY if read_only else 0))
+                            | (VREP_GROUP_READ_ONLY if read_only else 0)
+                            | (VREP_GROUP_BYPASS if bypass else 0))
             config.disks = array
             config.disks_count = <uint32_t>len(disks)
             config.shm_dir = NULL if shm is None else <const char *>shm

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from vrep.app.cli_common import Directory, Json, site_of
-from vrep.errors import UsageError, VrepError
+from vrep.errors import ConfigError, UsageError, VrepError
 
 if TYPE_CHECKING:
     from vrep.paths import SitePaths
@@ -34,14 +34,24 @@ def run(
 
     from vrep.app.log import setup_logs
     from vrep.app.run import ROLES, Supervisor
+    from vrep.settings import Config
 
     if role != "all" and role not in ROLES:
         raise UsageError(f"--role {role}: write all, {', '.join(ROLES[:-1])} or {ROLES[-1]}")
     site = site_of(directory)
-    config = site.config
-    identity = site.identity  # a directory that is no site is refused before anything starts
-    setup_logs(config.log, "site")
     roles = ROLES if role == "all" else (role,)
+    identity = site.identity  # a directory that is no site is refused before anything starts
+    problem = ""
+    try:
+        config = site.config
+    except ConfigError as error:
+        if "filter" not in roles:
+            raise
+        # VMs need their disks: the roles say that they cannot start, and the filter's is replaced.
+        config, problem = Config(), str(error)
+    setup_logs(config.log, "site")
+    if problem:
+        structlog.get_logger("vrep.run").error("settings cannot be read", error=problem)
 
     stopping = threading.Event()
 

@@ -62,6 +62,10 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
         from vrep.app.filterd import FilterHost
 
         return FilterHost(paths, config)
+    if role == "bypass":
+        from vrep.app.filterd import FilterHost
+
+        return FilterHost(paths, _readable(paths), bypass_why="the filter does not start")
     if role == "source":
         from vrep.source.daemon import Source
 
@@ -74,11 +78,19 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
     raise UsageError(f"no role {role!r}")
 
 
+def _readable(paths: SitePaths) -> Config | None:
+    try:
+        return load_config(paths.config)
+    except VrepError:
+        return None
+
+
 def main(arguments: list[str]) -> int:
-    """Run one role until SIGTERM; its exit code."""
+    """Run one role until SIGTERM; its exit code. The role `bypass` is a filter that passes
+    through, and needs no settings that can be read."""
     role, directory = arguments
     paths = SitePaths(Path(directory))
-    config = load_config(paths.config)
+    config = (_readable(paths) or Config()) if role == "bypass" else load_config(paths.config)
     setup_logs(config.log, role)
     worker = build(role, paths, config)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,15 +1,18 @@
 """The filter process: hosts the native groups of this site and their NBD sockets.
 
 Python opens and closes groups and answers the control socket; guests' I/O runs on native
-threads that never enter Python. A group that cannot be opened is tried again and says why.
+threads that never enter Python. A group that cannot be opened is tried again and says why; its
+disks are passed through meanwhile, unreplicated, so that its VM can run.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
@@ -24,6 +27,7 @@ from vrep.errors import (
     InvalidError,
     LockedError,
     NotFoundError,
+    StateError,
     StoreFullError,
     VrepError,
 )
@@ -51,7 +55,8 @@ class _Hosted:
     group: Group
     server: Server | None
     """None while the guest is paused"""
-    ring_path: str
+    ring_path: str = ""
+    """empty: passed through, without a ring"""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -76,13 +81,22 @@ class _Failed:
 
 
 class FilterHost:
-    """Serves every group of a site until closed."""
+    """Serves every group of a site until closed.
 
-    def __init__(self, paths: SitePaths, config: Config) -> None:
+    `bypass_why`: this process stands in for a filter that does not start, and passes every group
+    through. Only such a one can do without settings (None): it does not know where the change
+    maps are, so every block that its groups have is copied again later.
+    """
+
+    def __init__(self, paths: SitePaths, config: Config | None, *, bypass_why: str = "") -> None:
+        assert config is not None or bypass_why
         self._paths = paths
         self._config = config
+        self._bypass_why = bypass_why
         self._groups = GroupDirectory(paths.root)
         self._hosted: dict[str, _Hosted] = {}
+        self._passed: dict[str, _Hosted] = {}
+        """groups that are passed through; each stands in `_failed` as well, with the reason"""
         self._failed: dict[str, _Failed] = {}
         self._lock = threading.Lock()
         self._scanning = threading.Lock()
@@ -128,8 +142,9 @@ class FilterHost:
         if self._control is not None:
             self._control.close()
         with self._scanning, self._lock:
-            hosted, self._hosted = self._hosted, {}
-        for one in hosted.values():
+            ending = [*self._hosted.values(), *self._passed.values()]
+            self._hosted, self._passed = {}, {}
+        for one in ending:
             self._try_close(one)
 
     # ---- groups ------------------------------------------------------------------
@@ -140,7 +155,11 @@ class FilterHost:
                 return
             names = set(self._groups.names())
             with self._lock:
-                gone = [self._hosted.pop(name) for name in set(self._hosted) - names]
+                gone = [
+                    held.pop(name)
+                    for held in (self._hosted, self._passed)
+                    for name in set(held) - names
+                ]
                 self._failed = {n: f for n, f in self._failed.items() if n in names}
                 missing = sorted(names - set(self._hosted))
             for one in gone:
@@ -152,30 +171,87 @@ class FilterHost:
         failed = self._failed.get(name)
         if failed is not None and time.monotonic() < failed.not_before:
             return
+        if not self._end_bypass(name):
+            return
+        definition = None
         try:
-            hosted = self._open(self._groups.load(name))
+            definition = self._groups.load(name)
+            if self._bypass_why:
+                raise StateError(self._bypass_why)
+            hosted = self._open(definition)
         except Exception as caught:  # noqa: BLE001 - it stands in the status
             # Whatever is wrong with one group, the others' guests are served.
             error = caught if isinstance(caught, VrepError) else VrepError(_text(caught))
             pause_s = min(failed.pause_s * 2, RETRY_MAX_S) if failed else 1.0
-            if failed is None or str(failed.error) != str(error):
+            news = failed is None or str(failed.error) != str(error)
+            if news:
                 log.error("group cannot be served", group=name, error=str(error))
+            passed = definition is not None and self._pass_through(definition, news)
+            # To try again would take the disks away from who uses them: see `_reload`.
+            not_before = math.inf if passed else time.monotonic() + pause_s
             with self._lock:
-                self._failed[name] = _Failed(error, pause_s, time.monotonic() + pause_s)
+                self._failed[name] = _Failed(error, pause_s, not_before)
             return
         with self._lock:
             self._failed.pop(name, None)
             self._hosted[name] = hosted
         log.info("group served", group=name, opened_as=hosted.group.status()["opened_as"])
 
+    def _pass_through(self, definition: GroupDefinition, news: bool) -> bool:
+        """Serve the disks of a group that cannot be served as it should. Whether it does."""
+        if pauses_guest(definition):
+            return False
+        name = definition.name
+        try:
+            group = self._open_group(definition, self._shm_if_any(name), bypass=True)
+            hosted = _Hosted(definition, group, self._serve_or_close(definition, group))
+        except Exception as caught:  # noqa: BLE001 - the reason before stands in the status
+            if news:
+                log.error("group is not passed through either", group=name, error=_text(caught))
+            return False
+        with self._lock:
+            self._passed[name] = hosted
+        log.warning("group is passed through, nothing is replicated", group=name)
+        return True
+
+    def _shm_if_any(self, name: str) -> Path | None:
+        if self._config is None:
+            return None
+        try:
+            return self._paths.make_shm(name, self._config.filter.shm_dir)
+        except (OSError, VrepError):
+            return None
+
+    def _end_bypass(self, name: str) -> bool:
+        """Give up passing a group through, unless a client would notice."""
+        passed = self._passed.get(name)
+        if passed is None:
+            return True
+        if self._bypass_why or passed.clients():
+            return False
+        with self._lock:
+            del self._passed[name]
+        self._try_close(passed)
+        return True
+
     def _open(self, definition: GroupDefinition) -> _Hosted:
-        options = definition.options
+        assert self._config is not None
         shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
+        group = self._open_group(definition, shm)
+        server = None if pauses_guest(definition) else self._serve_or_close(definition, group)
+        return _Hosted(definition, group, server, str(shm / "ring"))
+
+    def _open_group(
+        self, definition: GroupDefinition, shm: Path | None, *, bypass: bool = False
+    ) -> Group:
+        options = definition.options
         disks = [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks]
         uris = ", ".join(disk.uri for disk in disks)
         try:
-            group = Group(
+            return Group(
                 disks,
+                tap=not bypass,
+                bypass=bypass,
                 group_id=bytes.fromhex(definition.group_id),
                 target_id=bytes.fromhex(definition.to_site),
                 epoch_id=bytes.fromhex(definition.epoch_id),
@@ -198,12 +274,13 @@ class FilterHost:
         except VrepError as error:
             error.detail = f"{uris}: {error.detail}"
             raise
+
+    def _serve_or_close(self, definition: GroupDefinition, group: Group) -> Server:
         try:
-            server = None if pauses_guest(definition) else self._serve(definition, group)
+            return self._serve(definition, group)
         except BaseException:
             group.close(clean=True)
             raise
-        return _Hosted(definition, group, server, str(shm / "ring"))
 
     def _serve(self, definition: GroupDefinition, group: Group) -> Server:
         options = definition.options
@@ -258,8 +335,15 @@ class FilterHost:
             return self._status_of(self._host(params))
         with self._lock:
             hosted, failed = dict(self._hosted), dict(self._failed)
+            passed = dict(self._passed)
         answer: dict[str, Any] = {name: self._status_of(one) for name, one in hosted.items()}
         answer.update({name: {"error": str(one.error)} for name, one in failed.items()})
+        for name, one in passed.items():
+            flush_failed = one.group.status()["flush_failed"]
+            clients = len(one.clients())
+            answer.setdefault(name, {"error": ""}).update(
+                bypass=True, clients=clients, flush_failed=flush_failed
+            )
         return answer
 
     @staticmethod
@@ -317,6 +401,16 @@ class FilterHost:
     def _pause_guest(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Serve a group's guest no more, or again. Its connections end, the socket is gone: a
         QEMU with `reconnect-delay` waits. The group stays open, and is copied as ever."""
+        name = str(params["group"])
+        with self._scanning:
+            if name in self._passed and params["paused"]:
+                with self._lock:
+                    passed = self._passed.pop(name)
+                    if name in self._failed:
+                        self._failed[name].not_before = 0.0
+                log.warning("guest is paused", group=name)
+                self._try_close(passed)
+                return {}
         hosted = self._host(params)
         with self._scanning:  # no two of these, and no close, at a time
             if self._hosted.get(hosted.definition.name) is not hosted:

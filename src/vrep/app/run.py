@@ -4,6 +4,10 @@ The supervisor starts one child process for each role and keeps it running: a ro
 is started again, at once the first time, then after a growing pause. SIGTERM and SIGINT stop
 all: the appliances first, so that nothing is shipped past the filter's last word.
 
+A filter that ends before it is ready, `STARTS_MAX` times in a row, is replaced by a pass-through
+(the role `bypass`): the VMs run, nothing is replicated, and the status says so. The filter is tried
+again when the pass-through ends, or this supervisor does.
+
 Roles outlive a supervisor that is killed, since a guest may use them: the next one finds them by
 their control sockets, lets them run, starts each again when it ends, and stops them with the rest.
 """
@@ -14,6 +18,7 @@ import contextlib
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +41,7 @@ PAUSE_MAX_S: Final = 10.0
 STEADY_S: Final = 30.0
 STOP_S: Final = 30.0
 FOUND_EVERY_S: Final = 1.0
+STARTS_MAX: Final = 3
 PING_S: Final = 0.5
 
 log = structlog.get_logger("vrep.run")
@@ -52,8 +58,28 @@ class _Child:
     pause_s: float = PAUSE_FIRST_S
     restarts: int = 0
     last_exit: int | None = None
+    ready: bool = False
+    """it answered on its control socket"""
+    failed_starts: int = 0
+    """in a row"""
+    bypass: bool = False
+    """of the filter: it is the pass-through that runs"""
     found_pid: int | None = None
     """of a process that an earlier supervisor left behind"""
+
+
+def notify(state: str) -> None:
+    """Tell systemd, when it started this process and wants to know (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("systemd is not told", state=state, error=str(error))
 
 
 class Supervisor:
@@ -84,10 +110,15 @@ class Supervisor:
         with server, beside():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.request_stop())
+            told = False
             while not self._stopping.is_set():
                 for child in self._children.values():
                     self._tend(child)
+                if not told and all(child.ready for child in self._children.values()):
+                    notify("READY=1")
+                    told = True
                 self._stopping.wait(0.1)
+            notify("STOPPING=1")
             return self._stop()
 
     def request_stop(self) -> dict[str, bool]:
@@ -95,7 +126,8 @@ class Supervisor:
         return {"stopping": True}
 
     def status(self) -> dict[str, dict[str, int | float | None]]:
-        """Per role: pid, seconds it runs, restarts, last exit status."""
+        """Per role: pid, seconds it runs, restarts, last exit status, whether it is passed
+        through."""
         now = time.monotonic()
         return {
             role: {
@@ -103,6 +135,7 @@ class Supervisor:
                 "running_s": round(now - child.started, 1) if child.process else 0.0,
                 "restarts": child.restarts,
                 "last_exit": child.last_exit,
+                "bypass": child.bypass,
             }
             for role, child in self._children.items()
         }
@@ -112,7 +145,9 @@ class Supervisor:
         if child.process is not None:
             status = child.process.poll()
             if status is None:
+                child.ready = child.ready or self._find(child.role) == child.process.pid
                 return
+            self._judge(child)
             if now - child.started > STEADY_S:
                 child.pause_s = PAUSE_FIRST_S
             log.error("role ended", role=child.role, status=status, restart_in_s=child.pause_s)
@@ -126,15 +161,29 @@ class Supervisor:
                 if found != child.found_pid:
                     log.warning("role runs already", role=child.role, pid=found)
                 child.found_pid, child.not_before = found, now + FOUND_EVERY_S
+                child.ready = True
                 return
             child.found_pid = None
+            role = "bypass" if child.bypass else child.role
             child.process = subprocess.Popen(
-                [sys.executable, "-m", "vrep.app.daemon", child.role, str(self._paths.root)],
+                [sys.executable, "-m", "vrep.app.daemon", role, str(self._paths.root)],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only
             )
             child.started = now
-            log.info("role started", role=child.role, pid=child.process.pid)
+            log.info("role started", role=role, pid=child.process.pid)
+
+    @staticmethod
+    def _judge(child: _Child) -> None:
+        """What comes after a process that ended: the role again, or what stands in for it."""
+        if child.bypass:
+            child.failed_starts = STARTS_MAX - 1  # the filter has one more try
+        else:
+            child.failed_starts = 0 if child.ready else child.failed_starts + 1
+        child.ready = False
+        child.bypass = child.role == "filter" and child.failed_starts >= STARTS_MAX
+        if child.bypass:
+            log.error("the filter does not start: its disks are passed through, unreplicated")
 
     def _find(self, role: str) -> int | None:
         """The process that serves a role's control socket, if any does."""

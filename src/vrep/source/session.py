@@ -269,8 +269,8 @@ class GroupSession:
                 if self._stopping.is_set():
                     return
                 try:
-                    clients = int(self._filter.call("status", group=self.name)["clients"])
-                except VrepError:
+                    clients = int(self._filter.call("status")[self.name]["clients"])
+                except (VrepError, KeyError):  # of a group that is not served, nor passed through
                     clients = None
                 params = {"group_id": definition.group_id, "state": state, "clients": clients}
                 transport.ask("group.report", params)

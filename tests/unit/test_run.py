@@ -1,0 +1,141 @@
+"""The supervisor: what it starts after what ended, and what systemd hears of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.app import run
+from vrep.app.run import Supervisor, notify
+from vrep.paths import SitePaths
+
+SERVES = """
+import signal, sys, threading
+from pathlib import Path
+from vrep.control import ControlServer
+stop = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: stop.set())
+with ControlServer(Path({path!r}), {{}}):
+    stop.wait()
+"""
+
+
+class Roles:
+    """Supervises a filter whose processes are told what to do, by role: 1 ends with it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.paths = SitePaths(root)
+        self.started: list[str] = []
+        self.acts: Callable[[str], bool] = lambda _role: True
+        self.supervisor = Supervisor(self.paths, ("filter",))
+        self.real = subprocess.Popen
+        monkeypatch.setattr(run.subprocess, "Popen", self._popen)
+        monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+        self.result: list[int] = []
+        self.thread = threading.Thread(target=lambda: self.result.append(self.supervisor.run()))
+
+    def _popen(self, command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        role = command[3]
+        self.started.append(role)
+        text = SERVES.format(path=str(self.paths.socket("filter")))
+        code = text if self.acts(role) else "raise SystemExit(1)"
+        return self.real([sys.executable, "-c", code], **options)
+
+    def wait(self, what: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + 30
+        while not what():
+            assert time.monotonic() < deadline, self.started
+            time.sleep(0.02)
+
+    def child(self) -> dict[str, Any]:
+        return dict(self.supervisor.status()["filter"])
+
+    def kill(self) -> None:
+        os.kill(int(self.child()["pid"] or 0), signal.SIGKILL)
+
+
+@pytest.fixture
+def roles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Roles]:
+    roles = Roles(tmp_path / "s", monkeypatch)
+    roles.paths.root.mkdir()
+    try:
+        yield roles
+    finally:
+        roles.supervisor.request_stop()
+        if roles.thread.is_alive():
+            roles.thread.join(60)
+
+
+def test_a_filter_that_never_starts_is_passed_through(roles: Roles) -> None:
+    roles.acts = lambda role: role == "bypass"
+    roles.thread.start()
+    roles.wait(lambda: roles.supervisor._children["filter"].ready)
+    assert roles.started == ["filter"] * run.STARTS_MAX + ["bypass"]
+    assert roles.child()["bypass"]
+    roles.kill()  # the filter has one more try
+    roles.wait(lambda: len(roles.started) >= run.STARTS_MAX + 3)
+    assert roles.started[-2:] == ["filter", "bypass"]
+    roles.acts = lambda _role: True
+    roles.wait(lambda: roles.supervisor._children["filter"].ready)
+    roles.kill()
+    roles.wait(lambda: roles.started[-1] == "filter" and roles.supervisor._children["filter"].ready)
+    assert not roles.child()["bypass"]
+
+
+def test_a_filter_that_was_ready_is_started_again(
+    roles: Roles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "PAUSE_MAX_S", 0.1)
+    roles.thread.start()
+    for count in range(1, run.STARTS_MAX + 2):
+        roles.wait(
+            lambda: (
+                len(roles.started) == count and roles.supervisor._children["filter"].ready  # noqa: B023
+            )
+        )
+        roles.kill()
+    roles.wait(lambda: len(roles.started) == run.STARTS_MAX + 2)
+    assert set(roles.started) == {"filter"}
+
+
+def test_systemd_hears_when_all_is_ready(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = roles.paths.root / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(path))
+        listener.settimeout(30)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(path))
+        held = threading.Event()
+        roles.acts = lambda _role: held.is_set()
+        roles.thread.start()
+        roles.wait(lambda: len(roles.started) >= 2)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.recv(64)
+        listener.settimeout(30)
+        held.set()
+        assert listener.recv(64) == b"READY=1"
+        roles.supervisor.request_stop()
+        assert listener.recv(64) == b"STOPPING=1"
+        roles.thread.join(60)
+    assert roles.result == [0]
+
+
+def test_systemd_is_told_by_an_abstract_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"vrep-test-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind("\0" + name)
+        monkeypatch.setenv("NOTIFY_SOCKET", "@" + name)
+        notify("READY=1")
+        listener.settimeout(10)
+        assert listener.recv(64) == b"READY=1"
+    notify("READY=1")  # nobody listens: not a reason to end
