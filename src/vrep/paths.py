@@ -53,6 +53,10 @@ class SitePaths:
         return self.root / "views"
 
     @property
+    def verdicts(self) -> Path:
+        return self.root / "verdicts"
+
+    @property
     def log(self) -> Path:
         return self.root / "log"
 

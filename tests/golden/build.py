@@ -6,12 +6,16 @@ change of any byte is a change of a format. ``parse.py`` reads them without vrep
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from vrep._core import layout, seal
 
@@ -25,6 +29,20 @@ TARGET_ID = bytes(range(0x60, 0x70))
 BOOT_ID = bytes(range(0x70, 0x80))
 SITE_ID = bytes(range(0x80, 0x90))
 SECRET = bytes((7 * i + 3) % 256 for i in range(192))
+VERDICT_SECRET = 0x5EED
+VERDICT = {
+    "group": "web", "time_ns": 1_700_000_000_000_000_102, "result": "bad", "site": "east",
+    "site_id": SITE_ID.hex(), "fingerprint": "ab" * 32, "manifest": 42,
+    "history": [[3, EPOCH_ID.hex(), 102], [2, EPOCH_ID[::-1].hex(), 99]], "anchor": "cd" * 32,
+    "records": 12, "tallies": 3, "tallied_to": "pos:3/0/101",
+    "objects": {"manifests": 2, "segments": 1, "indexes": 1, "runs": 0},
+    "disks": [{"name": "root", "bytes": 65536, "data_bytes": 4096, "sha256": "ef" * 32}],
+    "checks": [{"what": "e2fsck", "disk": "root:1", "result": "good", "text": "clean"}],
+    "damages": [
+        {"object": "seg-00000001", "first": "pos:3/0/100", "last": "pos:3/0/102", "text": "byte 9"}
+    ],
+    "note": "", "seconds": 0.5,
+}  # fmt: skip
 WALL = 1_700_000_000_000_000_000
 
 
@@ -325,6 +343,19 @@ def presence() -> bytes:
     return checked(header) + bitmap(2, 1, 64, 99)
 
 
+def verdict() -> bytes:
+    body = json.dumps(VERDICT, separators=(",", ":")).encode()
+    header = one(
+        "VERDICT_HEADER", magic=layout.VERDICT_MAGIC, version=layout.VERDICT_VERSION,
+        header_bytes=128, group_id=GROUP_ID, store_id=STORE_ID, at=position(102, epoch=3),
+        wall_ns=WALL + 4, body_bytes=len(body), signature_bytes=64, digest=digest(body),
+    )  # fmt: skip
+    signed = checked(header) + body
+    key = ec.derive_private_key(VERDICT_SECRET, ec.SECP256R1())
+    r, s = decode_dss_signature(key.sign(b"vrep verdict v1\0" + signed, ec.ECDSA(hashes.SHA256())))
+    return signed + r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
 SAMPLES: dict[str, Callable[[], bytes]] = {
     "records": records,
     "ring": ring,
@@ -338,8 +369,12 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "manifest": manifest,
     "presence": presence,
 }
-# zstd promises that any release reads it, not that any release writes the same bytes
-READ_ONLY: dict[str, Callable[[], bytes]] = {"records-zstd": lambda: records(level=3)}
+# Any release reads them, and none writes the same bytes twice: zstd promises only the former, and
+# a signature has a random part.
+READ_ONLY: dict[str, Callable[[], bytes]] = {
+    "records-zstd": lambda: records(level=3),
+    "verdict": verdict,
+}
 
 
 def main() -> int:

@@ -8,13 +8,17 @@ on purpose; every rule that a reader must keep is an ``expect``.
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Iterator
 from typing import Any
 
 import xxhash
 import zstandard
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
@@ -135,6 +139,10 @@ MANIFEST_DISK = "name:64s bytes:Q index:I flags:I"
 PRESENCE_HEADER = (
     "magic:Q version:I block_bytes:I disk_bytes:Q words:Q view_id:16s boot_id:16s distrust:I "
     "reserved0:4024s checksum:I"
+)
+VERDICT_HEADER = (
+    "magic:I version:H header_bytes:H group_id:16s store_id:16s at:[position] wall_ns:Q"
+    " body_bytes:I signature_bytes:I digest:16s reserved:36s checksum:I"
 )
 
 INNER = {
@@ -574,3 +582,22 @@ def parse_presence(data: bytes) -> Fields:
     expect(header["words"] * 64 >= blocks, "presence: words")
     expect(at == 4096 and at + 8 * header["words"] <= len(data), "presence: size")
     return {"header": header, "blocks": set_bits(data, at, header["words"])}
+
+
+def parse_verdict(data: bytes, key: ec.EllipticCurvePublicKey) -> Fields:
+    header, at = headed(VERDICT_HEADER, data, 0, b"VVRD", "verdict")
+    expect(header["header_bytes"] == at == 128, "verdict: header")
+    expect(header["signature_bytes"] == 64, "verdict: signature's size")
+    end = at + header["body_bytes"]
+    expect(end + 64 == len(data), "verdict: size")
+    expect(digest(data[at:end]) == header["digest"], "verdict: digest")
+    r, s = (int.from_bytes(data[end + i : end + i + 32], "big") for i in (0, 32))
+    try:
+        key.verify(
+            encode_dss_signature(r, s),
+            b"vrep verdict v1\0" + data[:end],
+            ec.ECDSA(hashes.SHA256()),
+        )
+    except InvalidSignature:
+        raise BadFormat("verdict: signature") from None
+    return {"header": header, "body": json.loads(data[at:end])}

@@ -10,10 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from vrep._core import layout, record, seal
+from vrep.recovery import verdict
 
 HERE = Path(__file__).parent
 
@@ -30,6 +33,7 @@ def load(name: str) -> ModuleType:
 
 build = load("build")
 parse = load("parse")
+VERDICT_KEY = ec.derive_private_key(build.VERDICT_SECRET, ec.SECP256R1()).public_key()
 KEYS = {build.STREAM_ID: parse.stream_key(build.DATA_KEY, build.STREAM_ID)}
 PARSERS: dict[str, Callable[[bytes], Any]] = {
     "records": lambda data: list(parse.parse_records(data, KEYS)),
@@ -44,6 +48,7 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
     "index": parse.parse_index,
     "manifest": parse.parse_manifest,
     "presence": parse.parse_presence,
+    "verdict": lambda data: parse.parse_verdict(data, VERDICT_KEY),
 }
 # structs that only memory of one process holds
 NOT_STORED = {"RECORD_FOUND", "PIECE"}
@@ -179,12 +184,22 @@ def test_store() -> None:
     assert manifest["keys"] == b"wrapped data keys, opaque here"
 
 
+def test_verdict() -> None:
+    got = parsed("verdict")
+    assert got["header"]["at"] == {"epoch": 3, "lane": 0, "reserved": 0, "seq": 102}
+    assert got["body"] == build.VERDICT
+    found = verdict.decode(golden("verdict"), VERDICT_KEY)
+    assert (found.group_id, found.store_id) == (build.GROUP_ID, build.STORE_ID)
+    assert (found.position, found.wall_ns) == ((3, 0, 102), build.WALL + 4)
+    assert msgspec.json.decode(msgspec.json.encode(found.finding)) == build.VERDICT
+
+
 # Bytes of each file that its own checks do not cover: live words of shared memory, payload of
 # the ring, bitmaps without a digest, padding after a slot.
 GUARDED = {
     "records": (0, None), "records-zstd": (0, None), "segment": (0, None), "manifest": (0, None),
     "checkpoint": (0, None), "index": (0, None), "ring": (0, 512), "map": (0, 128),
-    "presence": (0, 4096), "control": (0, 16),
+    "presence": (0, 4096), "control": (0, 16), "verdict": (0, None),
 }  # fmt: skip
 
 

@@ -200,6 +200,12 @@ FIELDS(vrep_presence_header, FIELD(vrep_presence_header, magic),
        FIELD(vrep_presence_header, view_id), FIELD(vrep_presence_header, boot_id),
        FIELD(vrep_presence_header, distrust), FIELD(vrep_presence_header, reserved0),
        FIELD(vrep_presence_header, checksum));
+FIELDS(vrep_verdict_header, FIELD(vrep_verdict_header, magic), FIELD(vrep_verdict_header, version),
+       FIELD(vrep_verdict_header, header_bytes), FIELD(vrep_verdict_header, group_id),
+       FIELD(vrep_verdict_header, store_id), FIELD(vrep_verdict_header, at),
+       FIELD(vrep_verdict_header, wall_ns), FIELD(vrep_verdict_header, body_bytes),
+       FIELD(vrep_verdict_header, signature_bytes), FIELD(vrep_verdict_header, digest),
+       FIELD(vrep_verdict_header, reserved), FIELD(vrep_verdict_header, checksum));
 FIELDS(vrep_record_found, FIELD(vrep_record_found, header), FIELD(vrep_record_found, position));
 FIELDS(vrep_piece, FIELD(vrep_piece, index), FIELD(vrep_piece, word), FIELD(vrep_piece, stored),
        FIELD(vrep_piece, plain), FIELD(vrep_piece, offset), FIELD(vrep_piece, at));
@@ -240,6 +246,7 @@ const struct vrep_described_struct vrep_described_structs[] = {
     STRUCT(vrep_manifest_run),
     STRUCT(vrep_manifest_disk),
     STRUCT(vrep_presence_header),
+    STRUCT(vrep_verdict_header),
     STRUCT(vrep_record_found),
     STRUCT(vrep_piece),
     {0},
@@ -312,6 +319,9 @@ const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_PRESENCE_MAGIC),
     CONSTANT(VREP_PRESENCE_LIVE_MAGIC),
     CONSTANT(VREP_PRESENCE_VERSION),
+    CONSTANT(VREP_VERDICT_MAGIC),
+    CONSTANT(VREP_VERDICT_VERSION),
+    CONSTANT(VREP_VERDICT_BODY_BYTES_MAX),
     CONSTANT(VREP_KIND_WRITE),
     CONSTANT(VREP_KIND_ZEROES),
     CONSTANT(VREP_KIND_RESIZE),

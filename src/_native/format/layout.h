@@ -693,4 +693,28 @@ struct vrep_presence_header {
 };
 VREP_LAYOUT(struct vrep_presence_header, 4096);
 
+/* ---- verdict on a recovery point ------------------------------------------ */
+
+#define VREP_VERDICT_MAGIC 0x44525656u /* "VVRD" */
+#define VREP_VERDICT_VERSION 1u
+#define VREP_VERDICT_BODY_BYTES_MAX 1048576u
+/* One file a point: this header, body_bytes of JSON, signature_bytes of an ECDSA
+ * signature by the key of the site that verified (P-256, SHA-256; r, then s, each
+ * 32 bytes big-endian) over "vrep verdict v1", a NUL, the header and the body. */
+struct vrep_verdict_header {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t header_bytes;
+    uint8_t group_id[16];
+    uint8_t store_id[16];
+    struct vrep_position at; /* the recovery point */
+    uint64_t wall_ns;        /* when it was verified */
+    uint32_t body_bytes;
+    uint32_t signature_bytes;
+    uint8_t digest[16]; /* XXH3-128 of the body */
+    uint8_t reserved[36];
+    uint32_t checksum;
+};
+VREP_LAYOUT(struct vrep_verdict_header, 128);
+
 #endif
