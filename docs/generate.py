@@ -82,7 +82,7 @@ def type_text(hint: Any) -> str:
     base, meta = hint, msgspec.Meta()
     if typing.get_origin(hint) is typing.Annotated:
         base, meta = typing.get_args(hint)
-    name = {str: "text", int: "integer", float: "number"}[base]
+    name = {str: "text", int: "integer", float: "number", bool: "true or false"}[base]
     if meta.pattern is not None:
         return "octal text"
     if meta.ge is not None:

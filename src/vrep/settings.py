@@ -92,6 +92,22 @@ class RecoveryConfig(_Section, frozen=True, kw_only=True):
     """Unix group of NBD sockets of views, by name; empty: of the process"""
 
 
+class VerifyConfig(_Section, frozen=True, kw_only=True):
+    """Verifying the newest points of the groups that are held here, one at a time, at low priority,
+    while the site runs. Off unless set: each verification reads a group's whole history."""
+
+    every_h: Annotated[float, Meta(ge=0, le=8760)] = 0.0
+    """hours after which a group is verified again; 24: daily; 0: off"""
+    samples: Annotated[int, Meta(ge=0, le=100)] = 1
+    """other points that are rebuilt as well"""
+    file_systems: bool = True
+    """e2fsck on every ext file system of the newest point"""
+    command: str = ""
+    """run by the shell on a view of the newest point; an exit status of 0 is good"""
+    limit_s: Annotated[float, Meta(gt=0, le=7 * 86400)] = 3600.0
+    """of each e2fsck, and of the command"""
+
+
 class StatusConfig(_Section, frozen=True, kw_only=True):
     """When `vrep status --check` and `vrep_verdict` find that a target is too late."""
 
@@ -125,6 +141,7 @@ class Config(_Section, frozen=True, kw_only=True):
     source: SourceConfig = SourceConfig()
     target: TargetConfig = TargetConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    verify: VerifyConfig = VerifyConfig()
     status: StatusConfig = StatusConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
@@ -152,4 +169,4 @@ def set_listen(path: Path, listen: str) -> None:
     write_atomic(path, text.encode(), 0o600)
 
 
-__all__ = ["Config", "LogConfig", "StatusConfig", "load_config", "set_listen"]
+__all__ = ["Config", "LogConfig", "StatusConfig", "VerifyConfig", "load_config", "set_listen"]

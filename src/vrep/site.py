@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vrep.keys.tenant import KeyInfo, TenantKeyring
     from vrep.recovery.export import ExportResult
     from vrep.recovery.points import PointList
+    from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
     from vrep.wire.peers import Peer, PeerRegistry
 
@@ -395,6 +396,21 @@ class Site:
         from vrep.recovery.export import export
 
         return export(self.paths, group, at, Path(out), format, progress=progress, sha256=sha256)
+
+    def verify(
+        self,
+        group: str,
+        at: str = "latest",
+        *,
+        options: VerifyOptions | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> VerifyReport:
+        """Prove that a point recovers: every object of the store, the point itself and a sample
+        of others, the file systems on a view. The signed verdicts are kept and shown by `points`
+        and `status`. What is wrong is in the report; `LockedError` while another one runs."""
+        from vrep.recovery.verify import verify
+
+        return verify(self.paths, group, at, options=options, progress=progress)
 
     # ---- keys ------------------------------------------------------------------------
 

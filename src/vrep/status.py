@@ -32,6 +32,7 @@ STATES: Final = (
     "error",
 )
 CRITICAL_STATES: Final = frozenset({"offline", "unverified", "failed-over", "error"})
+CRITICAL_CONDITIONS: Final = frozenset({"target-full", "verify-failed"})
 HARMLESS: Final = frozenset({"testing", "unprotected"})
 """conditions that are no reason for a warning"""
 WELL: Final = 0
@@ -89,12 +90,15 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
         name = str(store.get("name", key))
         if group in (None, name, key):
             shown = name if name not in answer["groups"] else key
-            conditions = sorted({*store["conditions"], *views.get(key, ())})
+            verified = _verified(site, key, store)
+            failed = verified is not None and verified["state"] in ("bad", "damaged")
+            also = {"verify-failed"} if failed else set()
             answer["groups"][shown] = {
                 "role": "target",
                 **store,
                 **_points(store),
-                "conditions": conditions,
+                "conditions": sorted({*store["conditions"], *views.get(key, ()), *also}),
+                "verdict": verified,
             }
     if group is not None and not answer["groups"]:
         raise errors.NotFoundError(f"no group {group!r} is protected or stored here")
@@ -124,6 +128,23 @@ def _held(site: Site) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _verified(site: Site, group_id: str, store: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The newest verdict on a point of a group that is held here; None when there is none, or
+    when nothing can be said: what is wrong then stands in the group's error."""
+    if not (site.paths.verdicts / group_id).is_dir():
+        return None
+    from vrep.recovery.verdict import newest
+    from vrep.target.manifest import Position, load_newest
+
+    try:
+        manifest = load_newest(site.paths.store / group_id, bytes.fromhex(group_id))
+        words = str(store["durable"]).split("/") if "durable" in store else []
+        durable = Position(*(int(word) for word in words)) if words else None
+        return newest(site.paths, manifest, durable)
+    except errors.VrepError:
+        return None
+
+
 def _views(site: Site) -> dict[str, set[str]]:
     """What recovered disks mean for their groups, by the groups' ids: `testing` while a test is
     served, `view-down` while one that should be served is not."""
@@ -137,7 +158,7 @@ def _views(site: Site) -> dict[str, set[str]]:
             record = view.load()
         except errors.VrepError:
             continue  # it ended since the listing, or cannot be read: `test list` says so
-        if record.state not in ("serving", "committed"):
+        if record.state not in ("serving", "committed") or record.kind == "verify":
             continue
         # Asked, not judged by its lock: to try that could keep a view from starting.
         if not ControlClient(view.control).alive():
@@ -310,7 +331,7 @@ def _level(group: Mapping[str, Any]) -> int:
     quiet = HARMLESS.issuperset(group["conditions"])
     if quiet and group["state"] == "offline" and "unprotected" in group["conditions"]:
         return WELL  # its source gave it up: that nothing comes was asked for
-    if group["state"] in CRITICAL_STATES or "target-full" in group["conditions"]:
+    if group["state"] in CRITICAL_STATES or CRITICAL_CONDITIONS & set(group["conditions"]):
         return CRITICAL
     if group["state"] != "replicating" or not quiet:
         return WARNING

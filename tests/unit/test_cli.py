@@ -51,7 +51,6 @@ LATER = (
     ["move", "web"],
     ["reverse", "web"],
     ["failback", "web"],
-    ["verify", "web", "--at", "latest"],
     ["service", "install"],
     ["key", "rotate", "acme"],
     ["checkpoint", "web", "now", "--quiesce"],
@@ -99,7 +98,7 @@ def test_every_command_takes_the_directory_and_json() -> None:
         if missing := {"--dir", "--json"} - options:
             without[name] = missing
     # What is not built takes anything; the demonstration makes its own sites.
-    later = {"attach", "detach", "move", "reverse", "failback", "verify", "service install"}
+    later = {"attach", "detach", "move", "reverse", "failback", "service install"}
     assert set(without) == later | {"demo"}
 
 
@@ -308,7 +307,11 @@ def test_status_for_people() -> None:
         "source": {"site": "west"},
         "durable": "1/0/9",
         "newest_point": {"point": "pos:1/0/8", "time": None},
-    }
+        "verdict": {
+            "point": "pos:1/0/7", "state": "bad", "text": "seg-00000001: byte 9",
+            "made": "2026-01-31T12:00:00.000000Z",
+        },
+    }  # fmt: skip
     status = {
         "site": {"name": "west"},
         "roles": {"filter": True, "source": True, "target": False},
@@ -319,13 +322,13 @@ def test_status_for_people() -> None:
     assert lines[1].split()[:3] == ["GROUP", "STATE", "CONDITIONS"]
     assert re.split(r" {2,}", lines[2]) == [
         "web", "initial-sync 75 %", "fenced", "east", "1.2 s", "3.0 MiB", "64.0 KiB", "1",
-        "to seq 7", "2026-01-31T12:00:00.000000Z",
+        "to seq 7", "2026-01-31T12:00:00.000000Z", "-",
     ]  # fmt: skip
     assert re.split(r" {2,}", lines[3]) == [
         "mail", "replicating (held here)", "-", "west", "-", "-", "-", "-", "to pos:1/0/9",
-        "pos:1/0/8",
+        "pos:1/0/8", "bad, 2026-01-31T12:00Z",
     ]  # fmt: skip
-    assert lines[4] == "web: no route"
+    assert lines[4:] == ["web: no route", "mail: pos:1/0/7: bad: seg-00000001: byte 9"]
 
 
 @pytest.mark.parametrize("verb", ["test", "failover"])
@@ -465,6 +468,7 @@ def test_points_are_listed_though_the_history_is_damaged(
 ) -> None:
     from vrep.recovery.check import Verdict
     from vrep.recovery.points import Gap, MarkInfo, PointInfo, PointList, PointRange
+    from vrep.recovery.verdict import VerdictInfo
 
     first = PointInfo("pos:1/0/5", "2026-01-01T00:00:00.000000Z")
     last = PointInfo("pos:1/0/9", "2026-01-01T00:01:00.000000Z")
@@ -489,6 +493,10 @@ def test_points_are_listed_though_the_history_is_damaged(
         epochs=[],
         key_held=True,
         verdict=verdict,
+        verdicts=[
+            VerdictInfo("pos:1/0/6", None, "void", "other store", "2026-01-02T00:00:00Z", "east"),
+            VerdictInfo("pos:1/0/9", None, "good", "", "2026-01-03T00:00:00Z", "east"),
+        ],
     )
     monkeypatch.setattr(Site, "points", lambda _site, _group, progress: found)
     expected = 0 if whole else errors.IntegrityError.exit_code
@@ -497,6 +505,10 @@ def test_points_are_listed_though_the_history_is_damaged(
     assert [line.split()[1:3] for line in out.splitlines()[1:5]] == [
         ["any", "write"], ["checkpoint", "nightly"], ["to", "here"], ["gap,", "still"],
     ]  # fmt: skip
+    assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:5]] == [
+        "-", "void, 2026-01-02T00:00Z", "good, 2026-01-03T00:00Z", "-",
+    ]  # fmt: skip
+    assert "pos:1/0/6: void: other store" in out
     assert ("history is whole up to pos:1/0/9" in out) is whole
     assert ("record 7 is missing" in err) is not whole
     code, answer, error = run_json(capsys, "points", "web")

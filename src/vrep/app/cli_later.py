@@ -55,15 +55,6 @@ def failback(rest: Rest = None) -> None:
     raise NotYetError(f"failback: {REVERSE}")
 
 
-@app.command("verify", context_settings=ANY)
-def verify(rest: Rest = None) -> None:
-    """Recover at a point and check what is in it (not yet)."""
-    raise NotYetError(
-        "verify: booting a recovered VM to prove a point is not built in this release; "
-        "test start and export check every byte that they read"
-    )
-
-
 @service.callback()
 def _service() -> None:
     """systemd units (not yet)."""

@@ -15,6 +15,7 @@ from vrep.errors import ConfigError, UsageError, VrepError
 
 if TYPE_CHECKING:
     from vrep.paths import SitePaths
+    from vrep.settings import VerifyConfig
 
 app = typer.Typer()
 
@@ -54,6 +55,11 @@ def run(
         structlog.get_logger("vrep.run").error("settings cannot be read", error=problem)
 
     stopping = threading.Event()
+    verifier: threading.Thread | None = None
+    if "target" in roles and config.verify.every_h:
+        verifier = threading.Thread(
+            target=_keep_verifying, args=(site.paths, config.verify, stopping)
+        )
 
     @contextlib.contextmanager
     def beside() -> Iterator[None]:
@@ -61,6 +67,8 @@ def run(
         if "target" in roles:
             # A recovered VM's disk waits for nothing that replicates.
             threading.Thread(target=_keep_views, args=(site.paths, stopping), daemon=True).start()
+        if verifier is not None:
+            verifier.start()
         if not config.metrics.listen:
             yield
             return
@@ -73,6 +81,8 @@ def run(
         raise typer.Exit(Supervisor(site.paths, roles).run(beside))
     finally:
         stopping.set()
+        if verifier is not None and verifier.is_alive():
+            verifier.join()  # a verification that runs takes its view down
 
 
 def _keep_views(paths: SitePaths, stopping: threading.Event) -> None:
@@ -91,6 +101,13 @@ def _keep_views(paths: SitePaths, stopping: threading.Event) -> None:
             log.error("views not served again", error=str(error))
         if stopping.wait(VIEWS_EVERY_S):
             return
+
+
+def _keep_verifying(paths: SitePaths, config: VerifyConfig, stopping: threading.Event) -> None:
+    """Verify the groups that are held here on a schedule."""
+    from vrep.recovery.schedule import VerifySchedule
+
+    VerifySchedule(paths, config).run(stopping)
 
 
 @app.command("demo")

@@ -27,6 +27,7 @@ HEADINGS: Final = (
     "CLIENTS",
     "HELD",
     "NEWEST POINT",
+    "VERIFIED",
 )
 WATCH_EVERY_S: Final = 0.5
 
@@ -35,6 +36,14 @@ def _newest(known: Mapping[str, Any]) -> str:
     """The newest recovery point: its time, which reads as a POINT, or its position."""
     point = known.get("newest_point")
     return str(point["time"] or point["point"]) if point else "-"
+
+
+def _verified(group: Mapping[str, Any]) -> str:
+    """The newest verdict of a verification, and when it was made."""
+    found = group.get("verdict")
+    if not found:
+        return "-"
+    return f"{found['state']}, {found['made'][:16]}Z" if found["made"] else str(found["state"])
 
 
 def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
@@ -50,9 +59,10 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
             *("-",) * 4,
             f"to pos:{group['durable']}" if "durable" in group else "-",
             _newest(group),
+            _verified(group),
         )
     if not group["targets"]:  # its definition cannot be read
-        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-", "-")
+        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-", "-", "-")
     target = group["targets"][0]
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
@@ -68,6 +78,7 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
         str(group["clients"]),
         f"to seq {target['durable_seq']}",
         _newest(target),
+        "-",
     )
 
 
@@ -82,6 +93,9 @@ def text_of(status: Mapping[str, Any]) -> str:
     for name, group in status["groups"].items():
         if group.get("error"):
             lines.append(f"{name}: {group['error']}")
+        verdict = group.get("verdict")
+        if verdict and verdict["text"] and verdict["state"] != "good":
+            lines.append(f"{name}: {verdict['point']}: {verdict['state']}: {verdict['text']}")
         if group.get("unverified"):
             lines.append(f"{name}: unverified: {group['unverified']}")
     return "\n".join(lines)

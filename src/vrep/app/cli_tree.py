@@ -36,7 +36,7 @@ COMMANDS: Final = {
     "reverse": "cli_later",
     "failback": "cli_later",
     "export": "cli_recover",
-    "verify": "cli_later",
+    "verify": "cli_verify",
     "demo": "cli_run",
 }
 

@@ -9,6 +9,7 @@ from vrep.app.cli_output import size_text, table
 if TYPE_CHECKING:
     from vrep.recovery.export import ExportResult
     from vrep.recovery.points import PointList
+    from vrep.recovery.verdict import VerdictInfo
     from vrep.recovery.view import ViewInfo
 
 
@@ -32,7 +33,15 @@ def points_text(found: PointList) -> str:
         label = "(its label needs the key)" if mark.label is None else mark.label
         spoilt = "" if mark.recoverable else " (inside a gap)"
         rows.append((mark.time, f"checkpoint {label}{spoilt}", mark.point))
-    lines = [table(("TIME", "WHAT", "POINT"), sorted(rows), "nothing can be recovered yet")]
+    states = {v.point: _verdict_text(v) for v in found.verdicts}
+    listed = {point for _time, _what, point in rows}
+    rows += [(v.time or "?", "verified", v.point) for v in found.verdicts if v.point not in listed]
+    cells = [(time, what, point, states.get(point, "-")) for time, what, point in sorted(rows)]
+    headings = ("TIME", "WHAT", "POINT", "VERDICT")
+    lines = [table(headings, cells, "nothing can be recovered yet")]
+    lines += [
+        f"{v.point}: {v.state}: {v.text}" for v in found.verdicts if v.text and v.state != "good"
+    ]
     verdict = found.verdict
     if verdict.whole:
         how = "with the tenant's key" if verdict.sealed else "without a key: order and digests only"
@@ -40,6 +49,11 @@ def points_text(found: PointList) -> str:
     if verdict.note:
         lines.append(verdict.note)
     return "\n".join(lines)
+
+
+def _verdict_text(verdict: VerdictInfo) -> str:
+    """What a verification said of a point, and when."""
+    return f"{verdict.state}, {verdict.made[:16]}Z" if verdict.made else verdict.state
 
 
 def export_text(result: ExportResult) -> str:

@@ -296,9 +296,11 @@ def check_history(
     access: KeyAccess | None,
     *,
     progress: Progress | None = None,
+    fresh: bool = False,
 ) -> Verdict:
-    """Check the whole history, from where earlier checks ended. OmittedError, AuthError or
-    CorruptError name the segment and the position of what is wrong."""
+    """Check the whole history, from where earlier checks ended; with `fresh` every byte of it is
+    read again, since files can rot without a trace. OmittedError, AuthError or CorruptError name
+    the segment and the position of what is wrong."""
     cache = _CacheFile(paths, reader.group_id, access)
     check = _Check(reader, access)
     numbers = reader.numbers()
@@ -308,7 +310,8 @@ def check_history(
     for number in numbers:
         known = cache.segments.get(number)
         if (
-            known is None
+            fresh
+            or known is None
             or len(kept) != numbers.index(number)
             or known.stamps != _stamps(reader, number)
             or (access is not None and not known.after.sealed)
@@ -348,7 +351,11 @@ def check_history(
 
 
 def _stamps(reader: StoreReader, number: int) -> tuple[int, int, int, int]:
-    status = segment_path(reader.directory, number).stat()
+    path = segment_path(reader.directory, number)
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None  # a run may still cover it
     return (status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
 
 

@@ -15,6 +15,7 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import Progress, Verdict, check_history
 from vrep.recovery.held import find_group
 from vrep.recovery.history import History, Mark, Range, format_time
+from vrep.recovery.verdict import VerdictBook, VerdictInfo, judge
 from vrep.target.manifest import EpochEntry, Position
 from vrep.target.reader import StoreReader
 
@@ -75,6 +76,9 @@ class PointList(msgspec.Struct, frozen=True):
     epochs: list[EpochInfo]
     key_held: bool
     verdict: Verdict
+    """of the check of the whole history, made just now"""
+    verdicts: list[VerdictInfo]
+    """of verifications (see `vrep verify`), by point"""
 
 
 def _info(position: Position, wall_ns: int) -> PointInfo:
@@ -128,12 +132,19 @@ def list_points(paths: SitePaths, group: str, *, progress: Progress | None = Non
         if access is None:
             why = f"the tallies were not checked: {note}"
             verdict = msgspec.structs.replace(verdict, note=why)
-        return _list(held.name, held.hex, reader, access, verdict)
+        book = VerdictBook(paths, held.group_id)
+        return _list(held.name, held.hex, reader, access, verdict, book)
 
 
 def _list(
-    name: str, group_id: str, reader: StoreReader, access: KeyAccess | None, verdict: Verdict
+    name: str,
+    group_id: str,
+    reader: StoreReader,
+    access: KeyAccess | None,
+    verdict: Verdict,
+    book: VerdictBook,
 ) -> PointList:
+    verdicts = list(book.all())
     try:
         history = History(reader)
         marks = [_mark(history, mark) for mark in history.marks(access)]
@@ -154,6 +165,7 @@ def _list(
             epochs=[_epoch(entry) for entry in reader.epochs],
             key_held=access is not None,
             verdict=verdict,
+            verdicts=_shown(judge(verdicts, reader.manifest, reader.durable), verdict),
         )
     ranges = [
         PointRange(_info(r.first, r.first_wall_ns), _info(r.last, r.last_wall_ns))
@@ -170,4 +182,18 @@ def _list(
         epochs=[_epoch(entry) for entry in reader.epochs],
         key_held=access is not None,
         verdict=verdict,
+        verdicts=_shown(judge(verdicts, reader.manifest, reader.durable, history), verdict),
     )
+
+
+def _shown(verdicts: list[VerdictInfo], verdict: Verdict) -> list[VerdictInfo]:
+    """What was proven once is not claimed while the history is known to be damaged."""
+    if verdict.whole:
+        return verdicts
+    text = f"the history is damaged now: {verdict.error}"
+    return [
+        msgspec.structs.replace(each, state="void", text=text)
+        if each.state in ("good", "intact")
+        else each
+        for each in verdicts
+    ]

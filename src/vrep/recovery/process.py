@@ -288,7 +288,8 @@ def serve(paths: SitePaths, request: Mapping[str, str]) -> int:
     reader: StoreReader | None = None
     try:
         if "group" in request:
-            reader = begin_test(paths, request["view"], request["group"], request["at"])
+            kind = request.get("kind", "test")
+            reader = begin_test(paths, request["view"], request["group"], request["at"], kind)
         view = View(paths, request["view"], reader)
         if reader is not None:
             view.set_serving()

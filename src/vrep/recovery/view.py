@@ -33,6 +33,7 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.durable import make_private_directory, sync_directory, write_atomic
 from vrep.paths import SitePaths
+from vrep.recovery.alone import under_way
 
 if TYPE_CHECKING:
     from vrep.recovery.access import KeyAccess
@@ -69,7 +70,7 @@ class ViewInfo(msgspec.Struct, frozen=True):
 
     id: str
     kind: str
-    """test or failover"""
+    """test, failover, or verify: of a verification that runs"""
     group: str
     group_id: str
     point: str
@@ -276,9 +277,9 @@ class ViewProcess:
         finally:
             os.close(log_fd)
 
-    def start(self, view: ViewDirectory, group: str, at: str) -> ViewInfo:
+    def start(self, view: ViewDirectory, group: str, at: str, kind: str = "test") -> ViewInfo:
         """Let it choose the point and make the view; a test, being served."""
-        return self._ask(view, {"view": view.id, "group": group, "at": at})
+        return self._ask(view, {"view": view.id, "group": group, "at": at, "kind": kind})
 
     def serve(self, view: ViewDirectory) -> ViewInfo:
         """Let it serve a view that stands. Raises what stopped it."""
@@ -349,18 +350,20 @@ def _error(detail: dict[str, str]) -> errors.VrepError:
 # ---- tests ----------------------------------------------------------------------------------
 
 
-def start_test(paths: SitePaths, group: str, at: str = "latest") -> ViewInfo:
+def start_test(paths: SitePaths, group: str, at: str = "latest", *, kind: str = "test") -> ViewInfo:
     """Serve the disks of a group as they were at a point. Replication is not touched."""
     view = ViewDirectory(paths, secrets.token_hex(6))
     process = ViewProcess(paths)
     try:
-        return process.start(view, group, at)
+        return process.start(view, group, at, kind)
     except BaseException:
         discard(view)
         raise
 
 
-def begin_test(paths: SitePaths, view_id: str, group: str, at: str) -> StoreReader:
+def begin_test(
+    paths: SitePaths, view_id: str, group: str, at: str, kind: str = "test"
+) -> StoreReader:
     """In the process of the view: choose its point and make its directory. The reader that
     was used for it, scattered, is the caller's."""
     from vrep.recovery.held import find_group
@@ -370,7 +373,7 @@ def begin_test(paths: SitePaths, view_id: str, group: str, at: str) -> StoreRead
     held = find_group(paths, group)
     reader = StoreReader(paths.store, held.group_id, scattered=True)
     try:
-        record = record_of(paths, held, reader, at, "test", None)
+        record = record_of(paths, held, reader, at, kind, None)
         ViewDirectory(paths, view_id).create(msgspec.structs.replace(record, id=view_id))
     except BaseException:
         reader.close()
@@ -517,12 +520,16 @@ def restart_views(
     paths: SitePaths, due: Callable[[ViewDirectory], bool] = lambda _view: True
 ) -> list[str]:
     """Serve again every view whose process is gone and that is `due`, with what was written to
-    it. Tests that never came to be served are removed. Returns a line of text for each that
-    could not."""
+    it. Removed are tests that never came to be served, and views of a verification that died.
+    Returns a line of text for each that could not."""
     problems = []
     for view in view_directories(paths):
         try:
             record = view.load()
+            if record.kind == "verify":
+                if not under_way(paths):  # whoever made it died
+                    discard(view)
+                continue
             if view.holder() is not None:
                 continue
             if record.state == "starting" and record.kind == "test":
