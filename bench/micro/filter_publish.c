@@ -112,7 +112,7 @@ static double through_group(struct vrep_group *group, struct vrep_ring_reader *r
         vrep_group_poll(group);
         if (reader != NULL)
             vrep_ring_reader_set(reader, vrep_ring_reader_head(reader),
-                                 vrep_ring_reader_head(reader), vrep_ring_reader_head(reader));
+                                 vrep_ring_reader_head(reader), vrep_ring_reader_head(reader), 0);
     }
     while (completed < count)
         vrep_group_poll(group);
@@ -155,7 +155,7 @@ int main(int argc, char **argv)
     do {
         vrep_group_poll(tapped);
         uint64_t head = vrep_ring_reader_head(reader);
-        vrep_ring_reader_set(reader, head, head, head);
+        vrep_ring_reader_set(reader, head, head, head, 0);
         vrep_group_status(tapped, &status);
     } while (status.gap);
     through_group(tapped, reader, count); /* extents become hot */

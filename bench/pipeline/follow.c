@@ -67,7 +67,7 @@ int main(int argc, char **argv)
             records++;
             at++;
         }
-        vrep_ring_reader_set(reader, at, at, at);
+        vrep_ring_reader_set(reader, at, at, at, 0);
     }
     printf("{\"records\": %llu, \"bytes\": %llu, \"sum\": %llu}\n", (unsigned long long)records,
            (unsigned long long)bytes, (unsigned long long)sum);

@@ -64,6 +64,13 @@ class SourceConfig(_Section, frozen=True, kw_only=True):
     """bytes a second that a first sync or resync may read; 0: unlimited"""
     compression: Annotated[int, Meta(ge=0, le=19)] = 1
     """zstd level of new groups; 0: off"""
+    spill_bytes: Size = 10 << 30
+    """disk that each group may take for what its ring cannot keep while the target is slow or
+    gone; 0: none, and a full ring is a gap at once"""
+    spill_reserve_bytes: Size = 1 << 30
+    """space that spilling leaves free on that disk"""
+    spill_dir: str = ""
+    """directory of the spills, each group's in one of its own; empty: in the site's directory"""
 
 
 class TargetConfig(_Section, frozen=True, kw_only=True):

@@ -207,6 +207,8 @@ def _protected(
         conditions.append("source-down")
     else:
         conditions.extend(str(c) for c in session["conditions"])
+        if session.get("spill") and session["spill"]["full"]:
+            conditions.append("spill-full")
         if not definition.paused:  # what ended the session then was the wish to pause
             error = error or str(session["error"])
     if definition.fenced or (session is not None and session["fenced"]):
@@ -242,6 +244,10 @@ def _target(
     now_ns: int,
 ) -> dict[str, Any]:
     oldest = int(filtered["oldest_ns"]) if filtered else 0
+    spill = dict(session["spill"]) if session and session.get("spill") else {}
+    if spill.get("oldest_ns"):
+        # The filter knows only when the spill began. Its gap, if there is one, is younger.
+        oldest = int(spill["oldest_ns"])
     used = int(filtered["ring_bytes"]) - int(filtered["ring_free_bytes"]) if filtered else 0
     return {
         "site": name,
@@ -251,7 +257,10 @@ def _target(
         "durable_seq": int(filtered["durable"]) if filtered else 0,
         **_points(session),
         "rpo_ms": max(0, now_ns - oldest) // 1_000_000 if oldest else 0,
-        "lag_bytes": used,
+        "lag_bytes": used + int(spill.get("bytes", 0)),
+        "spill_bytes": int(spill.get("bytes", 0)),
+        "spill_quota_bytes": int(spill.get("quota_bytes", 0)),
+        "whole_in_s": spill.get("whole_in_s"),
         "dirty_bytes": int(filtered["dirty_bytes"]) if filtered else 0,
         "unshipped_bytes": int(filtered["unshipped_bytes"]) if filtered else 0,
         "total_bytes": int(filtered["total_bytes"]) if filtered else 0,
@@ -296,6 +305,8 @@ def _state(
         if int(filtered["gap_seq"]) <= 1:
             return "initial-sync"
         return "resync" if int(filtered["unshipped_bytes"]) else "gap"
+    if session.get("spill") and session["spill"]["bytes"]:
+        return "spilling"
     return "replicating"
 
 

@@ -179,6 +179,7 @@ class Pair:
         ring_bytes: int = 64 * MIB,
         compression: int = 1,
         target_settings: str = "",
+        source_settings: str = "",
         on_fence: str = "go-on",
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
@@ -188,7 +189,7 @@ class Pair:
         self.a = Site.init(self.root / "a", name="alpha")
         self.b = Site.init(self.root / "b", name="beta")
         quick = "connect_s = 5.0\nping_after_s = 1.0\ndead_after_s = 5.0\n"
-        self.a.paths.config.write_text(f"[network]\n{quick}")
+        self.a.paths.config.write_text(f"[network]\n{quick}[source]\n{source_settings}\n")
         self.b.paths.config.write_text(
             f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
             f'advertise = "{self.cable.address}"\n'

@@ -168,7 +168,7 @@ class Faults:
         self.witness.marked(label, int(seq), asked)
 
     def starve(self) -> None:
-        """Long enough without a target that the ring overflows."""
+        """Long enough without a target that the ring overflows, and the spill before it."""
         self.pair.served()  # another fault may just have been here
         self.pair.kill("target")
         rng = random.Random(self.rng.random())
@@ -239,7 +239,10 @@ def storm(make_pair: Callable[..., Pair], seed: int, faults: int, points: int) -
     rng = random.Random(seed)
     print(f"seed {seed}")
     pair = make_pair(
-        disks=DISKS, ring_bytes=rng.choice([40, 64]) * MIB, compression=rng.choice([0, 1])
+        disks=DISKS,
+        ring_bytes=rng.choice([40, 64]) * MIB,
+        compression=rng.choice([0, 1]),
+        source_settings=f"spill_bytes = {rng.choice([0, 64, 200]) * MIB}",
     )
     for image in pair.images.values():
         with image.open("r+b") as file:
@@ -280,9 +283,9 @@ def test_storms(make_pair: Callable[..., Pair], seed: int, turn: int) -> None:
 
 
 def test_overflow_makes_a_gap_that_ends(make_pair: Callable[..., Pair], seed: int) -> None:
-    """A ring that overflows costs recovery points, and no write."""
+    """A ring that overflows, where nothing is spilled, costs recovery points, and no write."""
     rng = random.Random(seed)
-    pair = make_pair(disks=DISKS, ring_bytes=40 * MIB).up()
+    pair = make_pair(disks=DISKS, ring_bytes=40 * MIB, source_settings="spill_bytes = 0").up()
     witness = Witness(list(DISKS), list(DISKS.values()))
     plan = Faults(pair, witness, rng)
     plan.mark()

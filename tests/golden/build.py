@@ -137,7 +137,8 @@ def ring() -> bytes:
         file_bytes=total, group_id=GROUP_ID, boot_id=BOOT_ID, epoch_id=EPOCH_ID, epoch=3, lane=1,
         descriptors=descs, slots=slots, chunks=chunks, chunk_bytes=4096, slots_at=slots_at,
         descs_at=descs_at, next_at=next_at, chunks_at=chunks_at, first_seq=99, head=101,
-        released=100, incarnation=2, producer_pid=4242, clean=0,
+        released=100, durable=90, spilled_ns=1_700_000_000_000_000_000, incarnation=2,
+        producer_pid=4242, clean=0,
     )  # fmt: skip
     slot = one(
         "RING_SLOT", state=layout.SLOT_GRANTED, kind=layout.KIND_WRITE, generation=1, disk=2,
@@ -163,7 +164,7 @@ def control() -> bytes:
     return one(
         "RING_CONTROL", magic=layout.CONTROL_MAGIC, version=layout.CONTROL_VERSION,
         role=layout.CONTROL_TARGET, target_id=TARGET_ID, pid=4243, durable=100, received=101,
-        read=101, waiting=1,
+        read=101, spilled=100, waiting=1,
     ).tobytes()  # fmt: skip
 
 

@@ -69,11 +69,11 @@ RING_HEADER = (
     "magic:Q version:I header_bytes:I file_bytes:Q group_id:16s boot_id:16s epoch_id:16s epoch:I"
     " lane:H reserved0:H descriptors:I slots:I chunks:I chunk_bytes:I slots_at:Q descs_at:Q"
     " next_at:Q chunks_at:Q first_seq:Q reserved1:372s checksum:I head:Q pad0:56s released:Q"
-    " pad1:56s incarnation:Q producer_pid:Q clean:Q pad2:40s pad3:3392s"
+    " durable:Q spilled_ns:Q pad1:40s incarnation:Q producer_pid:Q clean:Q pad2:40s pad3:3392s"
 )
 RING_CONTROL = (
-    "magic:Q version:I role:I target_id:16s pid:Q pad0:24s durable:Q received:Q read:Q pad1:40s"
-    " waiting:I pad2:60s pad3:3904s"
+    "magic:Q version:I role:I target_id:16s pid:Q pad0:24s durable:Q received:Q read:Q spilled:Q"
+    " pad1:32s waiting:I pad2:60s pad3:3904s"
 )
 MAP_GENERATION = "state:I inflight:I last_seq:Q opened_seq:Q reserved:Q"
 MAP_DISK = "bytes:Q bits:Q words:Q bitmaps_at:Q"

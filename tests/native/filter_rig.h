@@ -232,7 +232,7 @@ CHECK_UNUSED static void rig_apply(struct rig *rig, bool durable)
     }
     if (durable)
         rig->reported = head;
-    vrep_ring_reader_set(rig->reader, head, head, rig->reported);
+    vrep_ring_reader_set(rig->reader, head, head, rig->reported, 0);
 }
 
 /* Polls until the gap has ended and all is durable at the shadow. */

@@ -261,6 +261,49 @@ static void acknowledged_survives(void)
     }
 }
 
+/* What the source keeps on its own disk is let go of, and nothing else: bits stay until the target
+ * holds it, however often the filter is killed. */
+static void spilled_frees_the_ring_and_clears_no_bit(void)
+{
+    synced();
+    uint64_t durable = rig_status(&rig).durable,
+             most = vrep_ring_free_bytes(vrep_group_ring(rig.group));
+    for (int round = 0; round < 40; round++) { /* several times what the ring holds */
+        write_some(round * 40, 40);
+        rig_apply(&rig, false); /* the shadow stands for spill and target */
+        vrep_ring_reader_set(rig.reader, 0, 0, 0, rig.applied);
+        vrep_group_poll(rig.group);
+    }
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.gap, 0);
+    CHECK_EQ(status.released, status.head);
+    CHECK_EQ(vrep_ring_free_bytes(vrep_group_ring(rig.group)), most);
+    CHECK_EQ(status.durable, durable);
+    CHECK_EQ(status.acknowledged, durable);
+    CHECK(status.oldest_ns != 0);
+    CHECK(vrep_group_dirty_bytes(rig.group) >= 40 * 9000);
+    for (int kill = 0; kill < 2; kill++) {
+        rig_kill(&rig);
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).durable, durable);
+        CHECK_EQ(rig_status(&rig).acknowledged, durable);
+        CHECK_EQ(rig_status(&rig).oldest_ns, status.oldest_ns);
+        CHECK_EQ(rig_status(&rig).gap, 0);
+        CHECK(vrep_group_dirty_bytes(rig.group) >= 40 * 9000);
+    }
+    uint64_t head = rig_status(&rig).head;
+    rig.applied = durable;
+    rig_attach(&rig);
+    CHECK_EQ(rig_status(&rig).durable, durable);
+    vrep_ring_reader_set(rig.reader, head, head, head, 0);
+    vrep_group_poll(rig.group);
+    CHECK_EQ(rig_status(&rig).durable, head);
+    CHECK_EQ(rig_status(&rig).oldest_ns, 0);
+    quiet();
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 static void older_epoch_is_fenced(void)
 {
     synced();
@@ -401,6 +444,7 @@ int main(void)
     RUN(only_one_opens_a_group);
     RUN(ring_of_another_size_goes_on);
     RUN(acknowledged_survives);
+    RUN(spilled_frees_the_ring_and_clears_no_bit);
     RUN(older_epoch_is_fenced);
     RUN(another_epoch_of_the_same_number_begins_anew);
     RUN(newer_epoch_goes_on);

@@ -305,7 +305,7 @@ static void forged_values_are_refused(void)
 {
     struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
     struct vrep_ring_consumer consumer;
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 100, &consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 100, 100, &consumer));
     struct vrep_ring_control *control = consumer_side(&consumer);
     for (uint8_t i = 0; i < 5; i++)
         publish(ring, 4096, i);
@@ -328,7 +328,13 @@ static void forged_values_are_refused(void)
     control->received = 104;
     control->read = 0;
     CHECK_STATUS(vrep_ring_consumer_poll(ring, &consumer), VREP_E_INVALID);
+    control->read = 105;
+    control->spilled = 106;
+    CHECK_STATUS(vrep_ring_consumer_poll(ring, &consumer), VREP_E_INVALID);
+    control->spilled = 99;
+    CHECK_STATUS(vrep_ring_consumer_poll(ring, &consumer), VREP_E_INVALID);
     CHECK_EQ(consumer.durable, 103);
+    CHECK_EQ(consumer.spilled, 100);
     CHECK(ftruncate(consumer.control_fd, 0) != 0);
     CHECK(ftruncate(consumer.control_fd, 8192) != 0);
     munmap(control, 4096);
@@ -341,7 +347,7 @@ static void a_hostile_consumer_cannot_block_the_filter(void)
 {
     struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
     struct vrep_ring_consumer consumer;
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, &consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, 100, &consumer));
     struct vrep_ring_control *control = consumer_side(&consumer);
     CHECK_EQ(fcntl(consumer.peer_fd, F_SETFL, 0), 0); /* blocking, and never read */
     alarm(20);
@@ -365,7 +371,7 @@ static void a_reader_outlives_the_producer_without_spinning(void)
     struct vrep_ring_consumer consumer;
     struct vrep_ring_reader *reader;
     struct timespec before, after;
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, &consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_OBSERVER, NULL, 100, 100, &consumer));
     CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, consumer.peer_fd, consumer.space_fd,
                                    &reader));
     vrep_ring_consumer_close(&consumer);
@@ -384,7 +390,7 @@ static void a_waiting_consumer_is_signalled_once(void)
     struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
     struct vrep_ring_consumer consumer;
     struct vrep_ring_reader *reader;
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 100, &consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 100, 100, &consumer));
     CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, consumer.peer_fd, consumer.space_fd,
                                    &reader));
     struct vrep_ring_control *control = consumer_side(&consumer);
@@ -403,11 +409,11 @@ static void a_waiting_consumer_is_signalled_once(void)
     CHECK_OK(vrep_ring_reader_wait(reader, 100, 0));
     CHECK_STATUS(vrep_ring_reader_wait(reader, 101, 1), VREP_E_AGAIN);
     CHECK_EQ(control->waiting, 0);
-    vrep_ring_reader_set(reader, 101, 101, 101);
+    vrep_ring_reader_set(reader, 101, 101, 101, 0);
     CHECK_EQ(read(consumer.space_fd, &count, sizeof count), 8);
     CHECK_OK(vrep_ring_consumer_poll(ring, &consumer));
     CHECK_EQ(consumer.durable, 101);
-    vrep_ring_reader_set(reader, 100, 100, 100); /* never backwards */
+    vrep_ring_reader_set(reader, 100, 100, 100, 0); /* never backwards */
     CHECK(read(consumer.space_fd, &count, sizeof count) < 0);
     CHECK_OK(vrep_ring_consumer_poll(ring, &consumer));
     munmap(control, 4096);

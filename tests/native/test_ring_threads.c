@@ -41,9 +41,9 @@ static void *consume(void *argument)
                 for (size_t at = 0; at < iov[i].iov_len; at += 61)
                     CHECK_EQ(((uint8_t *)iov[i].iov_base)[at], (uint8_t)(seq + 1));
             if (seq % 16 == 0)
-                vrep_ring_reader_set(pair->reader, seq + 1, seq + 1, seq + 1);
+                vrep_ring_reader_set(pair->reader, seq + 1, seq + 1, seq + 1, 0);
         }
-        vrep_ring_reader_set(pair->reader, seq, seq, seq);
+        vrep_ring_reader_set(pair->reader, seq, seq, seq, 0);
     }
     return NULL;
 }
@@ -68,7 +68,7 @@ static void a_consumer_sees_every_record_whole(void)
     struct pair pair;
     pthread_t thread;
     CHECK_OK(vrep_ring_create(path, &config, &pair.ring));
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 0, &pair.consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 0, 0, &pair.consumer));
     CHECK_OK(vrep_ring_reader_within(pair.ring, &pair.consumer, &pair.reader));
     CHECK_EQ(pthread_create(&thread, NULL, consume, &pair), 0);
     for (uint64_t seq = 1; seq <= RECORDS; seq++) {

@@ -507,7 +507,7 @@ static void the_ring_is_sealed_in_place(void)
     CHECK(fd >= 0);
     close(fd);
     CHECK_OK(vrep_ring_create(path, &config, &ring));
-    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, target, 0, &consumer));
+    CHECK_OK(vrep_ring_consumer_create(VREP_CONTROL_TARGET, target, 0, 0, &consumer));
     CHECK_OK(vrep_ring_reader_open(path, consumer.control_fd, -1, -1, &reader));
     for (unsigned i = 0; i < 4; i++) {
         struct vrep_ring_slot *slot = vrep_ring_reserve(ring, i < 3 ? lengths[i] : 0);

@@ -26,6 +26,7 @@ vrep_group_size_bytes gauge group,disk
 vrep_target_connected gauge group,target
 vrep_target_rpo_seconds gauge group,target
 vrep_target_lag_bytes gauge group,target
+vrep_target_spill_bytes gauge group,target
 vrep_target_dirty_bytes gauge group,target
 vrep_target_unshipped_bytes gauge group,target
 vrep_target_seq gauge group,target
@@ -40,6 +41,7 @@ vrep_store_segments gauge group
 
 TARGET = {
     "site": "east", "connected": True, "rpo_ms": 250, "lag_bytes": 1, "dirty_bytes": 2,
+    "spill_bytes": 1,
     "unshipped_bytes": 3, "seq": 10, "durable_seq": 9, "round_trip_ms": 1.5, "bytes_sent": 4,
     "records_sent": 5,
 }  # fmt: skip

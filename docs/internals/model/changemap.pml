@@ -10,6 +10,7 @@
  *   NP      power losses of the source host (NP > 0 needs POWER)
  *   NF      failed or short backing writes and failed re-reads
  *   NM      merges of generations       NL   losses of spilled records
+ *   SPILL   how many records the source may keep past the ring
  *   POWER   write-intent, checkpoint, flush, sequence high-water mark
  *   DELTA   skip of equal blocks; the last write puts the initial bytes back
  *   NONET   nothing is ever received: the guest must still be served
@@ -23,7 +24,8 @@
  *
  * Sequence numbers are kept relative to the target's durable position: log[0]
  * is durable + 1.  h = head, r = received, last_seq 0 = covered.  After a power
- * loss the first s records exist at the target only.
+ * loss the first s records exist at the target only.  The first sp ones have
+ * left the ring and are kept by the source.
  *
  * Bytes: write i puts 2*i; a torn write i puts 2*i-1; 0 is the initial state.
  * Writes to one block are numbered in the order in which they held its range,
@@ -89,6 +91,12 @@ byte gst;             /* gap record: 1 begin stored, 2 begin committed, 3 end st
 byte lr[W];           /* kind << 5 | block << 4 | bytes */
 byte ls[W];           /* ghost: ack[] at publication; 255 inside a gap */
 byte h; byte r; byte s;
+#ifdef SPILL
+byte sp;
+#define GONE (s > sp -> s : sp)
+#else
+#define GONE s
+#endif
 byte jp;              /* 1 + place in log[] of a record that does not follow the one before */
 bit  up = 1; bit srv = 1;
 byte nw; byte kills; byte cuts; byte powers; byte fails; byte merges; byte losses;
@@ -121,7 +129,7 @@ hidden byte i; hidden byte j; hidden byte hd[2]; hidden byte hg; hidden byte f;
 #define HELD(b) (HOLDS(0, b) || HOLDS(1, b))
 #define BUSY (st[0] == SEQD || st[1] == SEQD || st[0] == HEAD || st[1] == HEAD || st[0] == MARK || st[1] == MARK || gst != 0)
 #define SL(e) (st[e] != FREE && kd[e] != KU && st[e] != HEAD && !(kd[e] == KC && st[e] == MARK))
-#define USED ((h - s) + SL(0) + SL(1) + rsv + (gst == 1 || gst == 3))
+#define USED ((h - GONE) + SL(0) + SL(1) + rsv + (gst == 1 || gst == 3))
 #define ROOM (RC - USED)
 #define COUNTS(e, g) (st[e] != FREE && st[e] != MARK && st[e] != LATE && kd[e] != KU && !(kd[e] == KC && st[e] == SLOT) && ge[e] == (g) UNCOUNTED(e))
 #ifdef LOOSEN_7d
@@ -180,6 +188,9 @@ inline pop() {        /* forget log[0] */
 	lr[W - 1] = 0; ls[W - 1] = 0;
 	h--;
 	if :: s > 0 -> s-- :: else fi;
+#ifdef SPILL
+	if :: sp > 0 -> sp-- :: else fi;
+#endif
 	if :: jp > 0 -> jp-- :: else fi;
 	if :: lastq[0] > 0 -> lastq[0]-- :: else fi;
 	if :: lastq[1] > 0 -> lastq[1]-- :: else fi;
@@ -190,6 +201,9 @@ inline truncate(n) {  /* forget log[n..] */
 	i = n;
 	do :: i < W -> lr[i] = 0; ls[i] = 0; i++ :: else -> break od;
 	h = n;
+#ifdef SPILL
+	if :: sp > n -> sp = n :: else fi;
+#endif
 	if :: lastq[0] > n -> lastq[0] = n :: else fi;
 	if :: lastq[1] > n -> lastq[1] = n :: else fi;
 	i = 0
@@ -241,7 +255,10 @@ inline invariants() {
 #ifdef CANARY_ack
 	assert(!(ack[1] == 2 * NW && ack[0] != 0 && !flag));
 #endif
-	assert(h <= W && r <= h && s <= r)
+	assert(h <= W && r <= h && s <= r);
+#ifdef SPILL
+	assert(sp <= h)
+#endif
 }
 
 #ifdef POWER
@@ -295,7 +312,7 @@ inline overflow() {
 	if
 	:: ROOM <= 0 ->
 		j = 0; i = 0;
-		do :: i < h -> if :: i >= s && (lr[i] >> 5) == RS -> j++ :: else fi; i++ :: else -> break od;
+		do :: i < h -> if :: i >= GONE && (lr[i] >> 5) == RS -> j++ :: else fi; i++ :: else -> break od;
 		if :: st[0] != FREE && kd[0] == KC && st[0] != HEAD -> j++ :: else fi;
 		if :: st[1] != FREE && kd[1] == KC && st[1] != HEAD -> j++ :: else fi;
 		assert(j <= RC / 2); i = 0; j = 0
@@ -513,7 +530,11 @@ inline received(b) {
 #ifdef LOOSEN_5c
 #define COVERED(g) (lastq[g] <= r)
 #else
+#ifdef LOOSEN_13a
+#define COVERED(g) (lastq[g] <= sp)
+#else
 #define COVERED(g) (lastq[g] == 0)
+#endif
 #endif
 #define CLEAR(g) \
 	:: d_step { up && gen[g] != 0 && SEALED(g) && NOFLIGHT(g) && COVERED(g) -> gen[g] = 0; lastq[g] = 0 }
@@ -687,8 +708,27 @@ init {
 		/* after a power loss the target may also cut what it holds above durable */
 		:: d_step { s > 0 -> r = 0; do :: s > 0 -> pop() :: else -> break od; skip }
 #endif
+#ifdef SPILL
+		/* the oldest record of the ring is safe on the source's disk: its slot is free */
+		:: d_step { up && GONE < h && GONE < SPILL -> sp = GONE + 1;
+#ifdef CANARY_spill
+			assert(sp < 2 || NW - nw < RC);
+#endif
+			skip }
+#endif
 #if NL > 0
-		/* a hole: the source has lost all it had not shipped */
+		/* a hole: the source has lost all it had not shipped, or all but the beginning of what
+		 * it had spilled */
+#ifdef SPILL
+		:: d_step { up && !BUSY && losses > 0 && sp > r + 1 -> losses--;
+			truncate(r + 1);
+			unsh = unsh | gen[0] | gen[1];
+			if :: gen[0] | gen[1] -> touched(0); touched(1) :: else fi;
+#ifndef LOOSEN_13c
+			flag = 1; begun = 0; rsv = 1;
+#endif
+			jp = r + 2 }
+#endif
 		:: d_step { up && !BUSY && losses > 0 && h > r -> losses--;
 			truncate(r);
 #ifndef LOOSEN_12a
@@ -707,6 +747,10 @@ init {
 			RESTART(0); RESTART(1);
 			if :: gst == 2 -> begun = 1 :: gst == 4 -> ENDJUDGED :: else fi;
 			gst = 0;
+#ifdef LOOSEN_13b
+			/* what was released counts as durable */
+			if :: lastq[1 - op] <= sp -> gen[1 - op] = 0; lastq[1 - op] = 0 :: else fi;
+#endif
 			rsv = (flag && begun -> 0 : 1);
 #ifdef DELTA
 			hv[0] = 0; hv[1] = 0;
@@ -760,7 +804,12 @@ init {
 				over = 0;
 #endif
 				reset_filter();
+#ifdef SPILL
+				if :: sp > r -> truncate(sp); s = 0 :: else -> truncate(r); s = r fi;
+				jp = h + 1;
+#else
 				truncate(r); s = r; jp = r + 1;
+#endif
 				up = 1; srv = 1; flrun = 0; ckrun = 0; ckb = 0; credit = 2; rsv = 1;
 				unsh = SURVIVED;
 				begun = 0;

@@ -10,23 +10,30 @@
 #include "filter/fault.h"
 #include "filter/internal.h"
 
+/* Only what is durable clears bits (invariant 2). */
 static void take_durable(struct vrep_group *group, uint64_t durable)
 {
     if (durable <= group->durable)
         return;
     group->durable = durable;
     group->state.durable_seq = durable;
+    vrep_ring_set_durable(group->ring, durable);
     vrep_map_clear(group->map, durable);
     vrep_fault("consumer.after_clear");
-    if (durable > vrep_ring_released(group->ring)) {
-        vrep_ring_release(group->ring, durable);
-        group->freed = group->freed || group->wanted;
-    }
+}
+
+static void release(struct vrep_group *group, uint64_t safe)
+{
+    if (safe <= vrep_ring_released(group->ring))
+        return;
+    vrep_ring_release(group->ring, safe);
+    vrep_fault("consumer.after_release");
+    group->freed = group->freed || group->wanted;
 }
 
 void vrep_consumers_poll(struct vrep_group *group)
 {
-    uint64_t durable = UINT64_MAX;
+    uint64_t durable = UINT64_MAX, safe = UINT64_MAX;
     for (uint32_t i = 0; i < group->consumers_count; i++) {
         struct vrep_ring_consumer *consumer = &group->consumers[i];
         if (vrep_ring_consumer_poll(group->ring, consumer) != VREP_OK) {
@@ -39,11 +46,17 @@ void vrep_consumers_poll(struct vrep_group *group)
             continue;
         group->received = consumer->received;
         group->read = consumer->read;
+        uint64_t kept =
+            consumer->spilled > consumer->durable ? consumer->spilled : consumer->durable;
         if (consumer->durable < durable)
             durable = consumer->durable;
+        if (kept < safe)
+            safe = kept;
     }
-    if (durable != UINT64_MAX)
+    if (durable != UINT64_MAX) {
         take_durable(group, durable);
+        release(group, safe);
+    }
 }
 
 void vrep_consumers_notify(struct vrep_group *group)
@@ -97,13 +110,14 @@ const struct vrep_ring_desc *vrep_group_desc(const struct vrep_group *group, uin
                : NULL;
 }
 
-/* A target that is behind what was released can go on only where its seq may jump. */
+/* A target that is behind what was acknowledged can go on only where its seq may jump.  What was
+ * released above that lies in the source's spill. */
 static int check_position(const struct vrep_group *group, uint64_t durable)
 {
     uint64_t released = vrep_ring_released(group->ring);
     if (durable > vrep_ring_head(group->ring))
         return VREP_E_INVALID;
-    if (durable >= released)
+    if (durable >= group->durable)
         return VREP_OK;
     const struct vrep_ring_desc *first = vrep_group_desc(group, released + 1);
     bool jump = first != NULL && first->kind == VREP_KIND_GAP_BEGIN &&
@@ -132,8 +146,10 @@ int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const ui
     if (group->consumers_count == CONSUMERS)
         return VREP_E_FULL;
     struct vrep_ring_consumer *consumer = &group->consumers[group->consumers_count];
-    int status = vrep_ring_consumer_create(role, target_id, durable > released ? durable : released,
-                                           consumer);
+    /* An observer follows the ring; a target goes on from what is durable. */
+    uint64_t held = role == VREP_CONTROL_TARGET ? group->durable : released;
+    int status = vrep_ring_consumer_create(role, target_id, durable > held ? durable : held,
+                                           durable > released ? durable : released, consumer);
     if (status != VREP_OK)
         return status;
     struct epoll_event event = {.events = EPOLLIN | EPOLLET};

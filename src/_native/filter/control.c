@@ -80,6 +80,7 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
         vrep_gap_enter(group);
         group->dirtied++;
         group->state.durable_seq = 0;
+        vrep_ring_forget_durable(group->ring);
         vrep_maintain_checkpoint(group);
     }
     if (all || (allowed && !group->resync_allowed))
@@ -100,9 +101,12 @@ int vrep_group_lose_ring(struct vrep_group *group)
 static uint64_t oldest_ns(const struct vrep_group *group)
 {
     uint64_t oldest = vrep_map_gap(group->map) ? group->gap_wall_ns : 0;
+    uint64_t spilled = vrep_ring_spilled_ns(group->ring);
     const struct vrep_ring_desc *first = vrep_group_desc(group, group->durable + 1);
     if (first != NULL && (oldest == 0 || first->wall_ns < oldest))
         oldest = first->wall_ns;
+    if (spilled != 0 && (oldest == 0 || spilled < oldest))
+        oldest = spilled;
     return oldest;
 }
 

@@ -440,16 +440,14 @@ static bool begun_anew(struct vrep_group *group)
            header->gap_open == 0;
 }
 
-/* What the last process saw acknowledged may be more than its state file says: the ring was
- * released up to there, unless it begins anew, which no target had a part in. */
+/* What the last process saw acknowledged may be more than its state file says: the ring knows,
+ * unless it began anew, which no target had a part in. */
 static void settle_acknowledged(struct vrep_group *group)
 {
-    uint64_t released = vrep_ring_released(group->ring);
-    const struct vrep_ring_desc *first = vrep_group_desc(group, released + 1);
-    bool anew = first != NULL && first->kind == VREP_KIND_GAP_BEGIN &&
-                (first->flags & VREP_RECORD_JUMP) != 0;
-    if (!anew && released > group->state.durable_seq)
-        group->state.durable_seq = released;
+    uint64_t durable = vrep_ring_durable(group->ring);
+    bool anew = durable == vrep_ring_header(group->ring)->first_seq;
+    if (!anew && durable > group->state.durable_seq)
+        group->state.durable_seq = durable;
 }
 
 /* ---- all of it --------------------------------------------------------------------------- */
@@ -528,7 +526,7 @@ int vrep_recover(struct vrep_group *group)
         vrep_map_set_gap(group->map);
     if (found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED)
         group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */
-    group->durable = vrep_ring_released(group->ring);
+    group->durable = vrep_ring_durable(group->ring);
     /* Before the state says open, what a power loss would need is on disk. */
     if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole || found.bypassed)
         status = vrep_checkpoint_write(group->checkpoint, vrep_ring_head(group->ring), false);

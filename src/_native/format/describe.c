@@ -71,6 +71,7 @@ FIELDS(vrep_ring_header, FIELD(vrep_ring_header, magic), FIELD(vrep_ring_header,
        FIELD(vrep_ring_header, first_seq), FIELD(vrep_ring_header, reserved1),
        FIELD(vrep_ring_header, checksum), FIELD(vrep_ring_header, head),
        FIELD(vrep_ring_header, pad0), FIELD(vrep_ring_header, released),
+       FIELD(vrep_ring_header, durable), FIELD(vrep_ring_header, spilled_ns),
        FIELD(vrep_ring_header, pad1), FIELD(vrep_ring_header, incarnation),
        FIELD(vrep_ring_header, producer_pid), FIELD(vrep_ring_header, clean),
        FIELD(vrep_ring_header, pad2), FIELD(vrep_ring_header, pad3));
@@ -78,9 +79,9 @@ FIELDS(vrep_ring_control, FIELD(vrep_ring_control, magic), FIELD(vrep_ring_contr
        FIELD(vrep_ring_control, role), FIELD(vrep_ring_control, target_id),
        FIELD(vrep_ring_control, pid), FIELD(vrep_ring_control, pad0),
        FIELD(vrep_ring_control, durable), FIELD(vrep_ring_control, received),
-       FIELD(vrep_ring_control, read), FIELD(vrep_ring_control, pad1),
-       FIELD(vrep_ring_control, waiting), FIELD(vrep_ring_control, pad2),
-       FIELD(vrep_ring_control, pad3));
+       FIELD(vrep_ring_control, read), FIELD(vrep_ring_control, spilled),
+       FIELD(vrep_ring_control, pad1), FIELD(vrep_ring_control, waiting),
+       FIELD(vrep_ring_control, pad2), FIELD(vrep_ring_control, pad3));
 FIELDS(vrep_map_generation, FIELD(vrep_map_generation, state), FIELD(vrep_map_generation, inflight),
        FIELD(vrep_map_generation, last_seq), FIELD(vrep_map_generation, opened_seq),
        FIELD(vrep_map_generation, reserved));

@@ -260,8 +260,12 @@ struct vrep_ring_header {
     /* what changes; each on its own cache line */
     uint64_t head; /* at 512: last published seq */
     uint8_t pad0[56];
-    uint64_t released; /* at 576: descriptors <= released, and their chunks, are free */
-    uint8_t pad1[56];
+    uint64_t released;   /* at 576: descriptors <= released, and their chunks, are free */
+    uint64_t durable;    /* every target holds everything <= durable; <= released, but for a ring
+                            that began above it */
+    uint64_t spilled_ns; /* CLOCK_REALTIME of the oldest record that was released and is not
+                            durable; 0: none */
+    uint8_t pad1[40];
     uint64_t incarnation; /* at 640: starts of a producer */
     uint64_t producer_pid;
     uint64_t clean; /* 1: the last producer detached cleanly */
@@ -289,8 +293,9 @@ struct vrep_ring_control {
     uint8_t pad0[24];
     uint64_t durable; /* at 64: a target holds everything <= durable */
     uint64_t received;
-    uint64_t read; /* sealed and sent */
-    uint8_t pad1[40];
+    uint64_t read;    /* sealed and sent */
+    uint64_t spilled; /* everything <= spilled is durable, or safe on the source's own disk */
+    uint8_t pad1[32];
     uint32_t waiting; /* at 128: not 0 = wants one eventfd signal when head moves; a new value each
                          time */
     uint8_t pad2[60];

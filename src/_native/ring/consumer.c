@@ -28,7 +28,7 @@ static int make_control(const struct vrep_ring_control *initial, int *out)
 }
 
 int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64_t durable,
-                              struct vrep_ring_consumer *out)
+                              uint64_t spilled, struct vrep_ring_consumer *out)
 {
     if (role != VREP_CONTROL_OBSERVER && role != VREP_CONTROL_TARGET)
         return VREP_E_INVALID;
@@ -39,6 +39,7 @@ int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64
         .durable = durable,
         .received = durable,
         .read = durable,
+        .spilled = spilled,
     };
     if (target_id != NULL)
         memcpy(initial.target_id, target_id, sizeof initial.target_id);
@@ -49,6 +50,7 @@ int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64
                                        .durable = durable,
                                        .received = durable,
                                        .read = durable,
+                                       .spilled = spilled,
                                        .role = role};
     int status = make_control(&initial, &out->control_fd);
     if (status != VREP_OK)
@@ -92,13 +94,16 @@ int vrep_ring_consumer_poll(const struct vrep_ring *ring, struct vrep_ring_consu
     uint64_t durable = vrep_load_acquire_u64(&consumer->control->durable);
     uint64_t received = vrep_load_acquire_u64(&consumer->control->received);
     uint64_t read = vrep_load_acquire_u64(&consumer->control->read);
+    uint64_t spilled = vrep_load_acquire_u64(&consumer->control->spilled);
     uint64_t head = vrep_ring_head(ring);
     if (!believable(durable, consumer->durable, head) ||
-        !believable(received, consumer->received, head) || !believable(read, consumer->read, head))
+        !believable(received, consumer->received, head) ||
+        !believable(read, consumer->read, head) || !believable(spilled, consumer->spilled, head))
         return VREP_E_INVALID;
     consumer->durable = durable;
     consumer->received = received;
     consumer->read = read;
+    consumer->spilled = spilled;
     return VREP_OK;
 }
 

@@ -272,13 +272,14 @@ static bool raise(uint64_t *at, uint64_t value)
 }
 
 void vrep_ring_reader_set(struct vrep_ring_reader *reader, uint64_t read, uint64_t received,
-                          uint64_t durable)
+                          uint64_t durable, uint64_t spilled)
 {
     if (reader->control == NULL)
         return;
     bool moved = raise(&reader->control->read, read);
     moved = raise(&reader->control->received, received) || moved;
     moved = raise(&reader->control->durable, durable) || moved;
+    moved = raise(&reader->control->spilled, spilled) || moved;
     uint64_t one = 1;
     if (!moved || reader->space_fd < 0)
         return;

@@ -75,6 +75,7 @@ static int lay_out(const struct vrep_ring_config *config, struct vrep_ring_heade
         .first_seq = config->first_seq,
         .head = config->first_seq,
         .released = config->first_seq,
+        .durable = config->first_seq,
         .incarnation = 1,
         .producer_pid = (uint64_t)getpid(),
     };
@@ -205,10 +206,10 @@ int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_r
     struct vrep_ring_header *header = ring->region.header;
     if (status == VREP_OK && memcmp(header->group_id, group_id, sizeof header->group_id) != 0)
         status = VREP_E_INVALID;
-    if (status == VREP_OK &&
-        (header->descriptors > DESCS_MAX || header->chunks > CHUNKS_MAX ||
-         header->slots > SLOTS_MAX || header->released < header->first_seq ||
-         header->released > header->head || header->head - header->released > header->descriptors))
+    if (status == VREP_OK && (header->descriptors > DESCS_MAX || header->chunks > CHUNKS_MAX ||
+                              header->slots > SLOTS_MAX || header->released < header->first_seq ||
+                              header->released > header->head || header->durable > header->head ||
+                              header->head - header->released > header->descriptors))
         status = VREP_E_CORRUPT;
     if (status == VREP_OK)
         status = make_private(ring);
@@ -443,10 +444,16 @@ void vrep_ring_commit(struct vrep_ring *ring, struct vrep_ring_slot *slot)
 int vrep_ring_release(struct vrep_ring *ring, uint64_t upto)
 {
     uint32_t mask = ring->region.descs_count - 1;
+    struct vrep_ring_header *header = ring->region.header;
     if (upto < ring->released || upto > ring->head)
         return VREP_E_INVALID;
     if (upto == ring->released)
         return VREP_OK;
+    if (upto > header->durable && header->spilled_ns == 0) {
+        uint64_t oldest = header->durable > ring->released ? header->durable : ring->released;
+        vrep_store_relaxed_u64(&header->spilled_ns,
+                               ring->region.descs[(oldest + 1) & mask].wall_ns);
+    }
     for (uint64_t seq = ring->released + 1; seq <= upto; seq++) {
         struct vrep_ring_desc desc;
         vrep_ring_desc_load(&ring->region.descs[seq & mask], &desc);
@@ -459,6 +466,31 @@ int vrep_ring_release(struct vrep_ring *ring, uint64_t upto)
      * them. */
     vrep_fence_release();
     return VREP_OK;
+}
+
+void vrep_ring_set_durable(struct vrep_ring *ring, uint64_t durable)
+{
+    struct vrep_ring_header *header = ring->region.header;
+    if (durable <= header->durable || durable > ring->head)
+        return;
+    vrep_store_release_u64(&header->durable, durable);
+    if (durable >= ring->released)
+        vrep_store_relaxed_u64(&header->spilled_ns, 0);
+}
+
+uint64_t vrep_ring_durable(const struct vrep_ring *ring)
+{
+    return ring->region.header->durable;
+}
+
+void vrep_ring_forget_durable(struct vrep_ring *ring)
+{
+    vrep_store_release_u64(&ring->region.header->durable, 0);
+}
+
+uint64_t vrep_ring_spilled_ns(const struct vrep_ring *ring)
+{
+    return ring->region.header->spilled_ns;
 }
 
 uint32_t vrep_ring_slots(const struct vrep_ring *ring)

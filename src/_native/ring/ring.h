@@ -92,8 +92,17 @@ uint64_t vrep_ring_stage(struct vrep_ring *ring, struct vrep_ring_slot *slot, ui
 void vrep_ring_commit(struct vrep_ring *ring, struct vrep_ring_slot *slot);
 
 /* Frees descriptors and chunks up to `upto` (checked: released <= upto <= head; returns INVALID
- * otherwise). */
+ * otherwise).  What is above durable is kept elsewhere from now on (a spill), or is unshipped. */
 int vrep_ring_release(struct vrep_ring *ring, uint64_t upto);
+/* What every target holds: outlives the process, as `released` does.  A new ring's is first_seq.
+ * Never goes back; never above head. */
+void vrep_ring_set_durable(struct vrep_ring *ring, uint64_t durable);
+uint64_t vrep_ring_durable(const struct vrep_ring *ring);
+/* The target lost what it had acknowledged: nothing is durable. */
+void vrep_ring_forget_durable(struct vrep_ring *ring);
+/* CLOCK_REALTIME of the oldest record that was released but is not durable; 0: none.  Exact when it
+ * was released; while a spill is being shipped the record is younger than this says. */
+uint64_t vrep_ring_spilled_ns(const struct vrep_ring *ring);
 
 /* The in-flight table, for a restart and for inspection. */
 uint32_t vrep_ring_slots(const struct vrep_ring *ring);
@@ -115,15 +124,15 @@ uint32_t vrep_ring_judge(struct vrep_ring *ring);
 struct vrep_ring_consumer {
     const struct vrep_ring_control *control;
     int control_fd, data_fd, peer_fd, space_fd; /* peer_fd: the consumer's end of data_fd */
-    uint64_t durable, received, read;           /* last accepted values */
+    uint64_t durable, received, read, spilled;  /* last accepted values */
     uint32_t role;
     uint32_t signalled; /* the `waiting` ticket that was answered last */
 };
 int vrep_ring_consumer_create(uint32_t role, const uint8_t target_id[16], uint64_t durable,
-                              struct vrep_ring_consumer *out);
+                              uint64_t spilled, struct vrep_ring_consumer *out);
 void vrep_ring_consumer_close(struct vrep_ring_consumer *consumer);
 /* Copies each value once, accepts them when all are monotonic and <= head; INVALID names a consumer
- * that lied (its old values stay, all three). */
+ * that lied (its old values stay, all of them). */
 int vrep_ring_consumer_poll(const struct vrep_ring *ring, struct vrep_ring_consumer *consumer);
 /* After a batch of commits: signals the consumer if it waits, once for each time that it began to.
  */
@@ -164,8 +173,9 @@ int vrep_ring_reader_iov(const struct vrep_ring_reader *reader, const struct vre
  */
 bool vrep_ring_reader_still(const struct vrep_ring_reader *reader, uint64_t seq);
 /* Tells the filter how far this consumer is, and wakes it; values that are not larger than before
- * are kept. */
+ * are kept.  `spilled` lets the filter reuse memory of what is not durable: nothing of this process
+ * may still read it. */
 void vrep_ring_reader_set(struct vrep_ring_reader *reader, uint64_t read, uint64_t received,
-                          uint64_t durable);
+                          uint64_t durable, uint64_t spilled);
 
 #endif

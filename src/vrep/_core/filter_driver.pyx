@@ -56,7 +56,7 @@ cdef extern from "ring/ring.h" nogil:
     int vrep_ring_reader_iov(const vrep_ring_reader *reader, const vrep_ring_desc *desc,
                              iovec *iov, int most, int *n)
     void vrep_ring_reader_set(vrep_ring_reader *reader, uint64_t read, uint64_t received,
-                              uint64_t durable)
+                              uint64_t durable, uint64_t spilled)
 
 OPS = {"read": VREP_OP_READ, "write": VREP_OP_WRITE, "flush": VREP_OP_FLUSH,
        "discard": VREP_OP_DISCARD, "zero": VREP_OP_ZERO}
@@ -255,4 +255,4 @@ cdef class Follower:
     def report(self, uint64_t durable, uint64_t received=0):
         """Tell the filter what the target has."""
         received = max(received, durable)
-        vrep_ring_reader_set(self.reader, received, received, durable)
+        vrep_ring_reader_set(self.reader, received, received, durable, 0)

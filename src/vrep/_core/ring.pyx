@@ -93,6 +93,7 @@ cdef extern from "ring/ring.h" nogil:
     vrep_ring_slot *vrep_ring_slot_at(vrep_ring *ring, uint32_t index)
     uint32_t vrep_ring_judge(vrep_ring *ring)
     int vrep_ring_consumer_create(uint32_t role, const uint8_t *target_id, uint64_t durable,
+                                  uint64_t spilled,
                                   vrep_ring_consumer *out)
     void vrep_ring_consumer_close(vrep_ring_consumer *consumer)
     int vrep_ring_consumer_poll(const vrep_ring *ring, vrep_ring_consumer *consumer)
@@ -111,7 +112,7 @@ cdef extern from "ring/ring.h" nogil:
                              iovec *iov, int max, int *n)
     bint vrep_ring_reader_still(const vrep_ring_reader *reader, uint64_t seq)
     void vrep_ring_reader_set(vrep_ring_reader *reader, uint64_t read, uint64_t received,
-                              uint64_t durable)
+                              uint64_t durable, uint64_t spilled)
 
 OBSERVER = VREP_CONTROL_OBSERVER
 TARGET = VREP_CONTROL_TARGET
@@ -319,9 +320,14 @@ cdef class RingReader(Mapped):
         """True while nothing of the record was overwritten: for observers, after copying."""
         return vrep_ring_reader_still(self.get(), seq)
 
-    def set(self, *, uint64_t read=0, uint64_t received=0, uint64_t durable=0):
-        """Tell the filter how far this consumer is. Smaller values than before are kept out."""
-        vrep_ring_reader_set(self.get(), read, received, durable)
+    def set(self, *, uint64_t read=0, uint64_t received=0, uint64_t durable=0,
+            uint64_t spilled=0):
+        """Tell the filter how far this consumer is. Smaller values than before are kept out.
+
+        After ``durable`` or ``spilled`` the filter may reuse the memory of these records: no
+        thread may still read them.
+        """
+        vrep_ring_reader_set(self.get(), read, received, durable, spilled)
 
 
 cdef class RingConsumer:
@@ -581,6 +587,6 @@ cdef class RingProducer(Mapped):
         cdef uint8_t target[16]
         cdef uint64_t start = self.released if durable is None else durable
         copy_id("target_id", target_id, target)
-        check(vrep_ring_consumer_create(role, target, start, &consumer.consumer))
+        check(vrep_ring_consumer_create(role, target, start, start, &consumer.consumer))
         consumer.producer = self
         return consumer

@@ -33,6 +33,8 @@ cdef extern from "seal/seal.h":
         uint32_t length
         uint64_t wall_ns
         uint64_t mono_ns
+    int VREP_E_RANGE
+    int VREP_E_FULL
     struct vrep_stream:
         pass
     struct vrep_mark:
@@ -71,7 +73,7 @@ cdef extern from "seal/seal.h":
         pass
     struct vrep_tally_check:
         pass
-    bint vrep_record_is_sealed(uint8_t kind)
+    bint vrep_record_is_sealed(uint8_t kind) nogil
     int vrep_stream_key(const uint8_t *data_key, const uint8_t *stream_id, uint8_t *out)
     int vrep_sealer_new(const vrep_sealer_options *options, vrep_sealer **out)
     void vrep_sealer_free(vrep_sealer *sealer)
@@ -528,6 +530,61 @@ cdef class Opener:
     def record(self, record, out):
         """Open the data of a whole record into ``out``; return the bytes written."""
         return self.run(record, out, False)
+
+    def records(self, buffer, found, out):
+        """Open whole records, one after another, into ``out``; return ``(written, done)``.
+
+        ``found`` are those of ``buffer`` to open, as ``record.scan`` finds them. The data of
+        those that have some lie back to back, as ``Sealer.seal`` takes them. Stops before a
+        record that does not fit; FullError when that is the first.
+        """
+        cdef Py_buffer view, room
+        cdef size_t at, size, got, written = 0
+        cdef Py_ssize_t done = 0, n
+        cdef int status = 0
+        cdef const uint8_t *bytes_at
+        cdef const uint64_t[::1] positions
+        cdef const uint8_t[::1] kinds
+        cdef const uint32_t[::1] lengths
+        headers = found["header"]
+        positions = np.ascontiguousarray(found["position"], np.uint64)
+        kinds = np.ascontiguousarray(headers["kind"], np.uint8)
+        lengths = np.ascontiguousarray(headers["length"], np.uint32)
+        n = len(found)
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(out, &room, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            try:
+                self.enter()
+                try:
+                    with nogil:
+                        bytes_at = <const uint8_t *>view.buf
+                        size = <size_t>view.len
+                        while done < n:
+                            if vrep_record_is_sealed(kinds[done]):
+                                at = <size_t>positions[done]
+                                if at > size:
+                                    status = VREP_E_RANGE
+                                elif lengths[done] > <size_t>room.len - written:
+                                    status = VREP_E_FULL
+                                else:
+                                    status = vrep_opener_record(
+                                        self.opener, bytes_at + at, size - at,
+                                        <uint8_t *>room.buf + written,
+                                        <size_t>room.len - written, &got)
+                                if status != 0:
+                                    break
+                                written += got
+                            done += 1
+                finally:
+                    self.busy = False
+            finally:
+                PyBuffer_Release(&room)
+        finally:
+            PyBuffer_Release(&view)
+        if status != 0 and (done == 0 or status != VREP_E_FULL):
+            check(status)
+        return written, done
 
     def hashes(self, record, out):
         """Open the hash piece of a whole record into ``out``, 16 bytes per block."""

@@ -69,7 +69,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
     if role == "source":
         from vrep.source.daemon import Source
 
-        return Source(paths, timeouts=timeouts(config))
+        return Source(paths, config.source, timeouts=timeouts(config))
     if role == "target":
         from vrep.target.daemon import Target
 

@@ -50,7 +50,8 @@ METRICS: Final = (
     Definition(
         "vrep_target_rpo_seconds", "gauge", _TARGET, "age of the oldest write not durable there"
     ),
-    Definition("vrep_target_lag_bytes", "gauge", _TARGET, "recorded and not yet released"),
+    Definition("vrep_target_lag_bytes", "gauge", _TARGET, "recorded and not durable there"),
+    Definition("vrep_target_spill_bytes", "gauge", _TARGET, "of that, on the source's disk"),
     Definition("vrep_target_dirty_bytes", "gauge", _TARGET, "blocks it may not hold durably"),
     Definition("vrep_target_unshipped_bytes", "gauge", _TARGET, "blocks that a sync must copy"),
     Definition("vrep_target_seq", "gauge", _TARGET, "newest record of the group"),
@@ -93,6 +94,7 @@ def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
         yield "vrep_target_connected", labels, float(target["connected"])
         yield "vrep_target_rpo_seconds", labels, target["rpo_ms"] / 1000
         yield "vrep_target_lag_bytes", labels, float(target["lag_bytes"])
+        yield "vrep_target_spill_bytes", labels, float(target["spill_bytes"])
         yield "vrep_target_dirty_bytes", labels, float(target["dirty_bytes"])
         yield "vrep_target_unshipped_bytes", labels, float(target["unshipped_bytes"])
         yield "vrep_target_seq", labels, float(target["seq"])

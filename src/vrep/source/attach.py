@@ -59,11 +59,11 @@ class RingHold:
         """Everything becomes unshipped: nothing that the target holds counts any more."""
         self._control.call("resync", group=self.group, allowed=False, bytes_per_s=0, all=True)
 
-    def begins_with_jump(self) -> bool:
-        """Whether the oldest record is a gap-begin that may follow any position: the ring is
-        new after a power loss, or was lost before."""
+    def jumps(self, after: int) -> bool:
+        """Whether the record of the ring that follows `after` is a gap-begin that may follow any
+        position: the ring is new after a power loss, or was lost before."""
         try:
-            first = self.reader.descriptors(self.reader.released + 1, self.reader.released + 1)[0]
+            first = self.reader.descriptors(after + 1, after + 1)[0]
         except RangeError:
             return False
         jump = int(first["flags"]) & layout.RECORD_JUMP

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -15,7 +16,10 @@ from vrep.groups import GroupDirectory
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
+from vrep.settings import SourceConfig
 from vrep.source.session import GroupSession
+from vrep.source.spill import Spill
+from vrep.source.spiller import Spiller
 from vrep.wire.peers import PeerRegistry
 from vrep.wire.transport import Timeouts
 
@@ -27,8 +31,15 @@ log = structlog.get_logger("vrep.source")
 class Source:
     """Runs the sessions of a site; groups that come and go are noticed."""
 
-    def __init__(self, paths: SitePaths, *, timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self,
+        paths: SitePaths,
+        config: SourceConfig | None = None,
+        *,
+        timeouts: Timeouts | None = None,
+    ) -> None:
         self._paths = paths
+        self._config = config or SourceConfig()
         self._groups = GroupDirectory(paths.root)
         self._identity = SiteIdentity.load(paths.root)
         self._peers = PeerRegistry(paths.root)
@@ -95,9 +106,29 @@ class Source:
             self._keys,
             ControlClient(self._paths.socket("filter")),
             timeouts=self._timeouts,
+            spiller=self._spiller(name),
         )
         session.start()
         return session
+
+    def _spiller(self, name: str) -> Spiller | None:
+        config = self._config
+        if not config.spill_bytes:
+            return None
+        base = Path(config.spill_dir) / self._paths.tag if config.spill_dir else None
+        directory = base / name if base else self._groups.path(name) / "spill"
+        try:
+            group_id = bytes.fromhex(self._groups.load(name).group_id)
+            spill = Spill(
+                directory,
+                group_id,
+                quota_bytes=config.spill_bytes,
+                reserve_bytes=config.spill_reserve_bytes,
+            )
+        except (VrepError, OSError) as error:
+            log.error("nothing can be spilled", group=name, error=str(error))
+            return None
+        return Spiller(name, spill)
 
     # ---- control -----------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 It holds the ring, connects to the target, agrees on the position to resume at, opens a new
 stream and lets a `Shipper` run, while this thread takes acknowledgements. Whatever goes wrong
-ends the attempt and begins the next after a backoff; nothing of it reaches the guest.
+ends the attempt and begins the next after a backoff; nothing of it reaches the guest. Beside it
+a `Spiller` keeps the ring from filling up, as long as the group's hold on the ring stands.
 """
 
 from __future__ import annotations
@@ -23,13 +24,23 @@ import structlog
 from vrep._core import layout
 from vrep._core.seal import Sealer
 from vrep.control import ControlClient
-from vrep.errors import AgainError, FencedError, PeerError, StateError, VrepError
+from vrep.errors import (
+    AgainError,
+    FencedError,
+    NotFoundError,
+    PeerError,
+    StateError,
+    VrepError,
+)
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
 from vrep.keys.datakey import DataKey, unwrap_data_key
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
+from vrep.source.feed import Feed
 from vrep.source.ship import Shipper
+from vrep.source.spill import SpillKeys
+from vrep.source.spiller import Spiller, Work
 from vrep.wire import messages as m
 from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
@@ -75,6 +86,8 @@ class SessionView:
     conditions: list[str] = field(default_factory=list)
     round_trip_s: float | None = None
     attempts: int = 0
+    spill: dict[str, Any] = field(default_factory=dict)
+    """empty without one; see `GroupSession._show_spill`"""
 
     def show_points(self, points: m.MaybePoints) -> None:
         """What the target can recover; nothing when it does not say."""
@@ -85,6 +98,31 @@ class SessionView:
 def _point(point: m.Point) -> dict[str, Any]:
     at = point.position
     return {"point": f"pos:{at.epoch}/{at.lane}/{at.seq}", "wall_ns": point.time_ns}
+
+
+class Progress:
+    """How fast a backlog shrinks, as a mean over some seconds."""
+
+    MEAN_S: Final = 10.0
+
+    def __init__(self) -> None:
+        self._at_s = 0.0
+        self._bytes = 0
+        self._rate: float | None = None
+
+    def left_s(self, now_s: float, backlog_bytes: int) -> float | None:
+        """Seconds until it is empty; None when it does not shrink, or is just being looked at."""
+        passed_s = now_s - self._at_s
+        if self._at_s and 0 < passed_s < self.MEAN_S:
+            rate = (self._bytes - backlog_bytes) / passed_s
+            share = min(1.0, passed_s / self.MEAN_S) if self._rate is not None else 1.0
+            self._rate = rate * share + (self._rate or 0.0) * (1 - share)
+        else:
+            self._rate = None
+        self._at_s, self._bytes = now_s, backlog_bytes
+        if not backlog_bytes:
+            return 0.0
+        return round(backlog_bytes / self._rate, 1) if self._rate and self._rate > 0 else None
 
 
 class GroupSession:
@@ -102,6 +140,7 @@ class GroupSession:
         timeouts: Timeouts | None = None,
         clock: Clock | None = None,
         connect_peer: Connect = connect,
+        spiller: Spiller | None = None,
     ) -> None:
         self.name = name
         self.view = SessionView()
@@ -115,7 +154,10 @@ class GroupSession:
         self._connect = connect_peer
         self._stopping = threading.Event()
         self._nudge = threading.Event()
+        self._spiller = spiller
         self._hold: RingHold | None = None
+        self._feed: Feed | None = None
+        self._catching_up = Progress()
         self._transport: FrameTransport | None = None
         self._replicated = False
         self._bytes_before = 0
@@ -123,6 +165,8 @@ class GroupSession:
         self._thread = threading.Thread(target=self._run, name=f"source:{name}", daemon=True)
 
     def start(self) -> None:
+        if self._spiller is not None:
+            self._spiller.start()
         self._thread.start()
 
     def stop(self, timeout_s: float = STOP_S) -> None:
@@ -131,6 +175,8 @@ class GroupSession:
         self._stopping.set()
         self.reload()
         self._thread.join(timeout_s)
+        if self._spiller is not None:
+            self._spiller.stop()
 
     def reload(self) -> None:
         """The definition changed, or a retry is wanted at once."""
@@ -174,6 +220,7 @@ class GroupSession:
                 definition = self._groups.load(self.name)
                 self.view.paused = definition.paused
                 if definition.paused:
+                    self._keep_history(definition)
                     self._report_idle(definition, "paused")
                     self._nudge.wait(FENCED_RETRY_S)
                     continue
@@ -226,9 +273,49 @@ class GroupSession:
             self._drop_hold()
 
     def _drop_hold(self) -> None:
+        if self._spiller is not None:
+            self._spiller.take(None)
         if self._hold is not None:
             self._hold.close()
-            self._hold = None
+            self._hold = self._feed = None
+
+    def _take_hold(self, definition: GroupDefinition, data_key: DataKey) -> tuple[RingHold, Feed]:
+        """The hold on the ring, which stands until the filter or the session ends, and from
+        then on what the ring cannot keep is spilled."""
+        if self._hold is None or self._feed is None:
+            peer = self._peers.get(definition.to_site)
+            self._hold = RingHold(self._filter, self.name, peer.site_id)
+            spiller, keys = self._spiller, None
+            if spiller is not None:
+                keys = SpillKeys(data_key, self._key_of)
+                # A crash between the two left records in both; the ring's are this history's.
+                spiller.cut(self._hold.reader.released)
+            spill = spiller.spill if spiller is not None else None
+            self._feed = Feed(self._hold.reader, spill, keys)
+        if self._spiller is not None:
+            assert self._feed.keys is not None
+            self._feed.keys.renew(data_key)
+            self._spiller.take(
+                Work(
+                    self._hold,
+                    self._feed,
+                    self._feed.keys,
+                    lambda: self._stream(definition, data_key),
+                    definition.epoch,
+                    definition.options.compression,
+                )
+            )
+        return self._hold, self._feed
+
+    def _keep_history(self, definition: GroupDefinition) -> None:
+        """Spill, although nothing is to be sent."""
+        if self._spiller is None:
+            return
+        try:
+            self._take_hold(definition, self._open_key(definition))
+        except (VrepError, OSError) as error:
+            log.debug("nothing can be spilled", group=self.name, error=str(error))
+        self._show_spill()
 
     # ---- one attempt -----------------------------------------------------------
 
@@ -236,18 +323,19 @@ class GroupSession:
         try:
             data_key = self._open_key(definition)
             peer = self._peers.get(definition.to_site)
-            if self._hold is None:
-                self._hold = RingHold(self._filter, self.name, peer.site_id)
+            hold, feed = self._take_hold(definition, data_key)
         except Exception:
             self._report_idle(definition, "error")  # its VM may write all the same
             raise
-        hold = self._hold
+        self._show_spill()
         with self._link(peer) as transport:
             if self._wants_end():
                 return
-            opened = self._open(transport, hold, definition)
-            definition = self._adopt_epoch(definition, opened.epoch)
-            self._replicate(transport, hold, definition, data_key, opened)
+            opened = self._open(transport, hold, feed, definition)
+            adopted = self._adopt_epoch(definition, opened.epoch)
+            if adopted is not definition:
+                self._take_hold(adopted, data_key)
+            self._replicate(transport, hold, feed, adopted, data_key, opened)
 
     @contextlib.contextmanager
     def _link(self, peer: Peer) -> Iterator[FrameTransport]:
@@ -277,13 +365,22 @@ class GroupSession:
         except (VrepError, OSError) as error:
             log.debug("the target was not told", group=self.name, error=str(error))
 
-    def _open_key(self, definition: GroupDefinition) -> DataKey:
+    def _open_key(self, definition: GroupDefinition, index: int = -1) -> DataKey:
         tenant = self._keys.get(definition.key)
-        blob = base64.b64decode(definition.wrapped_keys[-1])
+        blob = base64.b64decode(definition.wrapped_keys[index])
         return unwrap_data_key(blob, tenant, group_id=bytes.fromhex(definition.group_id))
 
+    def _key_of(self, generation: int) -> DataKey:
+        """An older data key, for what was spilled under it."""
+        definition = self._groups.load(self.name)
+        for index in range(len(definition.wrapped_keys)):
+            key = self._open_key(definition, index)
+            if key.generation == generation:
+                return key
+        raise NotFoundError(f"no data key of generation {generation} of group {self.name!r}")
+
     def _open(
-        self, transport: FrameTransport, hold: RingHold, definition: GroupDefinition
+        self, transport: FrameTransport, hold: RingHold, feed: Feed, definition: GroupDefinition
     ) -> m.GroupOpened:
         parent = definition.parent
         transport.send(
@@ -305,7 +402,7 @@ class GroupSession:
                     m.LaneOffer(
                         lane=0,
                         durable_seq=self.view.durable_seq,
-                        oldest_seq=hold.reader.released + 1,
+                        oldest_seq=feed.oldest + 1,
                         newest_seq=hold.reader.head,
                     )
                 ],
@@ -349,9 +446,8 @@ class GroupSession:
         log.info("new epoch", group=self.name, epoch=epoch.counter)
         return definition
 
-    def _first_seq(self, hold: RingHold, durable_seq: int) -> int:
-        """Where shipping goes on: the record after the durable one, or the gap that stands
-        for what is no longer there."""
+    def _settle(self, hold: RingHold, feed: Feed, durable_seq: int) -> None:
+        """Make sure that everything that follows what the target holds is here, or is a gap."""
         reader = hold.reader
         if durable_seq > reader.head:
             raise StateError(
@@ -359,9 +455,7 @@ class GroupSession:
                 f"{reader.head}: the state of the filter was replaced by an older one"
             )
         acknowledged = int(hold.status()["acknowledged"])
-        if durable_seq >= max(acknowledged, reader.released):
-            return durable_seq + 1
-        if durable_seq < acknowledged or not hold.begins_with_jump():
+        if durable_seq < acknowledged:
             log.warning(
                 "the target lost what it had acknowledged: everything is sent again",
                 group=self.name,
@@ -370,15 +464,26 @@ class GroupSession:
             )
             # In this order: cut off between the two, the next attempt finds the loss again.
             hold.resync_all()
-            self._lose_ring(hold)
-        return reader.released + 1
+            self._lose_ring(hold, feed, durable_seq)
+        elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
+            log.warning(
+                "records that were spilled are lost: a gap stands for them",
+                group=self.name,
+                durable_seq=durable_seq,
+                released_seq=feed.floor,
+            )
+            self._lose_ring(hold, feed, durable_seq)
 
-    def _lose_ring(self, hold: RingHold) -> None:
-        """Begin a gap in place of what the ring holds; copies in flight delay it."""
+    def _lose_ring(self, hold: RingHold, feed: Feed, durable_seq: int) -> None:
+        """Begin a gap in place of what the ring holds, and of what the spill holds if that does
+        not follow what is durable; copies in flight delay it."""
+        if self._spiller is not None and feed.oldest > durable_seq:
+            self._spiller.cut(0)
         deadline = time.monotonic() + GAP_WAIT_S
         while True:
             try:
-                hold.lose_ring()
+                with feed.lock:  # the filter lets go of memory that may be being read
+                    hold.lose_ring()
                 return
             except AgainError:
                 if time.monotonic() > deadline:
@@ -389,12 +494,13 @@ class GroupSession:
         self,
         transport: FrameTransport,
         hold: RingHold,
+        feed: Feed,
         definition: GroupDefinition,
         data_key: DataKey,
         opened: m.GroupOpened,
     ) -> None:
         durable = opened.lanes[0].durable.seq
-        first_seq = self._first_seq(hold, durable)
+        self._settle(hold, feed, durable)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),
@@ -410,11 +516,9 @@ class GroupSession:
             ),
             CHANNEL,
         )
-        shipper = Shipper(hold.reader, sealer, transport, CHANNEL, self._clock)
+        shipper = Shipper(feed, sealer, transport, CHANNEL, self._clock)
         shipper.open_stream(self._stream(definition, data_key))
-        # What was released without this target is covered by the gap that comes first.
-        settled = max(durable, hold.reader.released)
-        hold.reader.set(read=first_seq - 1, received=settled, durable=settled)
+        self._acknowledged(feed, durable, durable)
         self.view.durable_seq = self.view.received_seq = durable
         self.view.conditions = list(opened.conditions)
         self.view.show_points(opened.lanes[0].points)
@@ -424,13 +528,13 @@ class GroupSession:
         failure: list[BaseException] = []
         thread = threading.Thread(
             target=self._ship,
-            args=(shipper, first_seq, transport, failure),
+            args=(shipper, transport, failure),
             name=f"ship:{self.name}",
             daemon=True,
         )
         thread.start()
         try:
-            self._listen(transport, hold, shipper)
+            self._listen(transport, hold, feed, shipper)
         except VrepError as error:
             raise (failure[0] if failure else error) from None
         finally:
@@ -442,11 +546,9 @@ class GroupSession:
             self._stop_resync(hold)
 
     @staticmethod
-    def _ship(
-        shipper: Shipper, first_seq: int, transport: FrameTransport, failure: list[BaseException]
-    ) -> None:
+    def _ship(shipper: Shipper, transport: FrameTransport, failure: list[BaseException]) -> None:
         try:
-            shipper.run(first_seq)
+            shipper.run()
         except BaseException as error:  # noqa: BLE001 - handed to the session, which ends with it
             failure.append(error)
             transport.close("shipping failed")
@@ -470,14 +572,42 @@ class GroupSession:
 
     # ---- acknowledgements --------------------------------------------------------
 
-    def _listen(self, transport: FrameTransport, hold: RingHold, shipper: Shipper) -> None:
+    def _acknowledged(self, feed: Feed, received_seq: int, durable_seq: int) -> None:
+        feed.report(received=received_seq, durable=durable_seq)
+        if self._spiller is not None:
+            self._spiller.durable = durable_seq
+
+    def _show_spill(self, status: Mapping[str, Any] | None = None) -> None:
+        """What the spill holds, and in how many seconds all of it and of the ring is durable, as
+        far as that can be said."""
+        spiller = self._spiller
+        if spiller is None:
+            return
+        spill, durable = spiller.spill, self.view.durable_seq
+        held = spill.bytes if spill.last > durable else 0
+        left_s = None
+        if status is not None:
+            ring = int(status["ring_bytes"]) - int(status["ring_free_bytes"])
+            left_s = self._catching_up.left_s(self._clock.monotonic(), held + ring)
+        self.view.spill = {
+            "bytes": held,
+            "quota_bytes": spill.quota_bytes,
+            "last_seq": spill.last if held else 0,
+            "oldest_ns": spill.oldest_ns(durable),
+            "full": spiller.full,
+            "whole_in_s": left_s,
+        }
+
+    def _listen(
+        self, transport: FrameTransport, hold: RingHold, feed: Feed, shipper: Shipper
+    ) -> None:
         next_status = 0.0
         while not self._stopping.is_set():
             event = transport.receive(STATUS_EVERY_S)
             self.view.bytes_sent = self._bytes_before + shipper.bytes_sent
             self.view.records_sent = self._records_before + shipper.records_sent
             self.view.round_trip_s = transport.round_trip_s
-            if event is not None and not self._take(event.message, hold, shipper):
+            if event is not None and not self._take(event.message, feed, shipper):
                 return
             if transport.renewal_due:
                 log.info("the connection carried much: another is made", group=self.name)
@@ -487,9 +617,11 @@ class GroupSession:
                 next_status = time.monotonic() + STATUS_EVERY_S
                 if not hold.alive():
                     raise StateError("the filter restarted")
-                transport.post(self._report(hold), CHANNEL)
+                status = hold.status()
+                self._show_spill(status)
+                transport.post(self._report(status), CHANNEL)
 
-    def _take(self, message: object, hold: RingHold, shipper: Shipper) -> bool:
+    def _take(self, message: object, feed: Feed, shipper: Shipper) -> bool:
         match message:
             case m.Ack():
                 self._replicated = True
@@ -497,10 +629,10 @@ class GroupSession:
                 self.view.durable_seq = message.durable_seq
                 self.view.conditions = list(message.conditions)
                 self.view.show_points(message.points)
-                head = hold.reader.head
+                head = feed.ring.head
                 if message.received_seq > head:
                     raise StateError(f"the target acknowledged {message.received_seq}, past {head}")
-                hold.reader.set(received=message.received_seq, durable=message.durable_seq)
+                self._acknowledged(feed, message.received_seq, message.durable_seq)
                 shipper.credits_changed()
             case m.Refused():
                 self._refused(message)
@@ -510,8 +642,7 @@ class GroupSession:
                 return False
         return True
 
-    def _report(self, hold: RingHold) -> m.Status:
-        status: Mapping[str, Any] = hold.status()
+    def _report(self, status: Mapping[str, Any]) -> m.Status:
         return m.Status(
             time_ns=self._clock.time_ns(),
             state="gap" if status["gap"] else "replicating",

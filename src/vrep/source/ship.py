@@ -1,4 +1,4 @@
-"""Shipping: records from the ring, sealed a batch a call, sent as far as credits allow.
+"""Shipping: records from the spill and the ring, sealed a batch a call, sent as credits allow.
 
 One `Shipper` serves one stream: one connection, one group, one lane. It runs on a thread of
 its own; sealing and sending release the GIL. Memory: one buffer that holds the largest record.
@@ -10,9 +10,9 @@ import threading
 import time
 from typing import Final
 
-from vrep._core.ring import RingReader
 from vrep._core.seal import Sealer
 from vrep.errors import FullError, StateError
+from vrep.source.feed import Feed
 from vrep.wire.frames import PAYLOAD_BYTES_MAX
 from vrep.wire.stream import Clock
 from vrep.wire.transport import FrameTransport
@@ -34,13 +34,13 @@ class Shipper:
 
     def __init__(
         self,
-        ring: RingReader,
+        feed: Feed,
         sealer: Sealer,
         transport: FrameTransport,
         channel: int,
         clock: Clock,
     ) -> None:
-        self._ring = ring
+        self._feed = feed
         self._sealer = sealer
         self._transport = transport
         self._channel = channel
@@ -66,33 +66,34 @@ class Shipper:
         """Send the STREAM record that opens this stream."""
         self._send(self._sealer.stream(stream, self._buffer))
 
-    def run(self, first_seq: int) -> None:
-        """Ship from `first_seq` until stopped. Raises what the connection or the ring raise."""
-        seq, sent_s, full = first_seq - 1, 0.0, False
+    def run(self) -> None:
+        """Ship what follows the sealer's seq until stopped. Raises what the connection, the ring
+        or the spill raise."""
+        ring, sent_s, full = self._feed.ring, 0.0, False
         while not self._stopping:
-            if not self._ring.wait(seq, IDLE_WAIT_S):
+            seq = self._sealer.seq
+            if not ring.wait(seq, IDLE_WAIT_S):
                 continue
             busy = self._clock.monotonic() - sent_s < 2 * GATHER_S
-            if busy and not full and self._ring.head - seq < GATHER_RECORDS:
+            if busy and not full and ring.head - seq < GATHER_RECORDS:
                 time.sleep(GATHER_S)
-            last = self._ring.head
-            seq = self._ship(seq + 1, last)
-            full = seq < last  # a batch of large records waits for nothing
-            self._ring.set(read=seq)
+            last = ring.head
+            self._ship(last)
+            full = self._sealer.seq < last  # a batch of large records waits for nothing
+            ring.set(read=self._sealer.seq)
             sent_s = self._clock.monotonic()
 
-    def _ship(self, first: int, last: int) -> int:
-        """Seal and send one batch; the seq of its last record."""
+    def _ship(self, last: int) -> None:
+        """Seal and send one batch."""
         try:
             room = self._buffer[: BATCH_BYTES - TALLY_BYTES]
-            written, done = self._sealer.seal_ring(self._ring, first, last, room)
+            written, done = self._feed.seal(self._sealer, last, room)
         except FullError:  # one record larger than a batch
             room = self._buffer[: BUFFER_BYTES - TALLY_BYTES]
-            written, done = self._sealer.seal_ring(self._ring, first, first, room)
+            written, done = self._feed.seal(self._sealer, last, room)
         written += self._sealer.tally(self._buffer[written:], wall_ns=self._clock.time_ns())
         self.records_sent += done
         self._send(written)
-        return first + done - 1
 
     def _send(self, length: int) -> None:
         """Send the head of the buffer in frames, each within the credit that there is."""

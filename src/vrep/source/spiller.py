@@ -1,0 +1,179 @@
+"""Spiller: drains a ring that fills faster than its target takes it.
+
+Past `HIGH` of the ring it seals the oldest records into the spill and lets the filter have
+their memory, until `LOW` is left: history stays whole while a target is slow or gone. It runs
+beside the session, connected or not. Only when the spill is full, or fails, is the ring left to
+overflow, which the filter answers with a gap.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+
+from vrep._core.seal import Sealer
+from vrep.errors import FullError, InvalidError, RangeError, StoreFullError, VrepError
+from vrep.source.attach import RingHold
+from vrep.source.feed import Feed
+from vrep.source.spill import Spill, SpillKeys
+
+__all__ = ["Spiller", "Work"]
+
+HIGH: Final = 5 / 8
+"""of the ring's memory or descriptors; above the half that resync copies leave to the guest"""
+LOW: Final = 1 / 2
+POLL_S: Final = 0.05
+BATCH_BYTES: Final = 4 << 20
+BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
+"""the largest record, sealed"""
+PAUSE_FULL_S: Final = 1.0
+
+log = structlog.get_logger("vrep.source")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What to drain, and how to seal it."""
+
+    hold: RingHold
+    feed: Feed
+    keys: SpillKeys
+    stream: Callable[[], Any]
+    """a STREAM struct without its ids"""
+    epoch: int
+    level: int
+
+
+class Spiller:
+    """One group's spiller, on a thread of its own, from `start` to `stop`."""
+
+    def __init__(self, group: str, spill: Spill) -> None:
+        self.group = group
+        self.spill = spill
+        self.full = ""
+        """why nothing more is spilled; empty: it is not full"""
+        self.draining = False
+        """whether the ring is above the level to which it is drained"""
+        self.durable = 0
+        """what the target holds: its files are not needed any more"""
+        self._work: Work | None = None
+        self._gate = threading.Lock()
+        self._stopping = threading.Event()
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._thread = threading.Thread(target=self._run, name=f"spill:{group}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+        self.spill.close()
+
+    def take(self, work: Work | None) -> None:
+        """Drain another ring, or none: when this returns, nothing reads the one before."""
+        self._leave = True
+        with self._gate:
+            self._leave, self._work = False, work
+
+    _leave = False
+
+    def cut(self, last: int) -> None:
+        """Forget what the spill holds above `last`; nothing is drained meanwhile."""
+        self._leave = True
+        with self._gate:
+            self._leave = False
+            self.spill.cut(last)
+
+    def _run(self) -> None:
+        pause_s = POLL_S
+        while not self._stopping.wait(pause_s):
+            try:
+                with self._gate:
+                    self.step()
+                pause_s = PAUSE_FULL_S if self.full else POLL_S
+            except (VrepError, OSError) as error:
+                self._note_full(str(error))
+                pause_s = PAUSE_FULL_S
+
+    def step(self) -> None:
+        """Drain as much as there is to drain now; for the thread, and for tests."""
+        self._drop()
+        work = self._work
+        if work is None or not work.hold.alive() or self._broken(work):
+            return
+        while not self._stopping.is_set() and not self._leave:
+            try:
+                level = self._level(work)
+            except VrepError as error:  # the filter is gone; whoever attaches again says so
+                log.debug("filter not reached", group=self.group, error=str(error))
+                return
+            self.draining = level >= (LOW if self.draining else HIGH)
+            if not self.draining:
+                return
+            if not self.spill.last:
+                log.warning("spilling begins: the target is slow or gone", group=self.group)
+            try:
+                self.spill.check_room(BATCH_BYTES)
+                if not self._drain(work):
+                    return
+            except StoreFullError as error:
+                self._note_full(error.detail)
+                return
+            self.full = ""
+
+    @staticmethod
+    def _level(work: Work) -> float:
+        """How full the ring is, of memory or descriptors, from 0 to 1."""
+        ring = work.feed.ring
+        kept = ring.head - work.feed.floor
+        if not kept:
+            return 0.0
+        status = work.hold.status()
+        memory = 1 - int(status["ring_free_bytes"]) / int(status["ring_bytes"])
+        return max(memory, kept / int(ring.header["descriptors"]))
+
+    def _broken(self, work: Work) -> bool:
+        """Whether records between the spill and the ring are lost: the session makes that a gap
+        when it is connected, and until then nothing can go on behind the spill."""
+        last, floor = self.spill.last, work.feed.floor
+        return bool(last) and last < floor and last > self.durable and not work.hold.jumps(floor)
+
+    def _drain(self, work: Work) -> bool:
+        """One batch. False when what follows the spill was acknowledged meanwhile."""
+        feed, spill = work.feed, self.spill
+        after = spill.last or feed.floor
+        sealer = spill.sealer(work.keys, work.stream(), work.epoch, after, work.level)
+        with feed.lock:
+            try:
+                written = self._seal(work, sealer, feed.floor + 1)
+            except (InvalidError, RangeError):
+                spill.abandon()
+                return False
+        spill.append(self._buffer[:written])
+        feed.report(spilled=sealer.seq)
+        return True
+
+    def _seal(self, work: Work, sealer: Sealer, first: int) -> int:
+        ring = work.feed.ring
+        try:
+            return sealer.seal_ring(ring, first, ring.head, self._buffer[:BATCH_BYTES])[0]
+        except FullError:  # one record larger than a batch
+            return sealer.seal_ring(ring, first, first, self._buffer)[0]
+
+    def _drop(self) -> None:
+        held, used = self.spill.last, self.spill.bytes
+        self.spill.drop(self.durable)
+        if self.spill.bytes < used:
+            self.full = ""  # until the next attempt says so again
+        if held and not self.spill.last:
+            log.info("all that was spilled is durable at the target", group=self.group)
+
+    def _note_full(self, why: str) -> None:
+        if why != self.full:
+            log.warning("nothing more can be spilled", group=self.group, reason=why)
+        self.full = why
