@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
-from vrep._core import layout, seal
+from vrep._core import layout, record, seal
 
 FOLDER = Path(__file__).parent / "core"
 DATA_KEY = bytes(range(1, 33))
@@ -229,7 +229,7 @@ def state() -> bytes:
 def segment() -> bytes:
     body = records()
     header = one(
-        "SEGMENT_HEADER", magic=layout.SEGMENT_MAGIC, version=layout.SEGMENT_VERSION,
+        "SEGMENT_HEADER", magic=layout.SEGMENT_MAGIC, version=1,
         header_bytes=128, group_id=GROUP_ID, store_id=STORE_ID, segment=7, lease=3, wall_ns=WALL,
         after=position(99, epoch=2, lane=1),
     )  # fmt: skip
@@ -243,6 +243,55 @@ def segment() -> bytes:
         group_id=GROUP_ID, wall_ns=WALL + 1, records=13,
     )  # fmt: skip
     return out + checked(commit)
+
+
+def segment_folded() -> bytes:
+    """The writes of `segment` that a fold left, and the state of its tally behind all."""
+    whole = records()
+    found, _consumed = record.scan(whole)
+    parts = [
+        whole[int(at) : int(at) + 64 + int(header["body_bytes"])]
+        for header, at in zip(found["header"], found["position"], strict=True)
+    ]
+    tally = seal.Tally()
+    tally.update(b"".join(parts[1:-1]))
+    header = one(
+        "SEGMENT_HEADER", magic=layout.SEGMENT_MAGIC, version=2, header_bytes=128,
+        group_id=GROUP_ID, store_id=STORE_ID, segment=7, lease=4, wall_ns=WALL + 9,
+        flags=layout.SEGMENT_FOLDED, after=position(99, epoch=2, lane=1),
+    )  # fmt: skip
+    block = one(
+        "FOLD", magic=layout.FOLD_MAGIC, version=layout.FOLD_VERSION, block_bytes=256, segment=7,
+        generation=1, flags=layout.FOLD_TALLIED, horizon=position(202, epoch=3, lane=1),
+        end=position(202, epoch=3, lane=1), input_bytes=164_000, input_records=11,
+        tally=np.frombuffer(tally.save(), np.uint8),
+    )  # fmt: skip
+    out = checked(header) + checked(block)
+    commits = (([parts[0], parts[1], parts[2], parts[6]], 105), ([parts[0]], 99))
+    for number, (kept, last) in enumerate(commits, 1):
+        start = len(out)
+        out += b"".join(kept)
+        end = len(out)
+        out = padded(out, 64)
+        out += checked(
+            one(
+                "COMMIT",
+                magic=layout.COMMIT_MAGIC,
+                version=layout.COMMIT_VERSION,
+                block_bytes=128,
+                segment=7,
+                number=number,
+                start=start,
+                end=end,
+                digest=digest(out[start:]),
+                last=position(last, epoch=3, lane=1),
+                durable=position(99, epoch=2, lane=1),
+                group_id=GROUP_ID,
+                wall_ns=WALL + 9,
+                records=len(kept),
+            )
+        )
+    return out
 
 
 def index() -> bytes:
@@ -302,7 +351,7 @@ def index() -> bytes:
     return padded(out, 64) + checked(trailer)
 
 
-def manifest() -> bytes:
+def manifest(version: int = 1) -> bytes:
     disk = one("MANIFEST_DISK", name=b"root", bytes=1 << 30, index=0)
     epochs = [
         one(
@@ -317,7 +366,7 @@ def manifest() -> bytes:
     segment_entry = one(
         "MANIFEST_SEGMENT", segment=7, file_bytes=99_000, data_end=98_000,
         first=position(100, epoch=3, lane=1), last=position(202, epoch=3, lane=1), records=13,
-        data_bytes=162_000, index_digest=digest(b"trailer"),
+        data_bytes=162_000, index_digest=digest(b"trailer"), generation=version - 1,
     )  # fmt: skip
     run = one(
         "MANIFEST_RUN", run=1, level=1, first_segment=1, last_segment=6, file_bytes=5000,
@@ -327,12 +376,16 @@ def manifest() -> bytes:
     parts = [*epochs, segment_entry, run, disk]
     body = b"".join(part.tobytes() for part in parts) + keys
     header = one(
-        "MANIFEST_HEADER", magic=layout.MANIFEST_MAGIC, version=layout.MANIFEST_VERSION,
+        "MANIFEST_HEADER", magic=layout.MANIFEST_MAGIC, version=version,
         header_bytes=256, number=42, lease=3, group_id=GROUP_ID, store_id=STORE_ID,
         wall_ns=WALL + 2, epochs=2, segments=1, runs=1, disks=1, key_bytes=len(keys),
         body_bytes=len(body), next_segment=9, active_segment=8, group_name=b"web",
         digest=digest(body),
     )  # fmt: skip
+    if version == 2:
+        header["horizon"] = position(150, epoch=3, lane=1)
+        header["window_s"], header["quota_bytes"] = 86_400, 1 << 39
+        header["received_bytes"], header["folded_bytes"] = 1 << 33, 1 << 31
     return checked(header) + body
 
 
@@ -366,8 +419,10 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "intent": intent,
     "state": state,
     "segment": segment,
+    "segment-folded": segment_folded,
     "index": index,
     "manifest": manifest,
+    "manifest-2": lambda: manifest(2),
     "presence": presence,
 }
 # Any release reads them, and none writes the same bytes twice: zstd promises only the former, and

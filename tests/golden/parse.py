@@ -101,6 +101,14 @@ SEGMENT_HEADER = (
     "magic:I version:H header_bytes:H group_id:16s store_id:16s segment:I flags:I lease:Q"
     " wall_ns:Q after:[position] stream_id:16s reserved:28s checksum:I"
 )
+FOLD = (
+    "magic:I version:H block_bytes:H segment:I generation:I flags:I reserved0:I"
+    " horizon:[position] end:[position] input_bytes:Q input_records:Q tally:128s"
+    " reserved1:52s checksum:I"
+)
+TALLY_STATE = (
+    "sums:8I bits_low:I bits_high:I pending:64s pending_bytes:I reserved:I records:Q first_seq:Q"
+)
 COMMIT = (
     "magic:I version:H block_bytes:H segment:I number:I start:Q end:Q digest:16s last:[position]"
     " durable:[position] group_id:16s wall_ns:Q records:I reserved:16s checksum:I"
@@ -125,11 +133,12 @@ INDEX_TRAILER = (
 MANIFEST_HEADER = (
     "magic:I version:H header_bytes:H number:Q lease:Q group_id:16s store_id:16s wall_ns:Q"
     " epochs:I segments:I runs:I disks:I key_bytes:I body_bytes:I next_segment:I flags:I"
-    " active_segment:I reserved0:I group_name:64s digest:16s reserved1:68s checksum:I"
+    " active_segment:I reserved0:I group_name:64s digest:16s horizon:[position]"
+    " window_s:Q quota_bytes:Q received_bytes:Q folded_bytes:Q reserved1:20s checksum:I"
 )
 MANIFEST_EPOCH = "epoch:I state:I epoch_id:16s writer:16s parent:[position] wall_ns:Q"
 MANIFEST_SEGMENT = (
-    "segment:I flags:I file_bytes:Q data_end:Q first:[position] last:[position] records:Q"
+    "segment:I generation:I file_bytes:Q data_end:Q first:[position] last:[position] records:Q"
     " data_bytes:Q index_digest:16s"
 )
 MANIFEST_RUN = (
@@ -181,13 +190,15 @@ def read(spec: str, data: bytes | None, at: int) -> tuple[Fields, int]:
     return out, at
 
 
-def headed(spec: str, data: bytes, at: int, magic: bytes, what: str) -> tuple[Fields, int]:
-    """A struct with magic, version 1 and a checksum of the bytes before it."""
+def headed(
+    spec: str, data: bytes, at: int, magic: bytes, what: str, newest: int = 1
+) -> tuple[Fields, int]:
+    """A struct with magic, version up to `newest` and a checksum of the bytes before it."""
     fields, end = read(spec, data, at)
     expect(fields["magic"] == int.from_bytes(magic, "little"), f"{what}: magic")
     offset = size_of(spec[: spec.index(" checksum:")])
     expect(fields["checksum"] == checksum32(data[at : at + offset]), f"{what}: checksum")
-    expect(fields["version"] == 1, f"{what}: version")
+    expect(1 <= fields["version"] <= newest, f"{what}: version")
     return fields, end
 
 
@@ -246,8 +257,11 @@ def parse_header(data: bytes, at: int) -> Fields:
     return header
 
 
-def parse_records(data: bytes, keys: dict[bytes, bytes] | None = None) -> Iterator[Fields]:
-    """Every record of ``data``; opened when ``keys`` holds the key of its stream."""
+def parse_records(
+    data: bytes, keys: dict[bytes, bytes] | None = None, *, folded: bool = False
+) -> Iterator[Fields]:
+    """Every record of ``data``; opened when ``keys`` holds the key of its stream. What a fold
+    left has holes, and no tally."""
     at, stream_id, count, first_seq = 0, b"", 0, 0
     running = hashlib.sha256()
     last: dict[int, tuple[int, int]] = {}
@@ -264,8 +278,10 @@ def parse_records(data: bytes, keys: dict[bytes, bytes] | None = None) -> Iterat
             expect(out["stream"]["resume_seq"] == seq, "stream: resume_seq")
             expect(out["stream"]["epoch"] == header["epoch"], "stream: epoch")
             stream_id, count, running = out["stream"]["stream_id"], 0, hashlib.sha256()
-            expect(lane not in last or (header["epoch"], seq) == last[lane]
+            expect(folded or lane not in last or (header["epoch"], seq) == last[lane]
                    or header["epoch"] > last[lane][0], "stream: order")  # fmt: skip
+        elif folded:
+            expect(kind != "tally" and (header["epoch"], seq) > last.get(lane, (0, 0)), "folded")
         elif lane in last:
             epoch, before = last[lane]
             jumps = kind == "gap-begin" and header["flags"] & JUMP
@@ -460,9 +476,12 @@ def parse_state(data: bytes) -> Fields:
 
 
 def parse_segment(data: bytes, keys: dict[bytes, bytes] | None = None) -> Fields:
-    header, at = headed(SEGMENT_HEADER, data, 0, b"VSEG", "segment")
+    header, at = headed(SEGMENT_HEADER, data, 0, b"VSEG", "segment", newest=2)
     expect(header["header_bytes"] == 128, "segment: header")
-    out: Fields = {"header": header, "commits": [], "records": []}
+    expect(header["flags"] == (header["version"] == 2), "segment: flags")
+    out: Fields = {"header": header, "commits": [], "records": [], "fold": None}
+    if header["flags"]:
+        out["fold"], at = parse_fold(data, at, header)
     while at + 128 <= len(data):
         place = at
         while data[place : place + 4] == b"VEPR":
@@ -477,12 +496,28 @@ def parse_segment(data: bytes, keys: dict[bytes, bytes] | None = None) -> Fields
         expect(commit["group_id"] == header["group_id"], "commit: group")
         expect(commit["number"] == len(out["commits"]) + 1, "commit: number")
         expect(commit["digest"] == digest(data[at:place]), "commit: digest")
-        records = list(parse_records(data[at:end], keys))
+        folded = out["fold"] is not None
+        records = list(parse_records(data[at:end], keys, folded=folded))
         expect(len(records) == commit["records"], "commit: records")
         out["commits"].append(commit)
         out["records"] += records
         at = after
     return out
+
+
+def parse_fold(data: bytes, at: int, header: Fields) -> tuple[Fields, int]:
+    """The block behind the header of a folded segment."""
+    fold, after = headed(FOLD, data, at, b"VFLD", "fold")
+    expect(fold["block_bytes"] == 256, "fold: size")
+    expect(fold["segment"] == header["segment"] and fold["generation"] > 0, "fold: segment")
+    expect(fold["flags"] & ~1 == 0 and not any(fold["reserved1"]), "fold: flags")
+    state, _ = read(TALLY_STATE, fold["tally"], 0)
+    if fold["flags"]:
+        expect(state["pending_bytes"] < 64 and state["reserved"] == 0, "fold: tally")
+        expect(state["bits_low"] % 512 == 8 * state["pending_bytes"], "fold: tally")
+    else:
+        expect(not any(fold["tally"]), "fold: tally")
+    return {**fold, "tally": state}, after
 
 
 def parse_index(data: bytes) -> Fields:
@@ -557,7 +592,12 @@ def check_tree(
 
 
 def parse_manifest(data: bytes) -> Fields:
-    header, at = headed(MANIFEST_HEADER, data, 0, b"VMAN", "manifest")
+    header, at = headed(MANIFEST_HEADER, data, 0, b"VMAN", "manifest", newest=2)
+    if header["version"] == 1:
+        expect(not any(data[184:252]), "manifest: version 1")
+    expect(
+        (header["horizon"]["seq"] == 0) == (header["horizon"]["epoch"] == 0), "manifest: horizon"
+    )
     expect(header["header_bytes"] == 256, "manifest: header")
     expect(len(data) == 256 + header["body_bytes"], "manifest: size")
     expect(digest(data[256:]) == header["digest"], "manifest: digest")
@@ -571,6 +611,10 @@ def parse_manifest(data: bytes) -> Fields:
         for _ in range(header[name]):
             item, at = read(spec, data, at)
             out[name].append(item)
+    expect(
+        header["version"] > 1 or all(s["generation"] == 0 for s in out["segments"]),
+        "manifest: generation",
+    )
     out["keys"] = data[at : at + header["key_bytes"]]
     expect(at + header["key_bytes"] == len(data), "manifest: keys")
     return out

@@ -222,7 +222,7 @@ static void a_newer_format_is_told_apart(void)
     size_t len = make();
 
     memcpy(&header, bytes, sizeof header);
-    header.version = 2;
+    header.version = VREP_SEGMENT_VERSION + 1;
     header.checksum = vrep_checksum32(&header, offsetof(struct vrep_segment_header, checksum));
     memcpy(bytes, &header, sizeof header);
     CHECK_STATUS(scan(bytes, len, &found), VREP_E_VERSION);

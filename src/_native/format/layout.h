@@ -450,7 +450,9 @@ VREP_AT(struct vrep_state, checksum, 8188);
 /* ---- segment ------------------------------------------------------------- */
 
 #define VREP_SEGMENT_MAGIC 0x47455356u /* "VSEG" */
-#define VREP_SEGMENT_VERSION 1u
+#define VREP_SEGMENT_VERSION 2u
+/* Version 1: as it was received. Version 2 has flags; a folded segment has struct
+ * vrep_fold behind its header. */
 struct vrep_segment_header {
     uint32_t magic;
     uint16_t version;
@@ -458,7 +460,7 @@ struct vrep_segment_header {
     uint8_t group_id[16];
     uint8_t store_id[16];
     uint32_t segment; /* number, from 1 */
-    uint32_t flags;   /* 0: journal */
+    uint32_t flags;   /* VREP_SEGMENT_*; 0 in version 1 */
     uint64_t lease;   /* of the writer */
     uint64_t wall_ns;
     struct vrep_position after; /* the last position of the segment before */
@@ -467,6 +469,30 @@ struct vrep_segment_header {
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_segment_header, 128);
+#define VREP_SEGMENT_FOLDED 0x1u
+
+/* What a folded segment stands for. Its records are a part of those that were
+ * received: each is whole and unchanged, and no tally is among them. */
+#define VREP_FOLD_MAGIC 0x444c4656u /* "VFLD" */
+#define VREP_FOLD_VERSION 1u
+struct vrep_fold {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t block_bytes; /* 256 */
+    uint32_t segment;
+    uint32_t generation; /* as in the file's name */
+    uint32_t flags;      /* VREP_FOLD_* */
+    uint32_t reserved0;
+    struct vrep_position horizon; /* what was superseded there was dropped */
+    struct vrep_position end;     /* the segments up to this one stand for all up to here */
+    uint64_t input_bytes;         /* of records that were read for it and its neighbours */
+    uint64_t input_records;
+    uint8_t tally[128]; /* TALLIED: the tally of the last stream here, as it was at `end` */
+    uint8_t reserved1[52];
+    uint32_t checksum;
+};
+VREP_LAYOUT(struct vrep_fold, 256);
+#define VREP_FOLD_TALLIED 0x1u
 
 /* Ends every group commit.  Starts at a multiple of 64; the bytes between the
  * last record and it are zero. */
@@ -602,7 +628,7 @@ VREP_LAYOUT(struct vrep_index_trailer, 256);
 /* ---- manifest ------------------------------------------------------------- */
 
 #define VREP_MANIFEST_MAGIC 0x4e414d56u /* "VMAN" */
-#define VREP_MANIFEST_VERSION 1u
+#define VREP_MANIFEST_VERSION 2u
 /* File `manifest-<number, 16 hex digits>`, created if absent; the largest
  * number that is whole wins.  Header, then epochs, segments, runs, disks,
  * then key_bytes of wrapped data keys. */
@@ -627,7 +653,13 @@ struct vrep_manifest_header {
     uint32_t reserved0;
     char group_name[VREP_NAME_BYTES];
     uint8_t digest[16]; /* of the body */
-    uint8_t reserved1[68];
+    /* Version 1 has zeroes from here on. */
+    struct vrep_position horizon; /* the oldest recovery point that is kept; seq 0: all are */
+    uint64_t window_s;            /* that the source asks for; 0: all */
+    uint64_t quota_bytes;         /* that the group may use; 0: no limit */
+    uint64_t received_bytes;      /* appended so far, and ... */
+    uint64_t folded_bytes;        /* ... written by folds, closed segments only */
+    uint8_t reserved1[20];
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_manifest_header, 256);
@@ -645,7 +677,7 @@ VREP_LAYOUT(struct vrep_manifest_epoch, 64);
 
 struct vrep_manifest_segment {
     uint32_t segment;
-    uint32_t flags;
+    uint32_t generation; /* 0: as it was received; else the number of its fold */
     uint64_t file_bytes;
     uint64_t data_end; /* end of the last commit block */
     struct vrep_position first;

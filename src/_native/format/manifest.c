@@ -44,20 +44,31 @@ static bool place(struct vrep_manifest_view *view)
     return true;
 }
 
+/* What version 1 did not have is zero in it. */
+static bool is_first_version(const struct vrep_manifest_header *header)
+{
+    size_t at = offsetof(struct vrep_manifest_header, horizon);
+
+    return all_zero((const uint8_t *)header + at,
+                    offsetof(struct vrep_manifest_header, checksum) - at);
+}
+
 static int check_header(const struct vrep_manifest_header *header)
 {
     if (header->magic != VREP_MANIFEST_MAGIC ||
         header->checksum !=
             vrep_checksum32(header, offsetof(struct vrep_manifest_header, checksum)))
         return VREP_E_CORRUPT;
-    if (header->version != VREP_MANIFEST_VERSION)
+    if (header->version == 0 || header->version > VREP_MANIFEST_VERSION)
         return VREP_E_VERSION;
     if (header->header_bytes != sizeof *header || header->number == 0 || header->lease == 0 ||
         header->next_segment == 0 || (header->flags & ~VREP_MANIFEST_UNPROTECTED) != 0 ||
         header->active_segment >= header->next_segment || header->reserved0 != 0 ||
-        !name_ends(header->group_name) || !all_zero(header->reserved1, sizeof header->reserved1))
+        !name_ends(header->group_name) || header->horizon.reserved != 0 ||
+        (header->horizon.seq == 0) != (header->horizon.epoch == 0) ||
+        !all_zero(header->reserved1, sizeof header->reserved1))
         return VREP_E_CORRUPT;
-    return VREP_OK;
+    return header->version > 1 || is_first_version(header) ? VREP_OK : VREP_E_CORRUPT;
 }
 
 static bool check_epochs(const uint8_t *bytes, const struct vrep_manifest_header *header)
@@ -84,7 +95,8 @@ static bool check_segments(const uint8_t *bytes, const struct vrep_manifest_head
         struct vrep_manifest_segment segment;
         memcpy(&segment, bytes + i * sizeof segment, sizeof segment);
         if (segment.segment <= before || segment.segment >= header->next_segment ||
-            segment.segment == header->active_segment || segment.flags != 0 ||
+            segment.segment == header->active_segment ||
+            (segment.generation != 0 && header->version == 1) ||
             segment.data_end < sizeof(struct vrep_segment_header) ||
             segment.data_end % VREP_COMMIT_ALIGN != 0 || segment.file_bytes < segment.data_end ||
             segment.file_bytes - segment.data_end < sizeof(struct vrep_index_trailer) ||

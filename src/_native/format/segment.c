@@ -23,7 +23,8 @@ static uint32_t checksum_of(const void *block, size_t at)
 void vrep_segment_header_finish(struct vrep_segment_header *header)
 {
     header->magic = VREP_SEGMENT_MAGIC;
-    header->version = VREP_SEGMENT_VERSION;
+    /* What was received is written as before: an older release reads it. */
+    header->version = header->flags == 0 ? 1 : VREP_SEGMENT_VERSION;
     header->header_bytes = sizeof *header;
     memset(header->reserved, 0, sizeof header->reserved);
     header->checksum = checksum_of(header, offsetof(struct vrep_segment_header, checksum));
@@ -34,12 +35,45 @@ int vrep_segment_header_check(const struct vrep_segment_header *header)
     if (header->magic != VREP_SEGMENT_MAGIC ||
         header->checksum != checksum_of(header, offsetof(struct vrep_segment_header, checksum)))
         return VREP_E_CORRUPT;
-    if (header->version != VREP_SEGMENT_VERSION)
+    if (header->version == 0 || header->version > VREP_SEGMENT_VERSION)
         return VREP_E_VERSION;
-    if (header->header_bytes != sizeof *header || header->flags != 0 || header->segment == 0 ||
+    if (header->header_bytes != sizeof *header || (header->flags & ~VREP_SEGMENT_FOLDED) != 0 ||
+        (header->flags != 0) != (header->version == 2) || header->segment == 0 ||
         header->after.reserved != 0 || !all_zero(header->reserved, sizeof header->reserved))
         return VREP_E_CORRUPT;
     return VREP_OK;
+}
+
+void vrep_fold_finish(struct vrep_fold *fold)
+{
+    fold->magic = VREP_FOLD_MAGIC;
+    fold->version = VREP_FOLD_VERSION;
+    fold->block_bytes = sizeof *fold;
+    memset(fold->reserved1, 0, sizeof fold->reserved1);
+    fold->checksum = checksum_of(fold, offsetof(struct vrep_fold, checksum));
+}
+
+int vrep_fold_check(const struct vrep_fold *fold)
+{
+    if (fold->magic != VREP_FOLD_MAGIC ||
+        fold->checksum != checksum_of(fold, offsetof(struct vrep_fold, checksum)))
+        return VREP_E_CORRUPT;
+    if (fold->version != VREP_FOLD_VERSION)
+        return VREP_E_VERSION;
+    if (fold->block_bytes != sizeof *fold || fold->segment == 0 || fold->generation == 0 ||
+        (fold->flags & ~VREP_FOLD_TALLIED) != 0 || fold->reserved0 != 0 ||
+        fold->horizon.reserved != 0 || fold->end.reserved != 0 ||
+        ((fold->flags & VREP_FOLD_TALLIED) == 0 && !all_zero(fold->tally, sizeof fold->tally)) ||
+        !all_zero(fold->reserved1, sizeof fold->reserved1))
+        return VREP_E_CORRUPT;
+    return VREP_OK;
+}
+
+size_t vrep_segment_data_at(const struct vrep_segment_header *header)
+{
+    bool folded = (header->flags & VREP_SEGMENT_FOLDED) != 0;
+
+    return sizeof *header + (folded ? sizeof(struct vrep_fold) : 0);
 }
 
 void vrep_commit_finish(struct vrep_commit *commit)
@@ -164,7 +198,20 @@ int vrep_segment_scan(const void *buffer, size_t len, const uint8_t group_id[16]
     if (header.segment != segment || memcmp(header.group_id, group_id, 16) != 0)
         return VREP_E_CORRUPT;
 
-    scan->end = sizeof header;
+    scan->end = vrep_segment_data_at(&header);
+    if (scan->end > sizeof header) {
+        struct vrep_fold fold;
+        scan->end = 0; /* as with a header that is wrong */
+        if (len < sizeof header + sizeof fold)
+            return VREP_E_CORRUPT;
+        memcpy(&fold, walk.bytes + sizeof header, sizeof fold);
+        status = vrep_fold_check(&fold);
+        if (status != VREP_OK)
+            return status;
+        if (fold.segment != segment)
+            return VREP_E_CORRUPT;
+        scan->end = sizeof header + sizeof fold;
+    }
     scan->last = header.after;
     scan->durable = header.after;
     while (scan->end < len && take_commit(&walk, scan->end, scan, &commit, &wrong)) {

@@ -31,6 +31,13 @@ void vrep_segment_header_finish(struct vrep_segment_header *header);
 /* VREP_E_CORRUPT: not a header of a segment; VREP_E_VERSION: a newer one. */
 int vrep_segment_header_check(const struct vrep_segment_header *header);
 
+/* The same for what stands behind the header of a folded segment. */
+void vrep_fold_finish(struct vrep_fold *fold);
+int vrep_fold_check(const struct vrep_fold *fold);
+
+/* Where the first commit of a segment begins. */
+size_t vrep_segment_data_at(const struct vrep_segment_header *header);
+
 /* Stores magic, version, sizes and checksum; the caller filled in the rest. */
 void vrep_commit_finish(struct vrep_commit *commit);
 
@@ -41,7 +48,7 @@ int vrep_commit_check(const struct vrep_commit *commit);
 int vrep_position_compare(const struct vrep_position *a, const struct vrep_position *b);
 
 struct vrep_segment_scan {
-    uint64_t end;      /* of the last whole commit block; 128 when there is none */
+    uint64_t end;      /* of the last whole commit block; where the first one would begin if none */
     uint64_t wrong_at; /* the first byte that could not be taken; len when all is whole */
     uint64_t proof_at; /* after VREP_E_CORRUPT: the block that proves the damage; else 0 */
     uint64_t records;

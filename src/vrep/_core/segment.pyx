@@ -34,6 +34,11 @@ cdef extern from "format/segment.h":
     int VREP_E_CORRUPT
     void vrep_segment_header_finish(vrep_segment_header *header)
     int vrep_segment_header_check(const vrep_segment_header *header)
+    struct vrep_fold:
+        pass
+    void vrep_fold_finish(vrep_fold *fold)
+    int vrep_fold_check(const vrep_fold *fold)
+    size_t vrep_segment_data_at(const vrep_segment_header *header)
     void vrep_commit_finish(vrep_commit *commit)
     int vrep_commit_check(const vrep_commit *commit)
     int vrep_segment_scan_ "vrep_segment_scan"(
@@ -77,6 +82,42 @@ def parse_header(buffer):
         memcpy(&out, view.buf, sizeof(out))
         check(vrep_segment_header_check(&out))
         return np.frombuffer((<uint8_t *>&out)[:sizeof(out)], layout.SEGMENT_HEADER)[0]
+    finally:
+        PyBuffer_Release(&view)
+
+
+def fold(fields):
+    """The 256 bytes behind the header of a folded segment; magic, version, size and checksum
+    are filled in."""
+    cdef vrep_fold out
+    cdef bytes raw = raw_struct(fields, layout.FOLD)
+    memcpy(&out, <const uint8_t *>raw, sizeof(out))
+    vrep_fold_finish(&out)
+    check(vrep_fold_check(&out))
+    return (<uint8_t *>&out)[:sizeof(out)]
+
+
+def parse_fold(buffer):
+    """The FOLD behind the header of the segment in ``buffer``, checked; None when the segment
+    is as it was received."""
+    cdef vrep_segment_header head
+    cdef vrep_fold out
+    cdef Py_buffer view
+    cdef size_t at
+    PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE)
+    try:
+        if <size_t>view.len < sizeof(head):
+            raise CorruptError(f"a segment header has {sizeof(head)} bytes, not {view.len}")
+        memcpy(&head, view.buf, sizeof(head))
+        check(vrep_segment_header_check(&head))
+        at = vrep_segment_data_at(&head)
+        if at == sizeof(head):
+            return None
+        if <size_t>view.len < at:
+            raise CorruptError(f"a folded segment begins with {at} bytes, not {view.len}")
+        memcpy(&out, <const uint8_t *>view.buf + sizeof(head), sizeof(out))
+        check(vrep_fold_check(&out))
+        return np.frombuffer((<uint8_t *>&out)[:sizeof(out)], layout.FOLD)[0]
     finally:
         PyBuffer_Release(&view)
 

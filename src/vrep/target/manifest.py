@@ -112,6 +112,16 @@ class Manifest:
     next_segment: int = 1
     active_segment: int = 0
     unprotected: bool = False
+    horizon: Position = NOWHERE
+    """the oldest recovery point that is kept; seq 0: all are"""
+    window_s: int = 0
+    """seconds of history that the source asks for; 0: all"""
+    quota_bytes: int = 0
+    """that the group may use; 0: no limit"""
+    received_bytes: int = 0
+    """appended since the store began"""
+    folded_bytes: int = 0
+    """written by folds since the store began"""
 
     def encode(self) -> bytes:
         head = np.zeros((), layout.MANIFEST_HEADER)
@@ -122,6 +132,9 @@ class Manifest:
         head["flags"] = layout.MANIFEST_UNPROTECTED if self.unprotected else 0
         head["active_segment"] = self.active_segment
         head["group_name"] = self.name.encode()
+        head["horizon"] = self.horizon.raw
+        head["window_s"], head["quota_bytes"] = self.window_s, self.quota_bytes
+        head["received_bytes"], head["folded_bytes"] = self.received_bytes, self.folded_bytes
         return native.build(
             head,
             _encode_epochs(self.epochs),
@@ -155,6 +168,11 @@ class Manifest:
             next_segment=int(head["next_segment"]),
             active_segment=int(head["active_segment"]),
             unprotected=bool(int(head["flags"]) & layout.MANIFEST_UNPROTECTED),
+            horizon=Position.of(head["horizon"]),
+            window_s=int(head["window_s"]),
+            quota_bytes=int(head["quota_bytes"]),
+            received_bytes=int(head["received_bytes"]),
+            folded_bytes=int(head["folded_bytes"]),
         )
 
     def next(self, wall_ns: int, **changes: Any) -> Manifest:
@@ -194,6 +212,12 @@ class Manifest:
             chain.append((parent.epoch, min(parent.seq, point.seq)))
             parent = self.epoch(parent.epoch).parent
         return chain
+
+    def keeps(self, point: Position) -> bool:
+        """Whether a point is at or behind the horizon, so that no fold takes it away: the
+        horizon lies on the line that ends there."""
+        here = self.horizon
+        return not here.seq or dict(self.ancestry(point)).get(here.epoch, 0) >= here.seq
 
 
 def _encode_epochs(epochs: Sequence[EpochEntry]) -> Structs:
