@@ -46,6 +46,8 @@ class Lab:
     rng: random.Random
     level: int = 1
     segment_bytes: int = 1 << 20
+    merge: bool = True
+    """whether the store merges and folds by itself"""
     name: str = "web"
     group_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     source_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
@@ -70,7 +72,9 @@ class Lab:
         self.start_stream()
 
     def _open(self, create: StoreSpec | None = None) -> GroupStore:
-        options = StoreOptions(commit_s=0.001, segment_bytes=self.segment_bytes, reserve_bytes=0)
+        options = StoreOptions(
+            commit_s=0.001, segment_bytes=self.segment_bytes, reserve_bytes=0, merge=self.merge
+        )
         return GroupStore.open(self.paths.store, self.group_id, create=create, options=options)
 
     def open(self) -> None:

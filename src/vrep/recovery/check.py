@@ -9,6 +9,10 @@ A segment that was closed and checked is not read again while its file is the sa
 times of change); what was found, and where to go on, stands in DIR/checked/<group>.sealed.json,
 under a MAC of a key derived from the data key. The newest position that was ever checked stands
 there too: a store that ends before it was rolled back.
+
+What was folded holds no tallies: it is checked by its digests and for order, and the verdict says
+how far it goes. Behind it the tallies go on from the state that the fold left, which is compared
+with what an earlier check knew of that place (docs/internals/fold.md).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrep._core import layout, record
+from vrep._core import segment as native
 from vrep._core.index import Index, IndexBuilder
 from vrep._core.seal import Tally
 from vrep.durable import make_private_directory, write_atomic
@@ -34,7 +39,6 @@ from vrep.paths import SitePaths
 from vrep.recovery.access import KeyAccess
 from vrep.target.manifest import Position
 from vrep.target.reader import RecordSpan, StoreReader
-from vrep.target.segment import segment_path
 
 __all__ = ["Verdict", "check_history"]
 
@@ -60,6 +64,9 @@ class Verdict(msgspec.Struct, frozen=True):
     """pos:EPOCH/LANE/SEQ: covered by a tally that agrees; empty without the key"""
     records: int
     tallies: int
+    folded_to: str = ""
+    """pos:EPOCH/LANE/SEQ: up to here the target has folded, and what it left out there is not
+    proven; empty: nothing is folded"""
     error: str = ""
     note: str = ""
 
@@ -76,6 +83,12 @@ class _State(msgspec.Struct):
     tallies: int = 0
     sealed: bool = True
     """every tally so far was checked"""
+    folded: tuple[int, int, int] = (0, 0, 0)
+    """so far was folded"""
+
+    def place(self) -> tuple[object, ...]:
+        """What decides how the check goes on from here."""
+        return (self.position, self.stream, self.tally)
 
 
 class _Checked(msgspec.Struct, frozen=True):
@@ -121,6 +134,12 @@ class _Check:
 
     def segment(self, number: int) -> None:
         """Check one segment; the state stands behind it."""
+        block = native.parse_fold(self.reader.segment(number))
+        if block is not None:
+            self._folded(number, block)
+            return
+        if self.state.folded != (0, 0, 0) and not self.state.stream:
+            raise CorruptError(f"segment {number:08x}: the fold before it does not say how it ends")
         closed = number != self.reader.manifest.active_segment
         index = self._index(number) if closed else None
         builder = self._builder(number, index) if index is not None else None
@@ -132,6 +151,68 @@ class _Check:
             self._compare(number, index, builder)
         if self.stream is not None:
             self.state.tally = self.tally.save().hex()
+
+    def _folded(self, number: int, block: Any) -> None:
+        """Check a folded segment: its digests, its index, and that its records may be there."""
+        where = f"segment {number:08x}"
+        manifest = self.reader.manifest
+        horizon, end = Position.of(block["horizon"]), Position.of(block["end"])
+        entry = manifest.segments[int(np.searchsorted(manifest.segments["segment"], number))]
+        if int(entry["generation"]) != int(block["generation"]):
+            raise CorruptError(f"{where} is of fold {int(block['generation'])}")
+        kept_to = dict(manifest.ancestry(manifest.horizon)) if manifest.horizon.seq else {}
+        if horizon.seq > kept_to.get(horizon.epoch, 0) or end > manifest.horizon:
+            raise OmittedError(f"{where} was folded past the horizon, {manifest.horizon}")
+        if self.stream is not None and self.state.position > self.state.folded:
+            raise OmittedError(f"{where} was folded, but not what stands before it")
+        line = manifest.ancestry(horizon)
+        index = self._index(number)
+        builder = IndexBuilder(number, self.reader.group_id)
+        stream = b""
+        for span in self.reader.spans(number):
+            headers = span.found["header"]
+            self._folded_order(where, headers, line)
+            last = int(span.found["position"][-1]) + layout.RECORD.itemsize
+            size = last + int(headers["body_bytes"][-1])
+            part = self.reader.read(number, span.start, size)
+            builder.add(part, span.start)
+            streams = np.flatnonzero(headers["kind"] == layout.KIND_STREAM)
+            for at in streams:
+                stream = self._known_stream(where, part[int(span.found["position"][at]) :])
+            self.state.records += len(headers) - len(streams)
+        self._compare(number, index, builder)
+        self.state.position = self.state.folded = (end.epoch, end.lane, end.seq)
+        self.state.stream = self.state.tally = ""
+        self.stream, self.pending = None, []
+        if int(block["flags"]) & layout.FOLD_TALLIED:
+            if not stream:
+                raise CorruptError(f"{where} does not end with a stream")
+            self.state.stream = stream.hex()
+            self.state.tally = block["tally"].tobytes().hex()
+            self.resume(self.state)
+
+    def _folded_order(self, where: str, headers: Structs, line: list[tuple[int, int]]) -> None:
+        """Records of a folded segment are of the line of its horizon, each behind the last."""
+        solid = headers[headers["kind"] != layout.KIND_STREAM]
+        if (solid["kind"] == layout.KIND_TALLY).any():
+            raise CorruptError(f"{where} was folded, but has a tally")
+        reach = dict(line)
+        for epoch, seq in zip(solid["epoch"].tolist(), solid["seq"].tolist(), strict=True):
+            if (epoch, 0, seq) <= self.state.position or seq > reach.get(epoch, 0):
+                raise OmittedError(
+                    f"{where}: {epoch}/0/{seq} does not belong behind "
+                    f"{Position(*self.state.position)}"
+                )
+            self.state.position = (epoch, 0, seq)
+
+    def _known_stream(self, where: str, whole: memoryview) -> bytes:
+        """The body of a STREAM record, of an epoch that the store knows."""
+        size = layout.RECORD.itemsize + layout.STREAM.itemsize
+        body = record.parse_stream(whole[:size])
+        known = {entry.epoch: entry.epoch_id for entry in self.reader.epochs}
+        if known.get(int(body["epoch"])) != body["epoch_id"].tobytes():
+            raise CorruptError(f"{where}: a stream of an epoch that the store does not know")
+        return bytes(body.tobytes())
 
     def _span(self, span: RecordSpan) -> memoryview:
         """Check the records of one commit; their bytes."""
@@ -262,7 +343,7 @@ class _Check:
                 ) from None
 
     def _index(self, number: int) -> Index:
-        return Index.open(segment_path(self.reader.directory, number), verify=True)
+        return Index.open(self.reader.path(number), verify=True)
 
     def _builder(self, number: int, index: Index) -> IndexBuilder:
         head = self.reader.read(number, 0, layout.SEGMENT_HEADER.itemsize)
@@ -323,7 +404,15 @@ def check_history(
     done = sum(entries.get(k.segment, 0) for k in kept)
     for number in numbers[len(kept) :]:
         stamps = _stamps(reader, number)
-        check.segment(number)
+        known = cache.goes_on(number, stamps, check.state, sealed=access is not None)
+        if known is not None and not fresh:
+            # A fold before it, which leads to where the check stood then.
+            folded = check.state.folded
+            check.resume(known.after)
+            check.state.folded = max(folded, known.after.folded)
+        else:
+            check.segment(number)
+            cache.compare(check.state)
         if number in entries:
             after = msgspec.json.decode(msgspec.json.encode(check.state), type=_State)
             kept.append(_Checked(number, stamps, after))
@@ -339,19 +428,24 @@ def check_history(
         )
     cache.store(kept, newest)
     sealed = access is not None and check.state.sealed
+    notes = [] if sealed else ["the tallies were not checked: the tenant's key is not held here"]
+    folded, tallied = Position(*check.state.folded), Position(*check.state.tallied)
+    if folded.seq:
+        notes.append(f"what was left out of the history up to pos:{folded} is not proven")
     return Verdict(
         whole=True,
         sealed=sealed,
         checked_to=f"pos:{newest}",
-        tallied_to=f"pos:{Position(*check.state.tallied)}" if sealed else "",
+        tallied_to=f"pos:{tallied}" if sealed and tallied.seq else "",
         records=check.state.records,
         tallies=check.state.tallies if sealed else 0,
-        note="" if sealed else "the tallies were not checked: the tenant's key is not held here",
+        folded_to=f"pos:{folded}" if folded.seq else "",
+        note="; ".join(notes),
     )
 
 
 def _stamps(reader: StoreReader, number: int) -> tuple[int, int, int, int]:
-    path = segment_path(reader.directory, number)
+    path = reader.path(number)
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -368,6 +462,10 @@ class _CacheFile:
         self._path: Path = paths.root / "checked" / f"{group_id.hex()}.{kind}.json"
         self._key = access.derive(b"checked") if access is not None else b""
         self.segments: dict[int, _Checked] = {}
+        self._before: dict[int, _State] = {}
+        """where the check stood before a segment"""
+        self._after: dict[tuple[int, int, int], _State] = {}
+        """by where a segment ends"""
         self.newest = (0, 0, 0)
         try:
             stored = msgspec.json.decode(self._path.read_bytes(), type=_File)
@@ -378,7 +476,32 @@ class _CacheFile:
             return
         if cache.version == VERSION:
             self.segments = {each.segment: each for each in cache.segments}
+            before = _State()
+            for each in cache.segments:
+                self._before[each.segment] = before
+                self._after[each.after.position] = before = each.after
             self.newest = cache.newest
+
+    def goes_on(
+        self, number: int, stamps: tuple[int, int, int, int], here: _State, *, sealed: bool
+    ) -> _Checked | None:
+        """What is known of a segment that is still the same, before which the check stood where
+        it stands now."""
+        known = self.segments.get(number)
+        if known is None or known.stamps != stamps or (sealed and not known.after.sealed):
+            return None
+        return known if self._before[number].place() == here.place() else None
+
+    def compare(self, here: _State) -> None:
+        """OmittedError when a fold ends in another way than what was checked there before."""
+        before = self._after.get(here.position)
+        if here.folded != here.position or before is None or not here.stream:
+            return
+        if before.stream and before.place() != here.place():
+            raise OmittedError(
+                f"the fold up to {Position(*here.folded)} does not lead to what was checked there "
+                "before"
+            )
 
     def _mac(self, content: bytes) -> str:
         return hmac.new(self._key, content, hashlib.sha256).hexdigest()

@@ -37,7 +37,6 @@ from vrep.recovery.held import find_group
 from vrep.recovery.history import format_time, resolve
 from vrep.target.manifest import DiskEntry, Position
 from vrep.target.reader import StoreReader
-from vrep.target.segment import segment_path
 
 __all__ = ["ExportResult", "ExportedDisk", "export"]
 
@@ -128,10 +127,7 @@ def export(
 def _checked_map(reader: StoreReader, point: Position) -> ExtentMap:
     """The map of a point out of the segments' own indexes: runs are only a short cut."""
     active = reader.manifest.active_segment
-    indexes = [
-        Index.open(segment_path(reader.directory, int(entry["segment"])))
-        for entry in reader.manifest.segments
-    ]
+    indexes = [Index.open(reader.path(int(entry["segment"]))) for entry in reader.manifest.segments]
     indexes += [index for index in reader.indexes if active and index.segment == active]
     return ExtentMap(indexes, reader.ancestry(point), group_id=reader.group_id)
 

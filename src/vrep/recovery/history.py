@@ -32,7 +32,6 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.point import kind_of, parse_ago, parse_position, parse_time
 from vrep.target.manifest import Position
 from vrep.target.reader import Event, StoreReader
-from vrep.target.segment import segment_path
 
 __all__ = ["Found", "History", "Mark", "Range", "format_time", "needs_key", "resolve"]
 
@@ -105,6 +104,8 @@ def _walk(reader: StoreReader, segment: int, start: int = 128) -> Iterator[Found
             at += _HEADER + body
         elif magic == layout.COMMIT_MAGIC:
             at += layout.COMMIT.itemsize
+        elif magic == layout.FOLD_MAGIC and at == layout.SEGMENT_HEADER.itemsize:
+            at += layout.FOLD.itemsize
         elif magic == 0 or not any(data[at : at + 1]):
             at = (at // 64 + 1) * 64
         else:
@@ -135,10 +136,17 @@ class History:
         self._line = dict(reader.ancestry(end)) if end.seq else {}
         self._events = [e for e in reader.events() if self.visible(e.position)]
         self._events.sort(key=lambda event: (event.position, event.at))
+        self.horizon = self._kept_from()
+        self._events = [e for e in self._events if e.position >= self.horizon]
         self.ranges: list[Range] = []
         self.gaps: list[Range] = []
-        if end.seq:
+        if end.seq and self.manifest.keeps(end):
             self._walk_gaps()
+
+    def _kept_from(self) -> Position:
+        """The horizon of the store, which is a position of every line that is kept; of one that
+        is not, its end: a line that left the others before has no points any more."""
+        return self.manifest.horizon if self.manifest.keeps(self.end) else self.end
 
     def visible(self, position: Position) -> bool:
         """Whether a record of this position belongs to the line."""
@@ -159,7 +167,12 @@ class History:
         """Split the line at its gap-begins and gap-ends."""
         opened: tuple[Position, int] | None = None  # of a range
         gap: tuple[Position, int] | None = None
+        if self.horizon.seq:
+            found = self._known(self.horizon)
+            opened = (found.position, found.wall_ns)
         for event in self._events:
+            if event.position <= self.horizon:
+                continue  # the horizon lies in no gap, whatever its record is
             here = (event.position, event.wall_ns)
             if event.kind == layout.KIND_GAP_BEGIN:
                 if opened is not None:
@@ -195,7 +208,7 @@ class History:
         if segment == self.manifest.active_segment:
             entries = self.reader.indexes[-1].short_entries
         else:
-            entries = Index.open(segment_path(self.reader.directory, segment)).short_entries
+            entries = Index.open(self.reader.path(segment)).short_entries
         before = (entries["epoch"] < first.epoch) | (
             (entries["epoch"] == first.epoch) & (entries["seq"] <= first.seq)
         )
@@ -244,6 +257,8 @@ class History:
         position = found.position
         if any(r.first <= position <= r.last for r in self.ranges):
             return found
+        if self.manifest.horizon.seq and position < self.horizon:
+            raise PointNotFoundError(f"{found}; {self._gone()}")
         before = [r for r in self.ranges if r.last < position]
         after = [r for r in self.ranges if r.first > position]
         near = []
@@ -253,6 +268,13 @@ class History:
             near.append(f"after: pos:{after[0].first} ({format_time(after[0].first_wall_ns)})")
         text = "; ".join(near) or "there is no recovery point yet"
         raise GapError(f"{found}; nearest points {text}" if near else f"{found}; {text}")
+
+    def _gone(self) -> str:
+        """Why a point before the horizon cannot be had."""
+        oldest = f"pos:{self.manifest.horizon}"
+        if self.ranges:
+            oldest += f" ({format_time(self.ranges[0].first_wall_ns)})"
+        return f"what was before the oldest point that is kept, {oldest}, was folded away"
 
     def latest(self) -> Found:
         newest = self.newest
@@ -302,7 +324,13 @@ class History:
         samples = samples[line]
         order = np.lexsort((samples["at"]["seq"], samples["at"]["epoch"]))
         samples = samples[order]
-        places = [Position()] + [Position.of(at) for at in samples["at"]]
+        start = Position()
+        if self.horizon.seq:
+            start = self.horizon._replace(seq=self.horizon.seq - 1)
+            after = samples["at"]["epoch"] > start.epoch
+            after |= (samples["at"]["epoch"] == start.epoch) & (samples["at"]["seq"] > start.seq)
+            samples = samples[after]
+        places = [start] + [Position.of(at) for at in samples["at"]]
         early = np.concatenate([[True], samples["wall_ns"] <= wall_ns])
         if places[-1] != self.end:
             places.append(self.end)
@@ -369,6 +397,8 @@ def _resolve_position(reader: StoreReader, position: Position) -> Found:
         raise PointNotFoundError(f"pos:{position}: the last of its epoch is pos:{last}")
     # The whole line of its epoch, so that an error can name what comes after as well.
     history = History(reader, last if last.epoch == position.epoch else position)
+    if not reader.manifest.keeps(position):
+        raise PointNotFoundError(f"pos:{position}; {history._gone()}")
     found = history.locate(position)
     if found is None:
         raise PointNotFoundError(f"pos:{position}: no record has this position")

@@ -23,7 +23,7 @@ from vrep.recovery.verdict import DAMAGES_MAX, TEXT_LETTERS_MAX, Damage
 from vrep.target.manifest import Manifest, Position, manifest_numbers, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.runs import check_file
-from vrep.target.segment import run_path, scan_tail, segment_path
+from vrep.target.segment import entry_path, run_path, scan_tail, segment_path
 
 __all__ = ["check_manifests", "check_runs", "damage_of", "survey"]
 
@@ -88,7 +88,7 @@ def _check_run(reader: StoreReader, entry: Any, path: Path, scratch: Path) -> No
         raise CorruptError("it is not the one that the manifest names")
     numbers = reader.manifest.segments["segment"]
     inside = numbers[(numbers >= entry["first_segment"]) & (numbers <= entry["last_segment"])]
-    indexes = [Index.open(segment_path(reader.directory, int(n))) for n in inside]
+    indexes = [Index.open(reader.path(int(n))) for n in inside]
     level = int(entry["level"])
     with _Scratch(scratch) as files:
         while len(indexes) > MERGED_AT_ONCE:
@@ -134,9 +134,8 @@ def survey(directory: Path, group_id: bytes, manifest: Manifest) -> list[Damage]
     """Every segment that is damaged or missing: its file, its positions and where it is wrong."""
     found = []
     for entry in manifest.segments:
-        number = int(entry["segment"])
         first, last = Position.of(entry["first"]), Position.of(entry["last"])
-        path = segment_path(directory, number)
+        path = entry_path(directory, entry)
         try:
             _read_segment(path, group_id, entry)
         except (IntegrityError, StorageError, OSError) as error:

@@ -32,6 +32,7 @@ from vrep.target.manifest import DiskEntry, EpochEntry, Manifest, Position, load
 from vrep.target.segment import (
     TailScan,
     digest,
+    entry_path,
     index_tail,
     run_path,
     scan_tail,
@@ -95,6 +96,8 @@ class StoreReader:
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
         self._scattered = scattered
         self._maps: dict[int, memoryview] = {}
+        self._generations: dict[int, int] = {}
+        """of the files that are mapped"""
         self._files: dict[int, mmap.mmap] = {}
         self._maps_lock = threading.Lock()
         self._indexes: dict[tuple[int, int, bytes], Index] = {}
@@ -121,8 +124,22 @@ class StoreReader:
             except OSError as error:
                 raise StorageError(f"{self.directory}: {error.strerror or error}") from None
             self.manifest, self._indexes, self._tail = manifest, indexes, tail
+            self._forget_folded()
             return
         raise CorruptError(f"{self.directory} changes faster than it can be read")
+
+    def _forget_folded(self) -> None:
+        """Files that a fold replaced are not those of their segments any more."""
+        now = dict(
+            zip(
+                self.manifest.segments["segment"].tolist(),
+                self.manifest.segments["generation"].tolist(),
+                strict=True,
+            )
+        )
+        with self._maps_lock:
+            for number in [n for n, held in self._generations.items() if now.get(n) != held]:
+                del self._maps[number], self._files[number], self._generations[number]
 
     def _load(self, manifest: Manifest) -> tuple[dict[tuple[int, int, bytes], Index], _Tail | None]:
         indexes: dict[tuple[int, int, bytes], Index] = {}
@@ -161,7 +178,7 @@ class StoreReader:
             raise CorruptError(f"{path}: {error.detail}") from None
         stream = None
         if scan.header["stream_id"].any():
-            newest = segment_path(self.directory, int(manifest.segments[-1]["segment"]))
+            newest = entry_path(self.directory, manifest.segments[-1])
             stream = Index.open(newest).streams[-1]
         builder = index_tail(data[: scan.end], scan, self.group_id, stream)
         return _Tail(number, data[: scan.end].toreadonly(), scan, builder, builder.freeze())
@@ -172,6 +189,7 @@ class StoreReader:
         with self._maps_lock:
             self._maps.clear()
             self._files.clear()
+            self._generations.clear()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -311,12 +329,22 @@ class StoreReader:
                 data = self._maps[segment] = self._map(segment)
             return data
 
-    def _map(self, segment: int) -> memoryview:
+    def _entry(self, segment: int) -> Any:
+        """What the manifest says of a closed segment."""
         at = int(np.searchsorted(self.manifest.segments["segment"], segment))
         if at == len(self.manifest.segments) or self.manifest.segments[at]["segment"] != segment:
             raise RangeError(f"the store has no segment {segment:08x}")
-        entry = self.manifest.segments[at]
-        path = segment_path(self.directory, segment)
+        return self.manifest.segments[at]
+
+    def path(self, segment: int) -> Path:
+        """The file of a segment."""
+        if segment == self.manifest.active_segment:
+            return segment_path(self.directory, segment)
+        return entry_path(self.directory, self._entry(segment))
+
+    def _map(self, segment: int) -> memoryview:
+        entry = self._entry(segment)
+        path = entry_path(self.directory, entry)
         try:
             runs.check_file(path, int(entry["file_bytes"]))
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -325,6 +353,7 @@ class StoreReader:
         with contextlib.ExitStack() as stack:
             stack.callback(os.close, fd)
             room = self._files[segment] = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            self._generations[segment] = int(entry["generation"])
         if self._scattered:
             room.madvise(mmap.MADV_RANDOM)
         return memoryview(room)[: int(entry["data_end"])]
@@ -369,8 +398,7 @@ class StoreReader:
     def verify(self) -> int:
         """Read everything and check every digest; how many records there are."""
         for entry in self.manifest.segments:
-            path = segment_path(self.directory, int(entry["segment"]))
-            Index.open(path, verify=True)
+            Index.open(entry_path(self.directory, entry), verify=True)
         for entry in self.manifest.runs:
             Index.open(run_path(self.directory, int(entry["run"])), verify=True)
         return sum(len(span.found) for span in self.records())

@@ -8,11 +8,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from vrep.errors import InvalidError, StateError
 from vrep.target.manifest import EpochEntry, EpochState, Manifest, Position
 
-__all__ = ["given_back", "successor", "undecided"]
+__all__ = ["check_horizon", "given_back", "successor", "undecided"]
+
+_ALL: Final = (1 << 64) - 1
 
 
 def successor(
@@ -27,6 +30,8 @@ def successor(
 ) -> EpochEntry:
     """The next epoch, which leaves its parent at a durable position."""
     known = manifest.epoch(parent.epoch)
+    if not manifest.keeps(parent):
+        raise StateError(f"{parent} is not kept any more: the oldest point is {manifest.horizon}")
     if parent.epoch == durable.epoch and parent.seq > durable.seq:
         raise InvalidError(f"the parent {parent} is not durable: {durable} is")
     return EpochEntry(
@@ -83,6 +88,16 @@ def given_back(
         wall_ns=wall_ns,
     )
     return (*epochs, entry)
+
+
+def check_horizon(manifest: Manifest, horizon: Position) -> None:
+    """StateError unless the horizon of a store may move there."""
+    for entry in (manifest.accepted_epoch, manifest.current_epoch):
+        line = dict(manifest.ancestry(Position(entry.epoch, 0, _ALL)))
+        if horizon.seq > line.get(horizon.epoch, 0):
+            raise StateError(f"epoch {entry.epoch} left its parents before {horizon}")
+    if not manifest.keeps(horizon):
+        raise StateError(f"{horizon} is before the oldest point that is kept, {manifest.horizon}")
 
 
 def _without_trailing(epochs: Sequence[EpochEntry], writer: bytes) -> tuple[EpochEntry, ...]:

@@ -26,7 +26,16 @@ from vrep.target.files import Files
 from vrep.target.manifest import Manifest
 from vrep.target.segment import run_path, segment_path
 
-__all__ = ["FAN_IN", "Pin", "Unit", "merge_units", "pinned", "stale_runs", "units_to_merge"]
+__all__ = [
+    "FAN_IN",
+    "Pin",
+    "Unit",
+    "merge_units",
+    "pinned",
+    "stale_runs",
+    "units",
+    "units_to_merge",
+]
 
 FAN_IN: Final = 8
 _RUN: Final = re.compile(r"run-([0-9a-f]{8})")
@@ -40,10 +49,12 @@ class Unit:
     number: int
     first_segment: int
     last_segment: int
+    generation: int = 0
+    """of a segment"""
 
     def path(self, directory: Path) -> Path:
         if self.level == 0:
-            return segment_path(directory, self.number)
+            return segment_path(directory, self.number, self.generation)
         return run_path(directory, self.number)
 
 
@@ -57,8 +68,11 @@ def units(manifest: Manifest) -> list[Unit]:
     lasts = np.array([unit.last_segment for unit in runs], np.int64)
     numbers = manifest.segments["segment"].astype(np.int64)
     run_of = np.searchsorted(firsts, numbers, side="right") - 1
-    bare = numbers[(run_of < 0) | (numbers > lasts[run_of])] if len(runs) else numbers
-    found = runs + [Unit(0, int(n), int(n), int(n)) for n in bare]
+    rows = manifest.segments
+    bare = rows[(run_of < 0) | (numbers > lasts[run_of])] if len(runs) else rows
+    found = runs + [
+        Unit(0, n, n, n, int(row["generation"])) for row in bare for n in [int(row["segment"])]
+    ]
     return sorted(found, key=lambda unit: unit.first_segment)
 
 
@@ -107,6 +121,12 @@ def replace_runs(manifest: Manifest, entry: NDArray[np.void]) -> NDArray[np.void
     )
     kept = np.append(manifest.runs[~covered], entry.reshape(1))
     return kept[np.argsort(kept["first_segment"], kind="stable")]
+
+
+def without_runs(manifest: Manifest, first: int, last: int) -> NDArray[np.void]:
+    """The runs of a manifest but those that cover a segment from `first` to `last`."""
+    apart = (manifest.runs["last_segment"] < first) | (manifest.runs["first_segment"] > last)
+    return manifest.runs[apart]
 
 
 def run_numbers(directory: Path) -> list[int]:

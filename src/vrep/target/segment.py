@@ -29,10 +29,12 @@ __all__ = [
     "SegmentWriter",
     "TailScan",
     "digest",
+    "entry_path",
     "index_tail",
     "run_path",
     "scan_tail",
     "segment_path",
+    "write_footer",
 ]
 
 HEADER_BYTES: Final = layout.SEGMENT_HEADER.itemsize
@@ -44,8 +46,15 @@ StreamRow = Any
 """one INDEX_STREAM struct"""
 
 
-def segment_path(directory: Path, number: int) -> Path:
-    return directory / f"seg-{number:08x}"
+def segment_path(directory: Path, number: int, generation: int = 0) -> Path:
+    """Where a segment is; a fold makes another file of it, of a higher generation."""
+    suffix = f"-{generation:x}" if generation else ""
+    return directory / f"seg-{number:08x}{suffix}"
+
+
+def entry_path(directory: Path, entry: Any) -> Path:
+    """Where the segment of a manifest's entry is."""
+    return segment_path(directory, int(entry["segment"]), int(entry["generation"]))
 
 
 def run_path(directory: Path, number: int) -> Path:

@@ -2,7 +2,8 @@
 
 What they are is said in recovery/history.py; here the gaps are followed as they become durable,
 so that a status costs no walk. They are of the line of the newest accepted epoch: what `latest`
-means. The newest is the last durable record, or the one before the gap that is open.
+means. The newest is the last durable record, or the one before the gap that is open; the oldest the
+horizon of the store, where it has one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vrep._core.index import Index
 from vrep.errors import VrepError
 from vrep.target import runs
 from vrep.target.manifest import EpochEntry, Manifest, Position
-from vrep.target.segment import Batch, segment_path
+from vrep.target.segment import Batch, entry_path
 
 __all__ = ["Point", "Span"]
 
@@ -67,7 +68,9 @@ class Span:
         self._lasts: dict[int, Point] = {}
         """the last record of each epoch"""
         self._known = True
-        self._judged: tuple[tuple[EpochEntry, ...], int] | None = None
+        self._judged: tuple[tuple[EpochEntry, ...], Position, int] | None = None
+        self._ranges: list[tuple[Position, Position | None]] = []
+        """from the first recovery point to before a gap-begin, if there was one"""
         self._oldest: Point | None = None
         self._before_gap: Point | None = None
         self._lock = threading.Lock()
@@ -112,35 +115,76 @@ class Span:
             self._turns.append(_Turn(point, begins, before))
         self._note(point)
 
+    def folded(self, manifest: Manifest) -> None:
+        """Segments were replaced by what a fold left of them."""
+        with self._lock:
+            self._segments = manifest.segments
+            self._turns = [t for t in self._turns if t.point.position > manifest.horizon]
+
     def points(self, manifest: Manifest) -> tuple[Point, Point] | None:
         """The oldest and the newest recovery point; None when there is none."""
         with self._lock:
-            now = (manifest.epochs, len(self._turns))
-            if self._judged is None or self._judged[0] is not now[0] or self._judged[1] != now[1]:
-                self._judge(manifest)
-                self._judged = now
+            self._follow(manifest)
             if not self._known or self._oldest is None:
                 return None
             return self._oldest, self._before_gap or self._end(manifest)
 
+    def recoverable(self, manifest: Manifest, position: Position) -> bool:
+        """Whether a record of this position is a recovery point of the line."""
+        with self._lock:
+            self._follow(manifest)
+            line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+            reach = line.get(position.epoch, 0)
+            last = self._lasts.get(position.epoch)
+            if not self._known or last is None or position.lane:
+                return False
+            begins = manifest.epoch(position.epoch).parent.seq
+            inside = begins < position.seq <= min(reach, last.position.seq)
+            return inside and any(
+                first <= position and (end is None or position < end) for first, end in self._ranges
+            )
+
+    def _follow(self, manifest: Manifest) -> None:
+        now = (manifest.epochs, manifest.horizon, len(self._turns))
+        if self._judged is None or self._judged[0] is not now[0] or self._judged[1:] != now[1:]:
+            self._judge(manifest)
+            self._judged = now
+
     def _judge(self, manifest: Manifest) -> None:
         """Walk the gaps of the line."""
         line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+        horizon = manifest.horizon
         oldest: Point | None = None
         closed: _Turn | None = None
-        opened = False
+        self._ranges = []
+        if horizon.seq:
+            oldest = self._horizon(horizon)
+            self._ranges.append((horizon, None))
         for turn in sorted(self._turns, key=lambda turn: turn.point.position):
             position = turn.point.position
-            if position.seq > line.get(position.epoch, 0):
+            if position.seq > line.get(position.epoch, 0) or position <= horizon:
                 continue
+            opened = bool(self._ranges) and self._ranges[-1][1] is None
             if turn.begins and opened:
-                opened, closed = False, turn
+                self._ranges[-1], closed = (self._ranges[-1][0], position), turn
             elif not turn.begins and not opened:
-                opened, oldest = True, oldest or turn.point
+                self._ranges.append((position, None))
+                oldest = oldest or turn.point
         self._oldest = oldest
         self._before_gap = None
-        if oldest is not None and closed is not None and not opened:
+        if closed is not None and self._ranges[-1][1] is not None:
             self._before_gap = self._before(manifest, closed)
+
+    def _horizon(self, horizon: Position) -> Point:
+        """The point at the horizon. While its segment is open its time is not known."""
+        if self._oldest is not None and self._oldest.position == horizon and self._oldest.wall_ns:
+            return self._oldest
+        try:
+            found = self._look_up(Position(horizon.epoch, 0, horizon.seq + 1), _ALL)
+        except (VrepError, OSError) as error:
+            self._lose(error)
+            found = None
+        return found if found is not None and found.position == horizon else Point(horizon)
 
     def _end(self, manifest: Manifest) -> Point:
         """The last durable record of the line."""
@@ -163,19 +207,18 @@ class Span:
         before = turn.before
         if before is None and turn.segment:
             try:
-                before = self._look_up(turn)
+                before = self._look_up(turn.point.position, turn.segment)
             except (VrepError, OSError) as error:
                 self._lose(error)
         epoch = turn.point.position.epoch
         return before or self._standing(manifest, manifest.epoch(epoch).parent)
 
-    def _look_up(self, turn: _Turn) -> Point | None:
-        """The record of its epoch before a gap-begin of a closed segment."""
-        here = turn.point.position
-        for segment in self._segments[self._segments["segment"] <= turn.segment][::-1]:
+    def _look_up(self, here: Position, number: int) -> Point | None:
+        """The record of its epoch before a position, in the closed segments up to a number."""
+        for segment in self._segments[self._segments["segment"] <= number][::-1]:
             if Position.of(segment["last"]) < Position(here.epoch):
                 break
-            path = segment_path(self._directory, int(segment["segment"]))
+            path = entry_path(self._directory, segment)
             rows = list(_records(Index.open(path), here))
             if rows:
                 return _read(path, max(rows)[1])

@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,22 +26,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrep._core import layout, record
-from vrep._core.index import Index
 from vrep.durable import make_private_directory
 from vrep.errors import (
     CorruptError,
-    FencedError,
     InvalidError,
     NotFoundError,
     StateError,
     StorageError,
     StoreFullError,
-    UnsupportedError,
     VrepError,
 )
 from vrep.target import reign, runs
+from vrep.target.closing import close_open_segment
 from vrep.target.files import Buffer, Files, is_full
+from vrep.target.fold import Folded
 from vrep.target.journal import Journal
+from vrep.target.judge import judge_records
 from vrep.target.lease import Lease
 from vrep.target.manifest import (
     DiskEntry,
@@ -56,13 +55,12 @@ from vrep.target.segment import (
     Batch,
     SegmentId,
     SegmentWriter,
-    index_tail,
+    entry_path,
     run_path,
-    scan_tail,
     segment_path,
-    write_footer,
 )
 from vrep.target.span import Point, Span
+from vrep.target.upkeep import Upkeep
 
 __all__ = [
     "DiskEntry",
@@ -98,6 +96,9 @@ class StoreOptions:
     reserve_bytes: int = 64 << 20
     """appending stops while the filesystem has less room, so that recovery can work"""
     merge: bool = True
+    """whether a thread merges indexes and folds"""
+    fold_rate: int = 0
+    """bytes a second that a fold may read and write; 0: no limit"""
 
 
 @dataclass(frozen=True)
@@ -140,9 +141,15 @@ class GroupStore:
         self._writer: SegmentWriter
         self._span: Span
         self._closed = False
-        self._merge_wanted = threading.Event()
-        self._merge_failure = ""
-        self._merger: threading.Thread | None = None
+        self._upkeep = Upkeep(
+            directory,
+            lease,
+            files,
+            wall_ns,
+            segment_bytes=options.segment_bytes,
+            fold_rate=options.fold_rate,
+            folded=self._note_fold,
+        )
         self._journal = Journal(
             group_id.hex()[:8], self._commit, self._mark, self._notify, interval_s=options.commit_s
         )
@@ -188,7 +195,8 @@ class GroupStore:
             lease.close()
             raise
         store._journal.start()
-        store._start_merging()
+        if store.options.merge:
+            store._upkeep.start(group_id.hex()[:8])
         return store
 
     def _create(self, spec: StoreSpec) -> None:
@@ -212,60 +220,26 @@ class GroupStore:
                 self._files.unlink(leftover)
         manifest = self._lease.load()
         for segment in manifest.segments:
-            path = segment_path(self.directory, int(segment["segment"]))
+            path = entry_path(self.directory, segment)
             runs.check_file(path, int(segment["file_bytes"]))
         for run in manifest.runs:
             runs.check_file(run_path(self.directory, int(run["run"])), int(run["file_bytes"]))
-        segments, last, stream = self._close_active(manifest)
-        self._begin(segments, last, stream, lease=manifest.lease + 1)
+        segments, last, stream = close_open_segment(
+            self.directory, self.group_id, manifest, self._files
+        )
+        closed = int(segments["data_end"][len(manifest.segments) :].sum())
+        received = manifest.received_bytes + closed
+        self._begin(segments, last, stream, manifest.lease + 1, received)
         self.durable = self.received = last
         self._span = Span(self.directory, self.manifest)
         self._has_stream = stream is not None
         self._seed_order()
         self._lease.keep_spare()
-        self._drop_files()
+        self._upkeep.drop_files()
 
-    def _close_active(self, manifest: Manifest) -> tuple[Structs, Position, Any]:
-        """Closed segments, last position and stream in force, after the open segment was
-        scanned as the storage holds it, cut behind its last whole commit, and indexed."""
-        sealed = manifest.segments
-        last = Position.of(sealed[-1]["last"]) if len(sealed) else Position()
-        if not manifest.active_segment:
-            return sealed, last, self._last_stream(manifest)
-        path = segment_path(self.directory, manifest.active_segment)
-        try:
-            fd = self._files.open(path)
-        except FileNotFoundError:
-            raise CorruptError(f"{path} is missing") from None
-        try:
-            self._files.sync(fd)
-            data = self._files.read_stored(path)
-            try:
-                scan = scan_tail(data, self.group_id, manifest.active_segment)
-            except CorruptError as error:
-                raise CorruptError(f"{path}: {error.detail}") from None
-            if not scan.records:
-                return sealed, last, self._last_stream(manifest)
-            stream_id = scan.header["stream_id"].tobytes()
-            stream = self._last_stream(manifest) if any(stream_id) else None
-            builder = index_tail(data, scan, self.group_id, stream)
-            if scan.end < len(data):
-                log.warning("%s: %d bytes of a torn tail are cut", path, len(data) - scan.end)
-            self._files.truncate(fd, scan.end)
-            entry = write_footer(self._files, fd, builder, scan.last, scan.end)
-        finally:
-            os.close(fd)
-        return np.append(sealed, entry.reshape(1)), scan.last, builder.stream
-
-    def _last_stream(self, manifest: Manifest) -> Any:
-        """The stream in force behind the last closed segment, None at the beginning."""
-        if not len(manifest.segments):
-            return None
-        newest = segment_path(self.directory, int(manifest.segments[-1]["segment"]))
-        index = Index.open(newest)
-        return index.streams[-1].copy() if len(index.streams) else None
-
-    def _begin(self, segments: Structs, after: Position, stream: Any, lease: int) -> None:
+    def _begin(
+        self, segments: Structs, after: Position, stream: Any, lease: int, received_bytes: int
+    ) -> None:
         """Create the next segment and the manifest that names it."""
         manifest = self.manifest
         number = manifest.next_segment
@@ -275,7 +249,11 @@ class GroupStore:
         try:
             self._files.sync_directory(self.directory)
             self._lease.publish(
-                segments=segments, active_segment=number, next_segment=number + 1, lease=lease
+                segments=segments,
+                active_segment=number,
+                next_segment=number + 1,
+                lease=lease,
+                received_bytes=received_bytes,
             )
         except BaseException:
             writer.close()
@@ -357,7 +335,7 @@ class GroupStore:
             "pending_bytes": self.pending_bytes,
             "full": self.full,
             "failure": str(failure) if failure else "",
-            "merge_failure": self._merge_failure,
+            "merge_failure": self._upkeep.failure,
         }
 
     def listen(self, callback: Callable[[], None]) -> None:
@@ -392,7 +370,7 @@ class GroupStore:
             found, consumed = record.scan(buffer, order=self._order)
             if consumed != len(buffer):
                 raise CorruptError(f"a batch ends inside a record, at byte {consumed}")
-            self._check_records(found["header"])
+            judge_records(self.manifest, found["header"], begun=self._has_stream)
             if check is not None:
                 check(found)
             self._appended_ticket += consumed
@@ -409,39 +387,6 @@ class GroupStore:
         self._order = record.Order()
         if self.received.epoch:
             self._order.seed(epoch=self.received.epoch, seq=self.received.seq)
-
-    def _check_records(self, headers: Structs) -> None:
-        manifest = self.manifest
-        if not self._has_stream and headers[0]["kind"] != layout.KIND_STREAM:
-            raise CorruptError("a history begins with a STREAM record")
-        accepted = manifest.current_epoch
-        wrong = np.flatnonzero(headers["epoch"] != accepted.epoch)
-        if len(wrong):
-            raise FencedError(
-                f"records of epoch {int(headers[wrong[0]]['epoch'])}, but epoch {accepted.epoch} "
-                "is the one that is accepted"
-            )
-        if (headers["lane"] != 0).any():
-            raise UnsupportedError("records of another lane than 0")
-        kinds = headers["kind"]
-        if (kinds == layout.KIND_RESIZE).any():
-            raise UnsupportedError("disks that change their size")
-        sizes = np.zeros(layout.DISKS_MAX, np.uint64)
-        for disk in manifest.disks:
-            sizes[disk.index] = disk.bytes
-        placed = (kinds <= layout.KIND_ZEROES) | (
-            (kinds >= layout.KIND_SYNC) & (kinds <= layout.KIND_SYNC_ZEROES)
-        )
-        inside = headers[placed]
-        size = sizes[np.minimum(inside["disk"], layout.DISKS_MAX - 1)]
-        length = inside["length"].astype(np.uint64)
-        bad = (inside["disk"] >= layout.DISKS_MAX) | (length > size)
-        bad |= inside["offset"] > size - np.minimum(length, size)
-        if bad.any():
-            first = inside[np.flatnonzero(bad)[0]]
-            raise CorruptError(
-                f"record {int(first['seq'])} lies outside of disk {int(first['disk'])}"
-            )
 
     def commit(self, timeout_s: float = 60.0) -> Position:
         """Wait until everything that was appended is durable; the last position."""
@@ -520,61 +465,15 @@ class GroupStore:
             old = self._writer
             entry = old.seal()
             segments = np.append(self.manifest.segments, entry.reshape(1))
-            self._begin(segments, old.last, old.builder.stream, self.manifest.lease)
+            received = self.manifest.received_bytes + old.end
+            self._begin(segments, old.last, old.builder.stream, self.manifest.lease, received)
             old.forget()
             old.close()
-        self._merge_wanted.set()
-
-    def _start_merging(self) -> None:
-        if self.options.merge:
-            self._merger = threading.Thread(
-                target=self._merge_loop, name=f"merge:{self.group_id.hex()[:8]}", daemon=True
-            )
-            self._merge_wanted.set()
-            self._merger.start()
-
-    def _merge_loop(self) -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-        while True:
-            self._merge_wanted.wait()
-            self._merge_wanted.clear()
-            if self._closed:
-                return
-            try:
-                while self.merge_once() and not self._closed:
-                    continue
-                self._merge_failure = ""
-            except (VrepError, OSError) as error:
-                # Reading works without the run; the next closed segment tries again.
-                self._merge_failure = str(error)
-                log.warning("%s: runs are not merged: %s", self.directory, error)
+        self._upkeep.wake()
 
     def merge_once(self) -> bool:
-        """Merge one set of neighbours, if there is one; for the merging thread and tests."""
-        manifest = self.manifest
-        chosen = runs.units_to_merge(manifest)
-        if not chosen:
-            return False
-        entry = runs.merge_units(self.directory, manifest, chosen, self._files)
-        self._files.sync_directory(self.directory)
-        with self._lease.lock:
-            self._lease.publish(runs=runs.replace_runs(self.manifest, entry))
-        self._drop_files()
-        return True
-
-    def _drop_files(self) -> None:
-        """Remove what no manifest names and no reader holds."""
-        with self._lease.lock:
-            manifest = self.manifest
-            named = {int(number) for number in manifest.segments["segment"]}
-            named.add(manifest.active_segment)
-            for path in self.directory.glob("seg-*"):
-                if int(path.name[4:], 16) not in named:
-                    self._files.unlink(path)
-            stale = runs.stale_runs(self.directory, manifest)
-            if stale and not runs.pinned(self.directory):
-                for path in stale:
-                    self._files.unlink(path)
+        """Merge one set of neighbours, if there is one; for tests without the thread."""
+        return self._upkeep.merge_once()
 
     # ---- epochs ----------------------------------------------------------------------------
 
@@ -652,6 +551,36 @@ class GroupStore:
                 self._lease.publish(epochs=epochs)
             return self.manifest.current_epoch
 
+    # ---- what is kept ------------------------------------------------------------------
+
+    def set_horizon(self, horizon: Position) -> None:
+        """Keep recovery points from here on only, durably. StateError when it is no recovery
+        point of the accepted line, or not behind the horizon that there is; a provisional epoch
+        keeps what it began from."""
+        with self._lease.lock:
+            manifest = self.manifest
+            if horizon == manifest.horizon:
+                return
+            reign.check_horizon(manifest, horizon)
+            if not self._span.recoverable(manifest, horizon):
+                raise StateError(f"{horizon} is not a recovery point of the accepted line")
+            self._lease.publish(horizon=horizon)
+        self._upkeep.wake()
+
+    def fold(self, horizon: Position) -> list[Folded]:
+        """Keep recovery points from here on only, and fold all that is before, now. Only for a
+        store whose options have no `merge`: its thread does it else."""
+        if self.options.merge:
+            raise StateError("the store's own thread folds it")
+        self.set_horizon(horizon)
+        done = []
+        while (step := self._upkeep.fold_once()) is not None:
+            done.append(step)
+        return done
+
+    def _note_fold(self) -> None:
+        self._span.folded(self.manifest)
+
     def set_wrapped_keys(self, keys: Sequence[bytes]) -> None:
         """Replace the wrapped data keys, durably."""
         if tuple(keys) != self.manifest.wrapped_keys:
@@ -670,9 +599,7 @@ class GroupStore:
             return
         self._closed = True
         self._journal.close()
-        self._merge_wanted.set()
-        if self._merger is not None:
-            self._merger.join()
+        self._upkeep.close()
         self._writer.close()
         self._lease.close()
 

@@ -1,0 +1,44 @@
+"""Whether received records may stand in a store: rules over their headers, which store nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vrep._core import layout
+from vrep.errors import CorruptError, FencedError, UnsupportedError
+from vrep.target.manifest import Manifest
+
+__all__ = ["judge_records"]
+
+
+def judge_records(manifest: Manifest, headers: NDArray[np.void], *, begun: bool) -> None:
+    """Raise what is wrong with records that come next. `begun`: the history has a stream."""
+    if not begun and headers[0]["kind"] != layout.KIND_STREAM:
+        raise CorruptError("a history begins with a STREAM record")
+    accepted = manifest.current_epoch
+    wrong = np.flatnonzero(headers["epoch"] != accepted.epoch)
+    if len(wrong):
+        raise FencedError(
+            f"records of epoch {int(headers[wrong[0]]['epoch'])}, but epoch {accepted.epoch} "
+            "is the one that is accepted"
+        )
+    if (headers["lane"] != 0).any():
+        raise UnsupportedError("records of another lane than 0")
+    kinds = headers["kind"]
+    if (kinds == layout.KIND_RESIZE).any():
+        raise UnsupportedError("disks that change their size")
+    sizes = np.zeros(layout.DISKS_MAX, np.uint64)
+    for disk in manifest.disks:
+        sizes[disk.index] = disk.bytes
+    placed = (kinds <= layout.KIND_ZEROES) | (
+        (kinds >= layout.KIND_SYNC) & (kinds <= layout.KIND_SYNC_ZEROES)
+    )
+    inside = headers[placed]
+    size = sizes[np.minimum(inside["disk"], layout.DISKS_MAX - 1)]
+    length = inside["length"].astype(np.uint64)
+    bad = (inside["disk"] >= layout.DISKS_MAX) | (length > size)
+    bad |= inside["offset"] > size - np.minimum(length, size)
+    if bad.any():
+        first = inside[np.flatnonzero(bad)[0]]
+        raise CorruptError(f"record {int(first['seq'])} lies outside of disk {int(first['disk'])}")

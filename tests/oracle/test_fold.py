@@ -1,0 +1,406 @@
+"""Folds against a history that is kept whole: every point that is kept recovers as before, and
+the others are refused. The oracle is the laboratory's plain list of all changes."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep._core import layout
+from vrep._core import segment as native
+from vrep.errors import CorruptError, GapError, OmittedError, PointNotFoundError, StateError
+from vrep.recovery.access import KeyAccess
+from vrep.recovery.check import check_history
+from vrep.recovery.export import export
+from vrep.recovery.fetch import Fetcher
+from vrep.recovery.history import History, resolve
+from vrep.recovery.points import list_points
+from vrep.target.manifest import DiskEntry, EpochState, Position, manifest_path
+from vrep.target.reader import StoreReader
+from vrep.target.segment import entry_path
+
+
+def load_lab() -> Any:
+    name = "recovery_lab"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+lab_module = load_lab()
+DISKS = [DiskEntry("root", (192 << 10) + 512, 0), DiskEntry("data", 64 << 10, 1)]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
+    lab = lab_module.Lab(tmp_path, DISKS, rng, segment_bytes=1 << 15, merge=False)
+    yield lab
+    lab.close()
+
+
+def small_write(lab: Any) -> None:
+    """Something a guest might do to a small disk; zeroes often, and in pieces over each other."""
+    disk = lab.rng.randrange(len(DISKS))
+    size = DISKS[disk].bytes
+    length = lab.rng.choice([512, 4096, 4096, 4096, 12288, lab.rng.randrange(1, 9000)])
+    if lab.rng.random() < 0.02:
+        length = 160_000 if disk == 0 else 60_000  # of two pieces
+    offset = lab.rng.randrange(size - length + 1) // 512 * 512
+    if lab.rng.random() < 0.3:
+        lab.zeroes(disk, offset, min(length * lab.rng.randrange(1, 4), size - offset))
+    else:
+        lab.write(disk, offset, lab.rng.randbytes(length))
+
+
+def recoverable(lab: Any) -> dict[Position, bool]:
+    """Every position that has a record, and whether it was a recovery point: the last gap-begin
+    or gap-end of its line up to it is a gap-end."""
+    found = {}
+    for change in lab.changes:
+        reach = dict(lab.store.manifest.ancestry(change.position))
+        open_ = False
+        for each in sorted(lab.changes, key=lambda c: c.position):
+            if each.position.seq > reach.get(each.position.epoch, 0):
+                continue
+            if each.kind == layout.KIND_GAP_BEGIN:
+                open_ = False
+            elif each.kind == layout.KIND_GAP_END:
+                open_ = True
+        found[change.position] = open_
+    return found
+
+
+def disks_at(reader: StoreReader, access: KeyAccess, position: Position) -> list[bytes]:
+    fetcher = Fetcher(reader, reader.extent_map(position), access)
+    return [bytes(fetcher.read(d.index, 0, d.bytes) or bytes(d.bytes)) for d in DISKS]
+
+
+def compare_all(lab: Any) -> int:
+    """Every position there ever was: recovered bit for bit, or refused, as it must be."""
+    lab.commit()
+    manifest = lab.store.manifest
+    kept = 0
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        access = KeyAccess.open(lab.paths, lab.group_id, reader.wrapped_keys)
+        for position, good in recoverable(lab).items():
+            if good and manifest.keeps(position):
+                point = resolve(reader, f"pos:{position}", access, time.time_ns())
+                assert point.position == position
+                assert disks_at(reader, access, position) == lab.at(position), position
+                kept += 1
+            else:
+                with pytest.raises((PointNotFoundError, GapError)):
+                    resolve(reader, f"pos:{position}", access, time.time_ns())
+        verdict = check_history(lab.paths, reader, access)
+        assert (verdict.whole, verdict.sealed) == (True, True)
+        history = History(reader)
+        assert manifest.horizon.seq == 0 or history.oldest == manifest.horizon
+        points = lab.store.points()
+        assert points is not None
+        assert (points[0].position, points[1].position) == (history.oldest, history.newest)
+        times = {c.position: c.wall_ns for c in lab.changes}
+        assert [p.wall_ns for p in points] in (
+            [times[p.position] for p in points],
+            [0, times[points[1].position]],  # the horizon's segment is open
+        )
+        assert reader.verify() > 0
+    return kept
+
+
+def step(lab: Any) -> None:
+    """Something that happens to a group."""
+    rng: random.Random = lab.rng
+    chance = rng.random()
+    if chance < 0.1:
+        lab.gap_begin(jump=rng.choice([0, 0, 7]))
+        small_write(lab)
+        lab.gap_end()
+    elif chance < 0.2:
+        lab.start_stream()
+    elif chance < 0.3:
+        lab.mark(f"mark {lab.seq}")
+    elif chance < 0.4:
+        lab.close()
+        lab.open()
+        lab.start_stream()
+    elif chance < 0.45:
+        while lab.store.merge_once():
+            continue
+    for _ in range(rng.randrange(1, 12)):
+        small_write(lab)
+        if rng.random() < 0.3:
+            lab.commit()
+
+
+def candidates(lab: Any) -> list[Position]:
+    """Where the horizon may go."""
+    manifest = lab.store.manifest
+    line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, 1 << 62)))
+    return [
+        p
+        for p, good in recoverable(lab).items()
+        if good and p.seq <= line.get(p.epoch, 0) and manifest.keeps(p)
+    ]
+
+
+def choose_horizon(lab: Any) -> Position:
+    """Any recovery point; often the last of a segment, where a fold reaches the horizon."""
+    found = candidates(lab)
+    lasts = [Position.of(row["last"]) for row in lab.store.manifest.segments]
+    at_ends = [p for p in found if p in lasts]
+    return lab.rng.choice(at_ends if at_ends and lab.rng.random() < 0.6 else found)
+
+
+def fail_over(lab: Any) -> None:
+    """A failover to a point that is kept, committed or rolled back."""
+    lab.commit()
+    parent = lab.rng.choice(candidates(lab)[-30:])
+    if lab.rng.random() < 0.5:
+        lab.new_epoch(lab.store.add_epoch(writer=b"n" * 16, parent=parent))
+        return
+    given_up = lab.store.add_epoch(writer=b"o" * 16, parent=parent, state=EpochState.PROVISIONAL)
+    lab.new_epoch(lab.store.roll_back_epoch(given_up.epoch))
+
+
+@pytest.mark.parametrize("round_", range(30))
+def test_every_kept_point_recovers_as_before(lab: Any, round_: int) -> None:
+    """Random histories with all that happens, folded at random horizons, again and again."""
+    lab.sync()
+    folded = gone = 0
+    for _ in range(3):
+        for _ in range(lab.rng.randrange(3, 9)):
+            step(lab)
+        if lab.rng.random() < 0.6:
+            fail_over(lab)
+            step(lab)
+        lab.commit()
+        before = lab.store.status()["bytes"]
+        done = lab.store.fold(choose_horizon(lab))
+        folded += len(done)
+        gone += before - lab.store.status()["bytes"]
+        kept = compare_all(lab)
+        assert kept > 0
+    lab.close()
+    lab.open()
+    assert compare_all(lab) == kept
+    assert not folded or gone > 0
+
+
+def fill_segment(lab: Any, *last: Any) -> Position:
+    """A segment of its own, which ends with what `last` appends."""
+    lab.commit()
+    lab.write(0, 0, lab.rng.randbytes(40 << 10))
+    for append in last:
+        position = append()
+    lab.commit()
+    return position
+
+
+@pytest.mark.parametrize("kind", ["mark", "zeroes", "gap-end", "write"])
+def test_the_record_at_the_horizon_stays(lab: Any, kind: str) -> None:
+    """The horizon is the last record that is folded, and of a kind that a fold drops else."""
+    lab.sync()
+    append = {
+        "mark": lambda: lab.mark("here"),
+        "zeroes": lambda: lab.zeroes(1, 0, 4096),  # over nothing
+        "gap-end": lab.gap_end,
+        "write": lambda: lab.write(1, 0, b"x" * 512),
+    }[kind]
+    horizon = fill_segment(lab, *([lab.gap_begin] if kind == "gap-end" else []), append)
+    for _ in range(3):
+        fill_segment(lab, lambda: lab.write(0, 0, lab.rng.randbytes(512)))
+    done = lab.store.fold(horizon)
+    assert [step.last for step in done] == [1]
+    compare_all(lab)
+    listed = list_points(lab.paths, "web")
+    assert listed.oldest is not None
+    assert listed.oldest.point == f"pos:{horizon}"
+    assert [mark.label for mark in listed.marks] == (["here"] if kind == "mark" else [])
+
+
+def test_zeroes_stay_while_something_older_does(lab: Any) -> None:
+    """They go when the write below them is gone, not before, in whatever segment it is."""
+    lab.sync()
+    lab.write(1, 0, b"a" * 8192)
+    zeroes = fill_segment(lab, lambda: lab.zeroes(1, 0, 4096))
+    assert zeroes == fill_position(lab, layout.KIND_ZEROES)[-1]
+    after = fill_segment(lab, lambda: lab.write(0, 0, b"b" * 512))
+    over = fill_segment(lab, lambda: lab.write(1, 4096, b"c" * 4096))
+    for _ in range(2):
+        fill_segment(lab, lambda: lab.write(0, 0, b"d" * 512))
+    lab.store.fold(after)
+    assert zeroes in stored(lab)  # half of the write below them is live
+    compare_all(lab)
+    lab.store.fold(over)
+    compare_all(lab)
+    lab.store.fold(lab.commit())
+    compare_all(lab)
+    assert zeroes not in stored(lab)
+
+
+def fill_position(lab: Any, kind: int) -> list[Position]:
+    return [c.position for c in lab.changes if c.kind == kind]
+
+
+def stored(lab: Any) -> list[Position]:
+    """Positions of the records that the store holds."""
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        return [Position.of(h) for span in reader.records() for h in span.found["header"]]
+
+
+# ---- what can still be proven ----------------------------------------------------------------
+
+
+def checked(lab: Any) -> Any:
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        access = KeyAccess.open(lab.paths, lab.group_id, reader.wrapped_keys)
+        return check_history(lab.paths, reader, access)
+
+
+def half_folded(lab: Any) -> Position:
+    """A history whose older half is folded, up to inside a stream that goes on."""
+    lab.sync()
+    for _ in range(60):
+        small_write(lab)
+        lab.commit()
+    horizon = lab.rng.choice(candidates(lab)[25:35])
+    assert lab.store.fold(horizon)
+    return horizon
+
+
+def alter_tally(lab: Any) -> None:
+    """Another state of the digest where the fold ends, with all checksums right."""
+    row = [r for r in lab.store.manifest.segments if r["generation"]][-1]
+    path = entry_path(lab.store.directory, row)
+    raw = bytearray(path.read_bytes())
+    block = native.parse_fold(bytes(raw)).copy()
+    assert int(block["flags"]) == layout.FOLD_TALLIED
+    block["tally"][3] ^= 1
+    raw[128:384] = native.fold(block)
+    path.write_bytes(raw)
+
+
+def test_the_verdict_says_how_far_was_folded(lab: Any) -> None:
+    horizon = half_folded(lab)
+    verdict = checked(lab)
+    assert (verdict.whole, verdict.sealed) == (True, True)
+    end = Position(*(int(n) for n in verdict.folded_to[4:].split("/")))
+    assert end <= horizon
+    assert verdict.folded_to in verdict.note
+    assert verdict.tallied_to == f"pos:{lab.commit()}"
+    assert list_points(lab.paths, "web").verdict.folded_to == verdict.folded_to
+
+
+def test_tallies_behind_a_fold_go_on_from_its_state(lab: Any) -> None:
+    half_folded(lab)
+    alter_tally(lab)
+    with pytest.raises(OmittedError, match="not those that the source sealed"):
+        checked(lab)
+
+
+def test_a_state_that_differs_from_what_was_checked_is_noticed(lab: Any) -> None:
+    lab.sync()
+    for _ in range(60):
+        small_write(lab)
+        lab.commit()
+    assert checked(lab).folded_to == ""
+    assert lab.store.fold(lab.rng.choice(candidates(lab)[25:35]))
+    alter_tally(lab)
+    with pytest.raises(OmittedError, match="does not lead to what was checked"):
+        checked(lab)
+
+
+def test_what_was_checked_before_a_fold_is_not_read_again(lab: Any, monkeypatch: Any) -> None:
+    lab.sync()
+    for _ in range(60):
+        small_write(lab)
+        lab.commit()
+    assert checked(lab).whole
+    lab.store.fold(lab.rng.choice(candidates(lab)[25:35]))
+    read = []
+    spans = StoreReader.spans
+    monkeypatch.setattr(StoreReader, "spans", lambda self, n: (read.append(n), spans(self, n))[1])
+    assert checked(lab).whole
+    plain = [int(r["segment"]) for r in lab.store.manifest.segments if not r["generation"]]
+    assert plain
+    assert not set(read) & set(plain)
+
+
+def test_a_fold_past_the_horizon_is_noticed(lab: Any) -> None:
+    horizon = half_folded(lab)
+    directory, manifest = lab.store.directory, lab.store.manifest
+    lab.close()
+    before = replace(manifest, number=manifest.number + 1, horizon=Position(1, 0, 5))
+    manifest_path(directory, before.number).write_bytes(before.encode())
+    lab.open()
+    assert lab.store.manifest.horizon < horizon
+    with pytest.raises(OmittedError, match="past the horizon"):
+        checked(lab)
+
+
+def test_a_changed_byte_is_not_folded_on(lab: Any) -> None:
+    """A damaged segment is named and stays; its neighbours are not lost to it."""
+    lab.sync()
+    for _ in range(60):
+        small_write(lab)
+        lab.commit()
+    rows = lab.store.manifest.segments
+    path = entry_path(lab.store.directory, rows[1])
+    raw = bytearray(path.read_bytes())
+    raw[int(rows[1]["data_end"]) // 2] ^= 1
+    path.write_bytes(raw)
+    names = {p.name for p in lab.store.directory.glob("seg-*")}
+    with pytest.raises(CorruptError, match=path.name):
+        lab.store.fold(candidates(lab)[40])
+    assert {p.name for p in lab.store.directory.glob("seg-*")} == names
+    raw[int(rows[1]["data_end"]) // 2] ^= 1
+    path.write_bytes(raw)
+    assert lab.store.fold(lab.store.manifest.horizon)
+    compare_all(lab)
+
+
+def test_an_export_of_a_folded_history(lab: Any, tmp_path: Path) -> None:
+    horizon = half_folded(lab)
+    result = export(lab.paths, "web", f"pos:{horizon}", tmp_path / "out")
+    assert [Path(disk.path).read_bytes() for disk in result.disks] == lab.at(horizon)
+    with pytest.raises(PointNotFoundError, match="oldest point that is kept"):
+        export(lab.paths, "web", "pos:1/0/5", tmp_path / "none")
+
+
+def test_a_horizon_is_a_point_of_the_line_and_moves_forward(lab: Any) -> None:
+    lab.sync()
+    for _ in range(20):
+        small_write(lab)
+    gap = lab.gap_begin()
+    inside = lab.write(0, 0, b"x" * 512)
+    last = lab.gap_end()
+    lab.commit()
+    for wrong in (gap, inside, Position(1, 0, last.seq + 1), Position(1, 0, 1)):
+        with pytest.raises(StateError):
+            lab.store.set_horizon(wrong)
+    parent = Position(1, 0, 10)
+    provisional = lab.store.add_epoch(writer=b"o" * 16, parent=parent, state=EpochState.PROVISIONAL)
+    with pytest.raises(StateError, match="left its parents before"):
+        lab.store.set_horizon(last)  # a rollback needs it, a commit what is before
+    lab.store.set_horizon(Position(1, 0, 8))
+    lab.store.roll_back_epoch(provisional.epoch)
+    lab.store.set_horizon(last)
+    with pytest.raises(StateError, match="before the oldest"):
+        lab.store.set_horizon(Position(1, 0, 9))
+    with pytest.raises(StateError, match="not kept any more"):
+        lab.store.add_epoch(writer=b"n" * 16, parent=parent)
+    lab.new_epoch(lab.store.manifest.current_epoch)
+    small_write(lab)
+    compare_all(lab)
