@@ -1,7 +1,7 @@
 # The developers' front door. What a target does stands beside it, how in scripts/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format docs asan tsan mutants fuzz sim soak conformance build clean \
-	setup
+.PHONY: help demo test bench lint format docs asan tsan mutants fuzz sim soak conformance build package \
+	clean setup
 
 FUZZ_SECONDS ?= 600
 
@@ -46,6 +46,11 @@ soak: ## hours of load with faults (build/soak.json)
 
 conformance: ## the SCSI and NBD conformance suites (build/conformance.json)
 	@scripts/not-yet.sh $@ "its subject, the SCSI front-end, is not built in this release"
+
+package: ## a wheel and a .deb in dist/
+	@scripts/install-packages.sh build package
+	@scripts/build.sh
+	.venv/bin/python packaging/build.py
 
 build: ## make .venv and build vrep into it
 	@scripts/install-packages.sh build

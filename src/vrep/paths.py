@@ -9,6 +9,7 @@ from __future__ import annotations
 import grp
 import hashlib
 import os
+import pwd
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -31,6 +32,18 @@ class SitePaths:
     def of(cls, directory: str | os.PathLike[str] | None = None) -> SitePaths:
         """The site at a directory; default: ``VREP_DIR``, then /var/lib/vrep."""
         return cls(Path(directory or os.environ.get("VREP_DIR") or DEFAULT_DIR).absolute())
+
+    def check_user(self) -> None:
+        """Refuse that root acts in a site of a service: the files that it makes would be closed
+        to the service."""
+        if os.geteuid() == 0 and self.root.is_dir() and (uid := self.root.stat().st_uid) != 0:
+            try:
+                name = pwd.getpwuid(uid).pw_name
+            except KeyError:
+                name = f"#{uid}"
+            raise errors.AccessError(
+                f"the site in {self.root} belongs to {name}: sudo -u {name} vrep ..."
+            )
 
     @property
     def config(self) -> Path:

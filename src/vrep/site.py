@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vrep.recovery.points import PointList
     from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
+    from vrep.service import ServiceOptions, ServicePlan
     from vrep.wire.peers import Peer, PeerRegistry
 
 DISKS_MAX: Final = 64
@@ -455,6 +456,22 @@ class Site:
             )
         recipient = self.peers.get(to).certificate
         _write_new(out, lambda: self.keys.release(name, recipient, reason=reason))
+
+    # ---- the host ----------------------------------------------------------------------
+
+    def service_install(
+        self, options: ServiceOptions | None = None, *, dry_run: bool = False
+    ) -> ServicePlan:
+        """Run this site under systemd, as root; `dry_run`: only what would be done."""
+        from vrep.service import install, plan
+
+        return plan(self.paths, options) if dry_run else install(self.paths, options)
+
+    def service_uninstall(self, *, force: bool = False) -> list[str]:
+        """Remove the units; the site stays. The removed files."""
+        from vrep.service import uninstall
+
+        return uninstall(self.paths, force=force)
 
     # ---- internals ---------------------------------------------------------------------
 

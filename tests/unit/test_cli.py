@@ -24,7 +24,7 @@ from vrep.site import Site
 VERBS = """
 site init|invite|join|list|remove
 run
-service install
+service install|uninstall
 key create|list|export|verify|import|release|rotate
 protect
 unprotect
@@ -51,7 +51,6 @@ LATER = (
     ["move", "web"],
     ["reverse", "web"],
     ["failback", "web"],
-    ["service", "install"],
     ["key", "rotate", "acme"],
     ["checkpoint", "web", "now", "--quiesce"],
     ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--window", "24h"],
@@ -98,7 +97,7 @@ def test_every_command_takes_the_directory_and_json() -> None:
         if missing := {"--dir", "--json"} - options:
             without[name] = missing
     # What is not built takes anything; the demonstration makes its own sites.
-    later = {"attach", "detach", "move", "reverse", "failback", "service install"}
+    later = {"attach", "detach", "move", "reverse", "failback"}
     assert set(without) == later | {"demo"}
 
 

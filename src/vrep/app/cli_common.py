@@ -39,7 +39,9 @@ DURATION_S_MAX: Final = 100 * 365 * 86400
 def site_of(directory: Path | None) -> Site:
     from vrep.site import Site
 
-    return Site(directory)
+    site = Site(directory)
+    site.paths.check_user()
+    return site
 
 
 def parse_size(text: str) -> int:

@@ -9,8 +9,6 @@ import typer
 from vrep.errors import NotYetError
 
 app = typer.Typer()
-service = typer.Typer(no_args_is_help=True, help="systemd units (not yet).")
-app.add_typer(service, name="service")
 
 ANY: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 Rest = Annotated[list[str] | None, typer.Argument(metavar="...")]
@@ -53,17 +51,3 @@ def reverse(rest: Rest = None) -> None:
 def failback(rest: Rest = None) -> None:
     """Return to the old site (not yet)."""
     raise NotYetError(f"failback: {REVERSE}")
-
-
-@service.callback()
-def _service() -> None:
-    """systemd units (not yet)."""
-
-
-@service.command("install", context_settings=ANY)
-def install(rest: Rest = None) -> None:
-    """Install systemd units (not yet)."""
-    raise NotYetError(
-        "service install: units and their unprivileged user are not built in this release; "
-        "run 'vrep run' under any supervisor"
-    )

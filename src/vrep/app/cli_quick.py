@@ -32,6 +32,9 @@ class Start:
 
     def run(self, *, fresh: bool = False) -> None:
         """Start the view, print it. `fresh`: this process was made for nothing else."""
+        from vrep.paths import SitePaths
+
+        SitePaths.of(self.directory).check_user()
         if fresh and self.verb == "test":
             from vrep.recovery import launch
 

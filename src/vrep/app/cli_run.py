@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -69,11 +70,16 @@ def run(
             threading.Thread(target=_keep_views, args=(site.paths, stopping), daemon=True).start()
         if verifier is not None:
             verifier.start()
-        if not config.metrics.listen:
+        if not config.metrics.listen or roles == ("filter",):
+            yield  # the filter talks to no network
+            return
+        from vrep.app.metrics import MetricsServer, serve_when_free
+
+        if role != "all":  # source and target run apart: whoever comes first serves
+            serve = partial(serve_when_free, site, config.metrics.listen, stopping)
+            threading.Thread(target=serve, daemon=True).start()
             yield
             return
-        from vrep.app.metrics import MetricsServer
-
         with MetricsServer(site, config.metrics.listen):
             yield
 

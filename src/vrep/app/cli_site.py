@@ -29,8 +29,10 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Make a new site: its directory and its identity."""
+    from vrep.paths import SitePaths
     from vrep.site import Site
 
+    SitePaths.of(directory).check_user()
     made = Site.init(directory, name=name, listen=listen)
     identity = made.identity
     answer = {

@@ -18,7 +18,7 @@ INTERRUPTED: Final = 130
 COMMANDS: Final = {
     "site": "cli_site",
     "run": "cli_run",
-    "service": "cli_later",
+    "service": "cli_service",
     "key": "cli_key",
     "protect": "cli_group",
     "unprotect": "cli_group",

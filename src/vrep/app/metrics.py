@@ -6,10 +6,12 @@ Nothing is counted on a guest's path; a scrape asks the site's processes what `v
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -22,6 +24,10 @@ from vrep.wire.address import parse_address
 
 if TYPE_CHECKING:
     from vrep.site import Site
+
+RETRY_S: Final = 10.0
+
+log = structlog.get_logger("vrep.metrics")
 
 
 @dataclass(frozen=True)
@@ -170,4 +176,18 @@ class MetricsServer:
         self.close()
 
 
-__all__ = ["METRICS", "Definition", "MetricsServer", "SiteCollector", "samples"]
+def serve_when_free(site: Site, listen: str, stopping: threading.Event) -> None:
+    """Serve until stopped, once the address is free: another process of the site may have it."""
+    told = ""
+    while not stopping.is_set():
+        try:
+            with MetricsServer(site, listen):
+                stopping.wait()
+        except errors.VrepError as error:
+            if told != str(error):
+                told = str(error)
+                log.info("metrics are not served by this process", reason=told)
+            stopping.wait(RETRY_S)
+
+
+__all__ = ["METRICS", "Definition", "MetricsServer", "SiteCollector", "samples", "serve_when_free"]
