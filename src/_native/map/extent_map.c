@@ -3,7 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "format/checksum.h"
 #include "map/streams.h"
 
 /* A lookup works on a window of the range that falls into at most so many fragments;
@@ -95,27 +94,6 @@ static bool node_visible(const struct vrep_extent_map *map, const struct vrep_in
     struct version high = {.seq = node->seq_high, .epoch = node->epoch_high};
 
     return newest_visible(map, low, high, newest);
-}
-
-/* Children of node `i` of a level, checked; level 0 has entries, others have nodes. */
-static int read_children(const struct vrep_index_tree *tree, uint32_t level, uint64_t i,
-                         const void **children, size_t *count)
-{
-    uint64_t below = level == 0 ? tree->count : tree->nodes_count[level - 1];
-    uint64_t first = i * VREP_INDEX_FANOUT;
-    size_t some = below - first < VREP_INDEX_FANOUT ? (size_t)(below - first) : VREP_INDEX_FANOUT;
-    size_t bytes;
-
-    if (level == 0) {
-        *children = tree->entries + first;
-        bytes = some * sizeof(struct vrep_index_entry);
-    } else {
-        *children = tree->nodes[level - 1] + first;
-        bytes = some * sizeof(struct vrep_index_node);
-    }
-    *count = some;
-    return vrep_checksum32(*children, bytes) == tree->nodes[level][i].checksum ? VREP_OK
-                                                                               : VREP_E_CORRUPT;
 }
 
 /* ---- fragments ------------------------------------------------------------- */
@@ -289,7 +267,7 @@ static int search_node(struct search *search, const struct part *part, uint32_t 
     struct choice choices[VREP_INDEX_FANOUT];
     const void *children;
     size_t count;
-    int status = read_children(part->tree, level, i, &children, &count);
+    int status = vrep_index_children(part->tree, level, i, &children, &count);
 
     if (status != VREP_OK)
         return status;
@@ -320,7 +298,7 @@ static uint32_t ask_node(const struct search *search, const struct part *part, u
         vrep_index_will_need(part->index, tree->entries + first, some * sizeof *tree->entries);
         return left - 1;
     }
-    if (read_children(tree, level, i, &children, &count) != VREP_OK)
+    if (vrep_index_children(tree, level, i, &children, &count) != VREP_OK)
         return 0;
     for (size_t c = 0; c < count && left > 0; c++) {
         const struct vrep_index_node *node = (const struct vrep_index_node *)children + c;
@@ -486,7 +464,7 @@ static int walk_node(struct walk *walk, const struct part *part, uint32_t level,
 {
     const void *children;
     size_t count;
-    int status = read_children(part->tree, level, i, &children, &count);
+    int status = vrep_index_children(part->tree, level, i, &children, &count);
 
     for (size_t c = 0; c < count && status == VREP_OK && !*ended; c++) {
         if (level == 0) {
@@ -559,12 +537,10 @@ static int add_part(struct vrep_extent_map *map, const struct vrep_index *index,
 {
     struct part part = {.index = index, .tree = tree, .which = which};
     const struct vrep_index_node *root;
+    int status = vrep_index_root(tree, &root);
 
-    if (tree->levels == 0)
-        return VREP_OK;
-    root = tree->nodes[tree->levels - 1];
-    if (vrep_checksum32(root, sizeof *root) != tree->root_checksum)
-        return VREP_E_CORRUPT;
+    if (status != VREP_OK || root == NULL)
+        return status;
     if (node_visible(map, root, &part.bound))
         map->parts[map->parts_count++] = part;
     return VREP_OK;

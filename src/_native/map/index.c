@@ -298,6 +298,35 @@ void vrep_index_prefetch(const struct vrep_index *index, uint64_t bytes_max)
         }
 }
 
+int vrep_index_root(const struct vrep_index_tree *tree, const struct vrep_index_node **root)
+{
+    *root = NULL;
+    if (tree->levels == 0)
+        return VREP_OK;
+    *root = tree->nodes[tree->levels - 1];
+    return vrep_checksum32(*root, sizeof **root) == tree->root_checksum ? VREP_OK : VREP_E_CORRUPT;
+}
+
+int vrep_index_children(const struct vrep_index_tree *tree, uint32_t level, uint64_t i,
+                        const void **children, size_t *count)
+{
+    uint64_t below = level == 0 ? tree->count : tree->nodes_count[level - 1];
+    uint64_t first = i * VREP_INDEX_FANOUT;
+    size_t some = below - first < VREP_INDEX_FANOUT ? (size_t)(below - first) : VREP_INDEX_FANOUT;
+    size_t bytes;
+
+    if (level == 0) {
+        *children = tree->entries + first;
+        bytes = some * sizeof(struct vrep_index_entry);
+    } else {
+        *children = tree->nodes[level - 1] + first;
+        bytes = some * sizeof(struct vrep_index_node);
+    }
+    *count = some;
+    return vrep_checksum32(*children, bytes) == tree->nodes[level][i].checksum ? VREP_OK
+                                                                               : VREP_E_CORRUPT;
+}
+
 int vrep_index_entry_check(const struct vrep_index *index, const struct vrep_index_tree *tree,
                            const struct vrep_index_entry *entry)
 {

@@ -135,6 +135,13 @@ void vrep_index_will_need(const struct vrep_index *index, const void *from, uint
 /* Entries will be read here and there: the system reads no neighbours of theirs. */
 void vrep_index_scatter(const struct vrep_index *index);
 
+/* The root of a tree, checked; NULL when the tree is empty. */
+int vrep_index_root(const struct vrep_index_tree *tree, const struct vrep_index_node **root);
+
+/* Children of node `i` of a level, checked: of level 0 entries, of others nodes. */
+int vrep_index_children(const struct vrep_index_tree *tree, uint32_t level, uint64_t i,
+                        const void **children, size_t *count);
+
 /* VREP_E_CORRUPT unless the fields of an entry lie within the limits of its tree. */
 int vrep_index_entry_check(const struct vrep_index *index, const struct vrep_index_tree *tree,
                            const struct vrep_index_entry *entry);

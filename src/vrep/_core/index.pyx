@@ -37,10 +37,6 @@ cdef extern from "map/index.h" nogil:
         uint32_t epoch
     struct vrep_index_entry:
         uint64_t offset
-    struct vrep_index_trailer:
-        uint32_t segment
-        uint64_t short_at, short_count, long_at, long_count, streams_at, streams_count
-        uint64_t events_at, events_count, times_at, times_count, nodes_at, nodes_count
     struct vrep_index_summary:
         uint64_t records
         uint64_t entries
@@ -51,12 +47,6 @@ cdef extern from "map/index.h" nogil:
         vrep_index_stream stream
     struct vrep_index_builder:
         pass
-    struct vrep_index:
-        vrep_index_trailer trailer
-        const uint8_t *base
-        uint64_t base_at
-        uint64_t bytes
-        uint64_t file_bytes
     int vrep_index_builder_new(uint32_t segment, const uint8_t *group_id,
                                const vrep_index_stream *stream, vrep_index_builder **out)
     void vrep_index_builder_free(vrep_index_builder *builder)
@@ -75,9 +65,6 @@ cdef extern from "map/index.h" nogil:
                          vrep_index_trailer *trailer)
 
 cdef extern from "map/extent_map.h" nogil:
-    struct vrep_reign:
-        uint32_t epoch
-        uint64_t seq_max
     struct vrep_extent:
         uint64_t offset
         uint64_t length
@@ -107,7 +94,6 @@ cdef tuple position(vrep_position at):
 
 
 cdef int named(int status, str where) except -1:
-    # The exception of a status, with the name of what it is about.
     try:
         return check(status)
     except VrepError as error:
@@ -250,9 +236,6 @@ cdef class IndexBuilder:
 
 cdef class Index:
     """The index of a segment or a run: :meth:`open`, :meth:`from_bytes`, ``freeze``."""
-
-    cdef vrep_index *index
-    cdef readonly str name
 
     def __init__(self):
         raise TypeError("use Index.open, Index.from_bytes or IndexBuilder.freeze")
@@ -402,11 +385,6 @@ cdef dict trailer_dict(const vrep_index_trailer *trailer):
 
 
 cdef class Handles:
-    # The C handles of some indexes, which the tuple keeps alive.
-    cdef const vrep_index **handles
-    cdef size_t count
-    cdef tuple indexes
-
     def __cinit__(self, indexes):
         cdef Index one
         self.indexes = tuple(indexes)
@@ -420,6 +398,26 @@ cdef class Handles:
 
     def __dealloc__(self):
         free(self.handles)
+
+    cdef of_group(self, group_id):
+        # None: not compared.
+        for index in self.indexes:
+            if group_id is not None and index.trailer["group_id"] != bytes(group_id):
+                raise InvalidError(f"{index.name} is of another group")
+
+
+cdef class Reigns:
+    def __cinit__(self, ancestry):
+        self.count = len(ancestry)
+        self.reigns = <vrep_reign *>calloc(self.count + 1, sizeof(vrep_reign))
+        if self.reigns == NULL:
+            raise MemoryError
+        for i, (epoch, seq) in enumerate(ancestry):
+            self.reigns[i].epoch = epoch
+            self.reigns[i].seq_max = seq
+
+    def __dealloc__(self):
+        free(self.reigns)
 
 
 def merge(indexes, out, uint32_t level):
@@ -476,27 +474,15 @@ cdef class ExtentMap:
     cdef readonly tuple ancestry
 
     def __cinit__(self, indexes, ancestry, *, group_id=None):
-        cdef vrep_reign *reigns
-        cdef size_t count
+        cdef Reigns reigns
         cdef int status
         self.inputs = Handles(indexes)
+        self.inputs.of_group(group_id)
         self.ancestry = tuple((int(epoch), int(seq)) for epoch, seq in ancestry)
-        for index in self.inputs.indexes:
-            if group_id is not None and index.trailer["group_id"] != bytes(group_id):
-                raise InvalidError(f"{index.name} is of another group")
-        count = len(self.ancestry)
-        reigns = <vrep_reign *>calloc(count + 1, sizeof(vrep_reign))
-        if reigns == NULL:
-            raise MemoryError
-        try:
-            for i, (epoch, seq) in enumerate(self.ancestry):
-                reigns[i].epoch = epoch
-                reigns[i].seq_max = seq
-            with nogil:
-                status = vrep_extent_map_new(self.inputs.handles, self.inputs.count, reigns, count,
-                                             &self.map)
-        finally:
-            free(reigns)
+        reigns = Reigns(self.ancestry)
+        with nogil:
+            status = vrep_extent_map_new(self.inputs.handles, self.inputs.count, reigns.reigns,
+                                         reigns.count, &self.map)
         named(status, f"extent map of {self.inputs.count} indexes")
 
     def __dealloc__(self):
