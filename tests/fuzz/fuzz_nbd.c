@@ -12,7 +12,7 @@
 
 static struct vrep_nbd_exports exports = {
     .count = 2,
-    .list = {{.name = "root", .bytes = 1 << 20, .change_map = true},
+    .list = {{.name = "root", .bytes = 1 << 20, .bitmap = "qemu:dirty-bitmap:vrep"},
              {.name = "data", .bytes = 3u << 30, .read_only = true}},
 };
 

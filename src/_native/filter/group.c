@@ -103,9 +103,11 @@ static void tear_down(struct vrep_group *group, bool clean)
     vrep_worker_destroy(group->slow);
     vrep_worker_destroy(group->prober);
     vrep_engine_destroy(group->engine);
-    for (uint32_t i = 0; i < group->disks_count; i++)
+    for (uint32_t i = 0; i < group->disks_count; i++) {
         if (group->disks[i].disk != NULL)
             vrep_disk_close(group->disks[i].disk);
+        vrep_since_destroy(group->disks[i].since);
+    }
     vrep_consumers_close(group);
     if (group->checkpoint != NULL)
         vrep_checkpoint_close(group->checkpoint);

@@ -11,6 +11,7 @@
 #define VREP_FILTER_GROUP_H
 
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "disk/disk.h"
@@ -143,6 +144,23 @@ enum vrep_unverified {
 int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
 /* Any thread, and slow for a large map: the union of generations and unshipped, in bytes. */
 uint64_t vrep_group_dirty_bytes(const struct vrep_group *group);
+
+/* ---- views: what differs from a base point ----------------------------------- */
+/* A range of a disk, in bytes. */
+struct vrep_since_range {
+    uint64_t offset, length;
+};
+/* From here on each disk of a view knows which blocks may differ from its base point (see
+ * track/since.h), which front-ends offer under `name`. Before it is served. What is present
+ * already, of a view that was served before, is marked. EXISTS when there is a base; INVALID with a
+ * tap, or for a name of 96 bytes and more; NOMEM. */
+int vrep_group_since_begin(struct vrep_group *group, const char *name);
+/* On the group's thread: these ranges may differ too. */
+int vrep_group_since_mark(struct vrep_group *group, uint32_t disk,
+                          const struct vrep_since_range *ranges, size_t count);
+const char *vrep_group_since_name(const struct vrep_group *group); /* NULL without a base */
+struct vrep_since;
+const struct vrep_since *vrep_group_since(const struct vrep_group *group, uint32_t disk);
 
 /* ---- views: the miss queue --------------------------------------------------- */
 /* A read or partial write of absent blocks waits while a miss is fetched by another thread. */

@@ -25,6 +25,7 @@
 #include "track/intent.h"
 #include "track/map.h"
 #include "track/overlap.h"
+#include "track/since.h"
 
 #define COPIES 4u     /* sync copies in flight */
 #define FILLS 4u      /* fills of views in flight */
@@ -128,6 +129,7 @@ struct disk {
     struct vrep_disk_info info;
     char name[VREP_NAME_BYTES];
     bool overlay;
+    struct vrep_since *since; /* of a view with a base point */
 };
 
 struct vrep_group {
@@ -136,6 +138,7 @@ struct vrep_group {
     struct vrep_engine *engine;
     struct disk disks[VREP_DISKS_MAX];
     uint32_t disks_count;
+    char since_name[96];
 
     /* chain */
     struct vrep_filter filters[FILTERS_MAX];

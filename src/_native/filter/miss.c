@@ -114,6 +114,10 @@ static void view_submit(struct vrep_filter *filter, struct command *command)
 {
     struct vrep_group *group = filter->group;
     uint64_t absent, length;
+    bool changes = command->base.op != VREP_OP_FLUSH && command->base.op != VREP_OP_READ;
+    if (changes && group->disks[command->base.disk].since != NULL)
+        vrep_since_mark(group->disks[command->base.disk].since, command->base.offset,
+                        command->base.length);
     if (command->base.op != VREP_OP_FLUSH && group->disks[command->base.disk].overlay &&
         missing(group, command, &absent, &length)) {
         if (group->closing) {

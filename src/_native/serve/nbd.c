@@ -462,6 +462,14 @@ static bool front_idle(const struct vrep_front *front)
 static void list_exports(struct vrep_nbd_server *server)
 {
     struct vrep_nbd_exports *exports = &server->exports;
+    const char *since = vrep_group_since_name(server->group);
+    const char *bitmap = NULL;
+    if (vrep_group_map(server->group) != NULL)
+        bitmap = "vrep";
+    else if (since != NULL)
+        bitmap = since;
+    if (bitmap != NULL)
+        snprintf(server->bitmap, sizeof server->bitmap, "qemu:dirty-bitmap:%s", bitmap);
     exports->count = vrep_group_disks(server->group);
     for (uint32_t i = 0; i < exports->count; i++) {
         struct vrep_disk_info info = {0};
@@ -470,7 +478,7 @@ static void list_exports(struct vrep_nbd_server *server)
             .name = vrep_group_disk_name(server->group, i),
             .bytes = vrep_group_disk_bytes(server->group, i),
             .read_only = known && info.read_only,
-            .change_map = vrep_group_map(server->group) != NULL,
+            .bitmap = bitmap != NULL ? server->bitmap : NULL,
         };
     }
 }

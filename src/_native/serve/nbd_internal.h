@@ -91,6 +91,7 @@ struct vrep_nbd_server {
     struct vrep_watch unix_watch, tcp_watch;
     int spare_fd; /* given up to turn a client away when no descriptor is left */
     struct vrep_nbd_exports exports;
+    char bitmap[128]; /* name of the context that tells what is dirty */
     struct vrep_buffers *buffers;
     struct nbd_request *requests, *free;
     struct nbd_connection *connections;

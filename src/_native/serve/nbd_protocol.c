@@ -53,7 +53,6 @@
 #define EXPORT_FAST_ZERO 0x800u
 
 static const char context_allocation[] = "base:allocation";
-static const char context_dirty[] = "qemu:dirty-bitmap:vrep";
 
 /* ---- bytes in and out ---------------------------------------------------------- */
 
@@ -263,9 +262,9 @@ static void contexts(struct vrep_nbd_handshake *shake, const struct vrep_nbd_exp
         refuse(writer, REFUSED_UNKNOWN, "no disk of that name is served here");
         return;
     }
-    bool change_map = exports->list[found].change_map;
+    const char *bitmap = exports->list[found].bitmap;
     if (listing && queries == 0)
-        chosen = VREP_NBD_CONTEXT_ALLOCATION | (change_map ? VREP_NBD_CONTEXT_DIRTY : 0);
+        chosen = VREP_NBD_CONTEXT_ALLOCATION | (bitmap != NULL ? VREP_NBD_CONTEXT_DIRTY : 0);
     for (uint32_t i = 0; i < queries; i++) { /* each takes at least 4 bytes: bounded by the data */
         uint32_t bytes;
         const uint8_t *query;
@@ -275,7 +274,7 @@ static void contexts(struct vrep_nbd_handshake *shake, const struct vrep_nbd_exp
         }
         if (names(context_allocation, query, bytes, listing))
             chosen |= VREP_NBD_CONTEXT_ALLOCATION;
-        if (change_map && names(context_dirty, query, bytes, listing))
+        if (bitmap != NULL && names(bitmap, query, bytes, listing))
             chosen |= VREP_NBD_CONTEXT_DIRTY;
     }
     if (data.left != 0) {
@@ -285,7 +284,7 @@ static void contexts(struct vrep_nbd_handshake *shake, const struct vrep_nbd_exp
     if (chosen & VREP_NBD_CONTEXT_ALLOCATION)
         answer_context(writer, VREP_NBD_CONTEXT_ALLOCATION, context_allocation);
     if (chosen & VREP_NBD_CONTEXT_DIRTY)
-        answer_context(writer, VREP_NBD_CONTEXT_DIRTY, context_dirty);
+        answer_context(writer, VREP_NBD_CONTEXT_DIRTY, bitmap);
     answer(writer, ANSWER_ACK, 0);
     if (!listing) {
         shake->contexts = chosen;

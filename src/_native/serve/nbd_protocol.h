@@ -66,7 +66,7 @@ struct vrep_nbd_export {
     const char *name;
     uint64_t bytes;
     bool read_only;
-    bool change_map; /* offers qemu:dirty-bitmap:vrep */
+    const char *bitmap; /* name of the context that tells what is dirty; NULL: none */
 };
 struct vrep_nbd_exports {
     uint32_t count;

@@ -2,6 +2,7 @@
 #include "base/status.h"
 #include "serve/nbd_internal.h"
 #include "track/map.h"
+#include "track/since.h"
 
 /* One context's extents as they grow: equal neighbours are joined. */
 struct extents {
@@ -72,9 +73,14 @@ static int next_at(struct nbd_connection *c, uint32_t context, uint64_t offset, 
     struct vrep_group *group = c->server->group;
     if (context == VREP_NBD_CONTEXT_ALLOCATION)
         return allocation_at(c, vrep_group_disk(group, c->export), offset, max, length, flags);
-    bool dirty;
+    struct vrep_map *map = vrep_group_map(group);
+    bool dirty, inside;
     uint64_t run;
-    if (!vrep_map_next_run(vrep_group_map(group), (uint16_t)c->export, offset, &run, &dirty))
+    if (map != NULL)
+        inside = vrep_map_next_run(map, (uint16_t)c->export, offset, &run, &dirty);
+    else
+        inside = vrep_since_next_run(vrep_group_since(group, c->export), offset, &run, &dirty);
+    if (!inside)
         return VREP_E_RANGE;
     *length = run < max ? run : max;
     *flags = dirty ? VREP_NBD_STATE_DIRTY : 0;

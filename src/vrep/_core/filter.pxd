@@ -1,5 +1,6 @@
 # The filter room for other extension modules: serve polls a group and submits to it.
 
+from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -104,6 +105,9 @@ cdef extern from "filter/group.h" nogil:
         uint64_t offset
         uint64_t length
         uint16_t disk
+    struct vrep_since_range:
+        uint64_t offset
+        uint64_t length
     int vrep_group_open(const vrep_group_config *config, vrep_group **out)
     void vrep_group_close(vrep_group *group, bint clean)
     void vrep_group_abandon(vrep_group *group)
@@ -127,6 +131,9 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_lose_ring(vrep_group *group)
     int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
     uint64_t vrep_group_dirty_bytes(const vrep_group *group)
+    int vrep_group_since_begin(vrep_group *group, const char *name)
+    int vrep_group_since_mark(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,
+                              size_t count)
     uint32_t vrep_group_misses(vrep_group *group, vrep_miss *out, uint32_t max, int timeout_ms)
     void vrep_group_stop_misses(vrep_group *group)
     int vrep_group_fill(vrep_group *group, uint64_t ticket, const void *data, int status)

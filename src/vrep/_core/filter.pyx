@@ -9,6 +9,7 @@ import time
 from typing import NamedTuple
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stddef cimport size_t
 from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -60,6 +61,12 @@ cdef struct resync_request:
     bint everything
     uint64_t bytes_per_s
 
+cdef struct since_request:
+    const char *name
+    uint32_t disk
+    const vrep_since_range *ranges
+    size_t count
+
 cdef struct attach_request:
     uint32_t role
     const uint8_t *target_id
@@ -79,6 +86,13 @@ cdef int run_mark(vrep_group *group, void *argument) noexcept nogil:
 cdef int run_resync(vrep_group *group, void *argument) noexcept nogil:
     cdef resync_request *request = <resync_request *>argument
     return vrep_group_resync(group, request.allowed, request.bytes_per_s, request.everything)
+
+
+cdef int run_since(vrep_group *group, void *argument) noexcept nogil:
+    cdef since_request *request = <since_request *>argument
+    if request.name != NULL:
+        return vrep_group_since_begin(group, request.name)
+    return vrep_group_since_mark(group, request.disk, request.ranges, request.count)
 
 
 cdef int run_attach(vrep_group *group, void *argument) noexcept nogil:
@@ -263,6 +277,34 @@ cdef class Group:
                 time.sleep(0.001)  # a sync copy in flight ends first
             else:
                 return
+
+    def since(self, str name, changes):
+        """Let front-ends offer, as the dirty bitmap ``name``, which blocks of a view may differ
+        from a base point: what is in ``changes``, what is present already, and what is written
+        from now on. To be called before the group is served.
+
+        :param changes: for each disk, in order of their numbers, a buffer of (offset, length),
+            each a uint64, such as ``Changes.list`` gives.
+        """
+        cdef since_request request
+        cdef Py_buffer view
+        if self.users:
+            raise BusyError("the group is being served")
+        text = name.encode()
+        request.name = <const char *>text
+        self.call(run_since, &request)
+        request.name = NULL
+        for number, ranges in enumerate(changes):
+            PyObject_GetBuffer(ranges, &view, PyBUF_SIMPLE)
+            try:
+                if view.len % sizeof(vrep_since_range):
+                    raise InvalidError(f"{view.len} bytes are no (offset, length) rows")
+                request.disk = <uint32_t>number
+                request.ranges = <const vrep_since_range *>view.buf
+                request.count = <size_t>view.len // sizeof(vrep_since_range)
+                self.call(run_since, &request)
+            finally:
+                PyBuffer_Release(&view)
 
     def misses(self, uint32_t most=MISSES_MAX, timeout=None):
         """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""
