@@ -32,6 +32,7 @@ from vrep.settings import Config, load_config, set_listen
 if TYPE_CHECKING:
     from vrep.keys.identity import SiteIdentity
     from vrep.keys.tenant import KeyInfo, TenantKeyring
+    from vrep.recovery.changes import ChangeList
     from vrep.recovery.export import ExportResult
     from vrep.recovery.points import PointList
     from vrep.recovery.verify import VerifyOptions, VerifyReport
@@ -347,11 +348,23 @@ class Site:
 
         return list_points(self.paths, group, progress=progress)
 
-    def test_start(self, group: str, at: str = "latest") -> ViewInfo:
-        """Serve the group's disks as they were, to try them; replication goes on."""
+    def changes(
+        self, group: str, since: str, at: str = "latest", *, disk: str | None = None
+    ) -> ChangeList:
+        """Which bytes of the group's disks (or of one) may differ between two points, in blocks
+        of 4 KiB, from the indexes alone. What is not in the list is equal at both. The order of
+        the points does not matter, and they may lie on different branches of the history."""
+        from vrep.recovery.changes import list_changes
+
+        return list_changes(self.paths, group, since, at, disk)
+
+    def test_start(self, group: str, at: str = "latest", *, since: str | None = None) -> ViewInfo:
+        """Serve the group's disks as they were, to try them; replication goes on. With `since`,
+        another point, the NBD server offers what may differ from it as a dirty bitmap: see
+        `ViewInfo.bitmap`."""
         from vrep.recovery.view import start_test
 
-        return start_test(self.paths, group, at)
+        return start_test(self.paths, group, at, since)
 
     def tests(self) -> list[ViewInfo]:
         """Views that are served here."""
@@ -365,12 +378,14 @@ class Site:
 
         stop_test(self.paths, group)
 
-    def failover_start(self, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
+    def failover_start(
+        self, group: str, at: str = "latest", *, force: bool = False, since: str | None = None
+    ) -> ViewInfo:
         """Take the group over at a point: the old writer is refused from here on. Undo by
-        `failover_rollback`, keep by `failover_commit`."""
+        `failover_rollback`, keep by `failover_commit`. `since`: as for `test_start`."""
         from vrep.recovery.failover import start
 
-        return start(self.paths, group, at, force=force)
+        return start(self.paths, group, at, force=force, since=since)
 
     def failover_commit(self, group: str) -> ViewInfo:
         from vrep.recovery.failover import commit

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from vrep import errors
+from vrep._core import layout
+from vrep.recovery.changes import list_changes
 from vrep.recovery.export import export
 from vrep.recovery.points import list_points
 from vrep.recovery.view import discard, start_test, stop_test, view_directories
@@ -130,6 +133,53 @@ def test_exports_hold_the_disks_as_they_were(lab: Any, tmp_path: Path) -> None:
         wanted = lab.at(position)
         found = [Path(disk.path).read_bytes() for disk in result.disks]
         assert found == wanted, f"at {position}"
+
+
+def test_bytes_outside_of_the_changes_are_equal(lab: Any) -> None:
+    """Between any two points, also of branches that a failover left and with gaps and sync copies
+    between: what was equal before a gap and is copied again is a change too."""
+    good = grow(lab)
+    disks = {disk.name: disk.index for disk in DISKS}
+    told = 0
+    for _ in range(60):
+        since, at = lab.rng.choice(good), lab.rng.choice(good)
+        found = list_changes(lab.paths, "web", f"pos:{since}", f"pos:{at}")
+        assert (found.since.point, found.at.point) == (f"pos:{since}", f"pos:{at}")
+        before, after = lab.at(since), lab.at(at)
+        assert [disk.name for disk in found.disks] == list(disks)
+        for disk in found.disks:
+            here, there = before[disks[disk.name]], after[disks[disk.name]]
+            assert disk.bytes == len(here)
+            assert disk.changed_bytes == sum(extent.length for extent in disk.extents)
+            told += disk.changed_bytes
+            for extent in disk.extents:
+                here[extent.offset : extent.offset + extent.length] = bytes(extent.length)
+                there[extent.offset : extent.offset + extent.length] = bytes(extent.length)
+            assert here == there, f"{disk.name} from {since} to {at}"
+    assert told > 0
+    same = list_changes(lab.paths, "web", f"pos:{good[9]}", f"pos:{good[9]}", "data")
+    assert [(disk.name, disk.extents) for disk in same.disks] == [("data", [])]
+
+
+def test_sync_copies_in_a_gap_are_changes(lab: Any) -> None:
+    lab.sync()
+    before = lab.write(0, 8192, b"a" * 4096)
+    lab.gap_begin(jump=1000)
+    lab.write(0, 8192, b"a" * 4096, layout.KIND_SYNC)
+    lab.record(layout.KIND_SYNC_ZEROES, 1, 100 * 1024, length=200 * 1024)
+    inside = lab.write(0, 65536, b"b" * 4096)
+    after = lab.gap_end()
+    lab.commit()
+    found = list_changes(lab.paths, "web", f"pos:{before}", f"pos:{after}")
+    assert [[(e.offset, e.length) for e in disk.extents] for disk in found.disks] == [
+        [(8192, 4096), (65536, 4096)],
+        [(100 * 1024, 200 * 1024)],
+    ]
+    for since, at in ((inside, after), (before, inside)):
+        with pytest.raises(errors.GapError):
+            list_changes(lab.paths, "web", f"pos:{since}", f"pos:{at}")
+    with pytest.raises(errors.NotFoundError, match="root, data"):
+        list_changes(lab.paths, "web", f"pos:{before}", disk="other")
 
 
 def test_recovery_goes_on_beside_a_writer(lab: Any, tmp_path: Path) -> None:

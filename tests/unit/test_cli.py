@@ -36,6 +36,7 @@ resync
 status
 checkpoint
 points
+changes
 test start|list|stop
 failover start|commit|rollback
 move
@@ -339,6 +340,8 @@ def test_status_for_people() -> None:
         ["--at", "nightly", "web", "--json"],
         ["--at=pos:1/0/7", "web"],
         ["web", "--at", "2026-01-02T03:04:05Z"],
+        ["web", "--since", "pos:1/0/3", "--at", "nightly"],
+        ["--since=-2h", "web"],
     ],
     ids=" ".join,
 )
@@ -354,8 +357,15 @@ def test_the_short_way_means_what_the_parser_means(
     class Stopped(errors.VrepError):
         """Stopped."""
 
-    def start(site: Site, group: str, at: str = "latest", *, force: bool = False) -> None:
-        calls.append((site.paths.root, group, at, force))
+    def start(
+        site: Site,
+        group: str,
+        at: str = "latest",
+        *,
+        force: bool = False,
+        since: str | None = None,
+    ) -> None:
+        calls.append((site.paths.root, group, at, force, since))
         raise Stopped
 
     monkeypatch.setattr(Site, "test_start", start)

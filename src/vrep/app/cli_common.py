@@ -27,6 +27,14 @@ At = Annotated[
         help="latest, a label, an RFC 3339 time, -5m, or pos:EPOCH/LANE/SEQ.",
     ),
 ]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        "--since",
+        metavar="POINT",
+        help="Offer what may differ from this point as a dirty bitmap over NBD.",
+    ),
+]
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SHIFTS: Final = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -84,6 +92,7 @@ __all__ = [
     "Directory",
     "Group",
     "Json",
+    "Since",
     "not_yet",
     "parse_duration",
     "parse_size",

@@ -29,6 +29,7 @@ class Start:
     directory: str | None = None
     as_json: bool = False
     force: bool = False
+    since: str | None = None
 
     def run(self, *, fresh: bool = False) -> None:
         """Start the view, print it. `fresh`: this process was made for nothing else."""
@@ -39,15 +40,15 @@ class Start:
             from vrep.recovery import launch
 
             if launch.can_fork():
-                self._show(launch.fork_test(self.directory, self.group, self.at))
+                self._show(launch.fork_test(self.directory, self.group, self.at, self.since))
                 return
         from vrep.site import Site
 
         site = Site(self.directory)
         if self.verb == "test":
-            view = site.test_start(self.group, self.at)
+            view = site.test_start(self.group, self.at, since=self.since)
         else:
-            view = site.failover_start(self.group, self.at, force=self.force)
+            view = site.failover_start(self.group, self.at, force=self.force, since=self.since)
         emit(view, self.as_json, lambda: view_text(view))
 
     def _show(self, view: dict[str, Any]) -> None:
@@ -70,12 +71,14 @@ def parse(arguments: Sequence[str]) -> Start | None:
             start.as_json = True
         elif word == "--force" and start.verb == "failover":
             start.force = True
-        elif name in ("--at", "--dir"):
+        elif name in ("--at", "--dir", "--since"):
             given = value if equals else next(words, "")
             if not given:
                 return None
             if name == "--at":
                 start.at = given
+            elif name == "--since":
+                start.since = given
             else:
                 start.directory = given
         elif word.startswith("-") or start.group:

@@ -1,4 +1,4 @@
-"""What the site that holds the history does: points, tests, failover, export."""
+"""What the site that holds the history does: points, changes, tests, failover, export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from vrep.app.cli_common import At, Directory, Group, Json, site_of
+from vrep.app.cli_common import At, Directory, Group, Json, Since, site_of
 from vrep.app.cli_output import Progress, emit
-from vrep.app.cli_view import export_text, points_text, view_text
+from vrep.app.cli_view import changes_text, export_text, points_text, view_text
 from vrep.errors import IntegrityError
 
 app = typer.Typer()
@@ -29,12 +29,34 @@ def points(group: Group, directory: Directory = None, as_json: Json = False) -> 
         raise IntegrityError(found.verdict.error)
 
 
+@app.command("changes")
+def changes(
+    group: Group,
+    since: Annotated[
+        str, typer.Option("--since", metavar="POINT", help="The one point; as for --at.")
+    ],
+    at: At = "latest",
+    disk: Annotated[
+        str | None, typer.Option("--disk", metavar="NAME", help="Of this disk only.")
+    ] = None,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Which bytes may differ between two points; all others are equal."""
+    found = site_of(directory).changes(group, since, at, disk=disk)
+    emit(found, as_json, lambda: changes_text(found))
+
+
 @test.command("start")
 def start_test(
-    group: Group, at: At = "latest", directory: Directory = None, as_json: Json = False
+    group: Group,
+    at: At = "latest",
+    since: Since = None,
+    directory: Directory = None,
+    as_json: Json = False,
 ) -> None:
     """Serve the disks as they were, at once."""
-    view = site_of(directory).test_start(group, at)
+    view = site_of(directory).test_start(group, at, since=since)
     emit(view, as_json, lambda: view_text(view))
 
 
@@ -63,11 +85,12 @@ def failover_start(
     force: Annotated[
         bool, typer.Option("--force", help="Even while the source is reachable and its VM runs.")
     ] = False,
+    since: Since = None,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Serve the disks for good; the old source is refused from here on."""
-    view = site_of(directory).failover_start(group, at, force=force)
+    view = site_of(directory).failover_start(group, at, force=force, since=since)
     emit(view, as_json, lambda: view_text(view))
 
 

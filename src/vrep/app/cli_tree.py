@@ -30,6 +30,7 @@ COMMANDS: Final = {
     "status": "cli_status",
     "checkpoint": "cli_group",
     "points": "cli_recover",
+    "changes": "cli_recover",
     "test": "cli_recover",
     "failover": "cli_recover",
     "move": "cli_later",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vrep.app.cli_output import size_text, table
 
 if TYPE_CHECKING:
+    from vrep.recovery.changes import ChangeList
     from vrep.recovery.export import ExportResult
     from vrep.recovery.points import PointList
     from vrep.recovery.verdict import VerdictInfo
@@ -19,6 +20,8 @@ def view_text(view: ViewInfo) -> str:
     if view.conditions:
         lines.append(f"  conditions: {', '.join(view.conditions)}")
     lines += [f"  {disk.name}: {disk.uri}" for disk in view.disks]
+    if view.bitmap:
+        lines.append(f"  what may differ from {view.since}: {view.bitmap}")
     return "\n".join(lines)
 
 
@@ -56,6 +59,24 @@ def _verdict_text(verdict: VerdictInfo) -> str:
     return f"{verdict.state}, {verdict.made[:16]}Z" if verdict.made else verdict.state
 
 
+def changes_text(found: ChangeList) -> str:
+    """Every extent, and how much that is of each disk."""
+    rows = [
+        (disk.name, str(extent.offset), str(extent.length))
+        for disk in found.disks
+        for extent in disk.extents
+    ]
+    lines = [table(("DISK", "OFFSET", "LENGTH"), rows)] if rows else []
+    lines += [
+        f"{disk.name}: {size_text(disk.changed_bytes)} of {size_text(disk.bytes)} may differ, in "
+        f"{len(disk.extents)} extents"
+        for disk in found.disks
+    ]
+    lines.append(f"from {found.since.time} ({found.since.point})")
+    lines.append(f"to   {found.at.time} ({found.at.point})")
+    return "\n".join(lines)
+
+
 def export_text(result: ExportResult) -> str:
     """The files that were written."""
     lines = [f"{result.group} as of {result.time} ({result.point})"]
@@ -67,4 +88,4 @@ def export_text(result: ExportResult) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["export_text", "points_text", "view_text"]
+__all__ = ["changes_text", "export_text", "points_text", "view_text"]

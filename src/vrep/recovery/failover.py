@@ -126,8 +126,16 @@ def _why_alive(name: str, source: Mapping[str, Any]) -> str:
     )
 
 
-def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = False) -> ViewInfo:
-    """Take a group over at a point, or go on with a failover that was cut off.
+def start(
+    paths: SitePaths,
+    group: str,
+    at: str = "latest",
+    *,
+    force: bool = False,
+    since: str | None = None,
+) -> ViewInfo:
+    """Take a group over at a point, or go on with a failover that was cut off. `since`: the point
+    from which its view's dirty bitmap counts.
 
     SourceAliveError while the source's VM runs or may run, unless `force`.
     """
@@ -137,9 +145,9 @@ def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = Fal
     try:
         view = failover.view()
         if view is None:
-            view = _begin(failover, at, force=force)
+            view = _begin(failover, at, force=force, since=since)
         else:
-            _check_resumed(view.load(), at)
+            _check_resumed(view.load(), at, since)
         record = view.load()
         if record.state == "starting":
             record = _raise(failover, view, record)
@@ -156,7 +164,7 @@ def start(paths: SitePaths, group: str, at: str = "latest", *, force: bool = Fal
     return describe(view)
 
 
-def _check_resumed(record: ViewRecord, at: str) -> None:
+def _check_resumed(record: ViewRecord, at: str, since: str | None) -> None:
     if record.state == "rolling-back":
         raise errors.StateError(
             f"the failover of {record.group!r} is being rolled back: finish that first"
@@ -166,9 +174,14 @@ def _check_resumed(record: ViewRecord, at: str) -> None:
             f"a failover of {record.group!r} to {record.asked} is under way: commit it or roll "
             "it back first"
         )
+    base = "pos:{}/{}/{}".format(*record.since) if record.since is not None else None
+    if since is not None and since.strip() not in (record.since_asked, base):
+        raise errors.StateError(
+            f"the failover of {record.group!r} that is under way does not count from {since}"
+        )
 
 
-def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
+def _begin(failover: _Failover, at: str, *, force: bool, since: str | None) -> ViewDirectory:
     """Step 1: everything that can be wrong without a trace is found wrong here."""
     held, paths = failover.held, failover.paths
     state = failover.door.state()
@@ -184,7 +197,7 @@ def _begin(failover: _Failover, at: str, *, force: bool) -> ViewDirectory:
         _require_no_writer(failover)
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
     with StoreReader(paths.store, held.group_id) as reader:
-        record = record_of(paths, held, reader, at, "failover", access)
+        record = record_of(paths, held, reader, at, "failover", access, since)
         fetcher = Fetcher(reader, reader.extent_map(Position(*record.point)), access)
         fetcher.probe(sorted(disk.index for disk in reader.disks))
     view = ViewDirectory(paths, record.id)

@@ -36,16 +36,21 @@ def can_fork() -> bool:
     return threading.active_count() == 1 and threads == 1
 
 
-def fork_test(directory: str | None, group: str, at: str) -> dict[str, Any]:
+def fork_test(
+    directory: str | None, group: str, at: str, since: str | None = None
+) -> dict[str, Any]:
     """Serve a group as it was at a point; the `ViewInfo`, as JSON has it."""
     view_id = os.urandom(6).hex()
+    request = {"view": view_id, "group": group, "at": at}
+    if since is not None:
+        request["since"] = since
     sys.stdout.flush()
     sys.stderr.flush()
     answers, answer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(answers)
-        _serve(directory, {"view": view_id, "group": group, "at": at}, answer)
+        _serve(directory, request, answer)
     os.close(answer)
     try:
         os.waitpid(child, 0)  # it has moved to the background

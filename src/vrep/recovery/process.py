@@ -33,8 +33,16 @@ from vrep._core.serve import Server
 from vrep.control import ControlServer
 from vrep.paths import SitePaths, socket_gid
 from vrep.recovery.access import KeyAccess
+from vrep.recovery.changes import changes_between
 from vrep.recovery.fetch import Fetcher
-from vrep.recovery.view import TOLD_TO_END, ViewDirectory, ViewInfo, begin_test, info_of
+from vrep.recovery.view import (
+    TOLD_TO_END,
+    ViewDirectory,
+    ViewInfo,
+    begin_test,
+    bitmap_name,
+    info_of,
+)
 from vrep.settings import load_config
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
@@ -76,6 +84,8 @@ class View:
             )
             self._fetcher = self._open_fetcher(paths)
             self._group = stack.enter_context(self._open_group())
+            if self._record.since is not None:
+                self._offer_changes(Position(*self._record.since))
             mode = int(self._config.recovery.socket_mode, 8)
             paths.admit_users(mode)
             self._server = Server(
@@ -124,6 +134,16 @@ class View:
             [Disk(d.name, f"view:{directory.overlay(d.name)}", d.bytes) for d in disks],
             group_id=bytes.fromhex(record.id).ljust(16, b"\0"),
             tap=False,
+        )
+
+    def _offer_changes(self, since: Position) -> None:
+        """Let clients see what may differ from another point."""
+        if [tuple(step) for step in self._reader.ancestry(since)] != self._record.since_ancestry:
+            raise errors.CorruptError(f"the history below {since} is not what it was")
+        changes = changes_between(self._reader, since, Position(*self._record.point))
+        disks = sorted(self._record.disks, key=lambda disk: disk.index)
+        self._group.since(
+            bitmap_name(since), [changes.list(disk.index, 0, disk.bytes) for disk in disks]
         )
 
     def _start(self, target: Any, name: str) -> None:
@@ -288,8 +308,14 @@ def serve(paths: SitePaths, request: Mapping[str, str]) -> int:
     reader: StoreReader | None = None
     try:
         if "group" in request:
-            kind = request.get("kind", "test")
-            reader = begin_test(paths, request["view"], request["group"], request["at"], kind)
+            reader = begin_test(
+                paths,
+                request["view"],
+                request["group"],
+                request["at"],
+                kind=request.get("kind", "test"),
+                since=request.get("since"),
+            )
         view = View(paths, request["view"], reader)
         if reader is not None:
             view.set_serving()

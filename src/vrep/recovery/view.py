@@ -86,6 +86,10 @@ class ViewInfo(msgspec.Struct, frozen=True):
     created: str
     epoch: int | None
     """that a failover raised"""
+    since: str | None
+    """the point, pos:EPOCH/LANE/SEQ, of which `bitmap` tells what may differ"""
+    bitmap: str | None
+    """the NBD metadata context of its disks that does"""
     conditions: list[str]
     """what is wrong with it, if anything"""
     fill: dict[str, Any]
@@ -121,6 +125,10 @@ class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     old_writer: str = ""
     """of a failover: the site that wrote before"""
     old_epoch: int = 0
+    since: tuple[int, int, int] | None = None
+    """another point: what may differ from it is offered as a dirty bitmap"""
+    since_ancestry: list[tuple[int, int]] = []
+    since_asked: str = ""
 
 
 class ViewDirectory:
@@ -277,9 +285,14 @@ class ViewProcess:
         finally:
             os.close(log_fd)
 
-    def start(self, view: ViewDirectory, group: str, at: str, kind: str = "test") -> ViewInfo:
+    def start(
+        self, view: ViewDirectory, group: str, at: str, *, kind: str, since: str | None
+    ) -> ViewInfo:
         """Let it choose the point and make the view; a test, being served."""
-        return self._ask(view, {"view": view.id, "group": group, "at": at, "kind": kind})
+        request = {"view": view.id, "group": group, "at": at, "kind": kind}
+        if since is not None:
+            request["since"] = since
+        return self._ask(view, request)
 
     def serve(self, view: ViewDirectory) -> ViewInfo:
         """Let it serve a view that stands. Raises what stopped it."""
@@ -350,19 +363,32 @@ def _error(detail: dict[str, str]) -> errors.VrepError:
 # ---- tests ----------------------------------------------------------------------------------
 
 
-def start_test(paths: SitePaths, group: str, at: str = "latest", *, kind: str = "test") -> ViewInfo:
+def bitmap_name(since: tuple[int, int, int]) -> str:
+    """The dirty bitmap of a view's changes since a point. It names the point, so that a client
+    with another base is refused, and never told too little."""
+    return "vrep-since-{}-{}-{}".format(*since)
+
+
+def start_test(
+    paths: SitePaths,
+    group: str,
+    at: str = "latest",
+    since: str | None = None,
+    *,
+    kind: str = "test",
+) -> ViewInfo:
     """Serve the disks of a group as they were at a point. Replication is not touched."""
     view = ViewDirectory(paths, secrets.token_hex(6))
     process = ViewProcess(paths)
     try:
-        return process.start(view, group, at, kind)
+        return process.start(view, group, at, kind=kind, since=since)
     except BaseException:
         discard(view)
         raise
 
 
 def begin_test(
-    paths: SitePaths, view_id: str, group: str, at: str, kind: str = "test"
+    paths: SitePaths, view_id: str, group: str, at: str, *, kind: str, since: str | None
 ) -> StoreReader:
     """In the process of the view: choose its point and make its directory. The reader that
     was used for it, scattered, is the caller's."""
@@ -373,7 +399,7 @@ def begin_test(
     held = find_group(paths, group)
     reader = StoreReader(paths.store, held.group_id, scattered=True)
     try:
-        record = record_of(paths, held, reader, at, kind, None)
+        record = record_of(paths, held, reader, at, kind, None, since)
         ViewDirectory(paths, view_id).create(msgspec.structs.replace(record, id=view_id))
     except BaseException:
         reader.close()
@@ -388,15 +414,18 @@ def record_of(
     at: str,
     kind: str,
     access: KeyAccess | None,
+    since: str | None = None,
 ) -> ViewRecord:
     """The record of a view at a point."""
     from vrep.recovery.history import needs_key, resolve
 
-    if access is None and needs_key(at):
+    if access is None and (needs_key(at) or (since is not None and needs_key(since))):
         from vrep.recovery.access import KeyAccess
 
         access = KeyAccess.open(paths, held.group_id, reader.wrapped_keys)
-    point = resolve(reader, at, access, time.time_ns())
+    now_ns = time.time_ns()
+    point = resolve(reader, at, access, now_ns)
+    base = None if since is None else resolve(reader, since, access, now_ns).position
     return ViewRecord(
         version=VERSION,
         id=secrets.token_hex(6),
@@ -410,6 +439,9 @@ def record_of(
         disks=[RecordedDisk(d.name, d.bytes, d.index) for d in reader.disks],
         created_ns=time.time_ns(),
         state="starting",
+        since=None if base is None else (base.epoch, base.lane, base.seq),
+        since_ancestry=[] if base is None else reader.ancestry(base),
+        since_asked=(since or "").strip(),
     )
 
 
@@ -450,6 +482,8 @@ def info_of(
         ],
         created=format_time(record.created_ns),
         epoch=record.epoch or None,
+        since=None if record.since is None else "pos:{}/{}/{}".format(*record.since),
+        bitmap=None if record.since is None else f"qemu:dirty-bitmap:{bitmap_name(record.since)}",
         conditions=conditions,
         fill=status.get("fill", {}),
     )
