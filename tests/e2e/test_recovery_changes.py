@@ -95,6 +95,14 @@ def position_of(point: str) -> Position:
     return Position(*(int(part) for part in point[4:].split("/")))
 
 
+def wait_dead(lab: Any, view_id: str) -> None:
+    directory = view.ViewDirectory(lab.paths, view_id)
+    deadline = time.monotonic() + 30
+    while directory.holder() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_full_copy_and_then_what_changed(lab: Any, tmp_path: Path) -> None:
     """Monday in full with nbdcopy, then only what the bitmap tells, up to Tuesday and to now."""
     monday = view.start_test(lab.paths, "web", "monday")
@@ -174,11 +182,7 @@ def test_what_is_written_to_the_view_is_told_too(lab: Any) -> None:
     assert dirty(uri, info.bitmap) == written  # what is only read is no change
     assert info.pid is not None
     os.kill(info.pid, signal.SIGKILL)
-    directory = view.ViewDirectory(lab.paths, info.id)
-    deadline = time.monotonic() + 30
-    while directory.holder() is not None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_dead(lab, info.id)
     assert view.restart_views(lab.paths) == []
     (again,) = view.list_views(lab.paths)
     assert (again.running, again.since, again.bitmap) == (True, info.since, info.bitmap)
@@ -186,6 +190,53 @@ def test_what_is_written_to_the_view_is_told_too(lab: Any) -> None:
     for offset, length in written:
         assert any(begin <= offset and offset + length <= begin + size for begin, size in ranges)
     assert sum(length for _offset, length in ranges) <= 5 * 65536  # blocks that are present
+
+
+@pytest.fixture
+def folding(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
+    """A history whose segments end where its checkpoints stand."""
+    lab = lab_module.Lab(tmp_path / "site", DISKS, rng, merge=False)
+    lab.sync()
+    for label in ("monday", "tuesday", "wednesday", "thursday"):
+        for _ in range(20):
+            lab.random_write()
+        lab.mark(label)
+        lab.close()
+        lab.open()
+        lab.start_stream()
+    yield lab
+    for each in view.view_directories(lab.paths):
+        view.discard(each)
+    lab.close()
+
+
+def test_a_fold_hides_no_change(folding: Any) -> None:
+    """Between kept points a fold changes nothing; of a base that is folded away nothing is told,
+    and a view that counted from it, started again, says that all may differ. One whose own point
+    is gone is not served any more: what was not fetched would show as it was before."""
+    lab = folding
+    old = view.start_test(lab.paths, "web", "monday")
+    info = view.start_test(lab.paths, "web", "latest", "monday")
+    assert info.bitmap is not None
+    wanted = list_changes(lab.paths, "web", "tuesday")
+    tuesday, at = wanted.since.point, wanted.at.point
+    folded = lab.store.fold(position_of(tuesday))
+    assert sum(step.input_bytes - step.output_bytes for step in folded) > 0
+    assert list_changes(lab.paths, "web", tuesday, at).disks == wanted.disks
+    with pytest.raises(errors.PointNotFoundError, match="folded away"):
+        list_changes(lab.paths, "web", info.since or "", at)
+    with pytest.raises(errors.PointNotFoundError, match="folded away"):
+        view.start_test(lab.paths, "web", "latest", info.since)
+    for each in (old, info):
+        assert each.pid is not None
+        os.kill(each.pid, signal.SIGKILL)
+    for each in (old, info):
+        wait_dead(lab, each.id)
+    (problem,) = view.restart_views(lab.paths)
+    assert "folded away" in problem
+    assert [each.id for each in view.list_views(lab.paths) if each.running] == [info.id]
+    for disk in info.disks:
+        assert dirty(disk.uri, info.bitmap) == [(0, disk.bytes)]
 
 
 def test_a_failover_offers_one(lab: Any) -> None:

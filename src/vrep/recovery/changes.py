@@ -59,7 +59,11 @@ class ChangeList(msgspec.Struct, frozen=True):
 
 
 def changes_between(reader: StoreReader, since: Position, at: Position) -> Changes:
-    """What may differ between two positions, of one line of history or of two."""
+    """What may differ between two positions, of one line of history or of two.
+    PointNotFoundError for one that is not kept: what a fold dropped is in no index."""
+    for point in (since, at):
+        if not reader.manifest.keeps(point):
+            raise errors.PointNotFoundError(f"pos:{point} was folded away")
     return Changes(
         reader.indexes, reader.ancestry(since), reader.ancestry(at), group_id=reader.group_id
     )

@@ -26,8 +26,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from vrep import errors
+from vrep._core.changes import CHANGED
 from vrep._core.filter import Disk, Group, Miss
 from vrep._core.serve import Server
 from vrep.control import ControlServer
@@ -121,6 +123,9 @@ class View:
         point = Position(*record.point)
         if [tuple(step) for step in self._reader.ancestry(point)] != record.ancestry:
             raise errors.CorruptError(f"the history below {point} is not what it was")
+        if not self._reader.manifest.keeps(point):
+            # What is not fetched yet may be gone, and older data would show in its place.
+            raise errors.PointNotFoundError(f"pos:{point}, that of the view, was folded away")
         fetcher = Fetcher(self._reader, self._reader.extent_map(point), access)
         fetcher.probe(sorted(disk.index for disk in record.disks))
         return fetcher
@@ -140,11 +145,14 @@ class View:
         """Let clients see what may differ from another point."""
         if [tuple(step) for step in self._reader.ancestry(since)] != self._record.since_ancestry:
             raise errors.CorruptError(f"the history below {since} is not what it was")
-        changes = changes_between(self._reader, since, Position(*self._record.point))
         disks = sorted(self._record.disks, key=lambda disk: disk.index)
-        self._group.since(
-            bitmap_name(since), [changes.list(disk.index, 0, disk.bytes) for disk in disks]
-        )
+        try:
+            changes = changes_between(self._reader, since, Position(*self._record.point))
+            found = [changes.list(disk.index, 0, disk.bytes) for disk in disks]
+        except errors.PointNotFoundError:
+            # The base was folded away since the view was made: all may differ from it.
+            found = [np.array([(0, disk.bytes)], CHANGED) for disk in disks]
+        self._group.since(bitmap_name((since.epoch, since.lane, since.seq)), found)
 
     def _start(self, target: Any, name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
