@@ -90,6 +90,16 @@ class Lab:
                 (int(header["seq"]), int(header["kind"]), int(header["offset"]), data)
             )
 
+    def put_jump(self, seq: int) -> None:
+        header = np.zeros(1, layout.RECORD)
+        header["kind"], header["flags"] = layout.KIND_GAP_BEGIN, layout.RECORD_JUMP
+        header["seq"], header["wall_ns"] = seq, 1_000 + seq
+        sealer = self.spill.sealer(self.spill_keys(), self.stream(), self.epoch, self.spill.last, 0)
+        written, _done = sealer.seal(header, b"", ROOM)
+        self.spill.append(ROOM[:written])
+        self.entries.append((seq, layout.KIND_GAP_BEGIN, 0, b""))
+        self.last = seq
+
     def read(self, after: int) -> list[Entry]:
         """Everything that follows `after`, through another stream, as a shipper reads it."""
         feed = Feed(NoRing(), self.spill, self.spill_keys())  # type: ignore[arg-type]
@@ -217,6 +227,35 @@ def test_damage_while_it_runs_is_an_error_that_names_it(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptError, match="spill-00000001"):
         lab.read(lab.spill.after)
+
+
+def test_a_cut_through_a_jump_hides_nothing(tmp_path: Path) -> None:
+    """The ring began anew at 2000; its first records were written, and not reported."""
+    lab = Lab(tmp_path / "spill", 1)
+    lab.put(5)
+    begin, last = lab.spill.after, lab.last
+    for _ in range(2):
+        lab.last = last
+        lab.put_jump(2_000 + last)
+        lab.spill.cut(last + 1_000)
+        assert lab.spill.last == last + 1_000
+        lab.entries = lab.entries[:5]
+    lab.put_jump(2_000 + last)
+    lab.put(3)
+    assert lab.read(begin) == lab.entries
+    lab.spill.close()
+    lab.spill = lab.open()
+    assert lab.read(begin) == lab.entries
+
+
+def test_the_key_that_seals_is_the_one_that_is_named(tmp_path: Path) -> None:
+    lab = Lab(tmp_path / "spill", 1)
+    lab.put(2)
+    old = lab.stream()
+    lab.newest = 2
+    lab.stream = lambda: old  # type: ignore[method-assign]
+    lab.put(2)
+    lab.check()
 
 
 def test_another_groups_files_are_not_read(tmp_path: Path) -> None:

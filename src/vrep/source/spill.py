@@ -12,6 +12,7 @@ Sizes are bytes. Threads: one appends, drops and cuts; any may read.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -228,7 +229,7 @@ class Spill:
     def sealer(self, keys: SpillKeys, stream: Any, epoch: int, after: int, level: int) -> Sealer:
         """Who seals what follows `after`, to be given to `append`. A new file is begun when the
         one that is open is full, ends elsewhere, or is of another epoch or key. `stream` is a
-        STREAM struct without its ids."""
+        STREAM struct without its ids and its key's generation."""
         current = self._files[-1] if self._files else None
         if (
             self._sealer is not None
@@ -250,6 +251,7 @@ class Spill:
         self._end()
         stream_id = secrets.token_bytes(16)
         key = keys.newest
+        stream["key_generation"] = key.generation  # the one that seals, whatever was asked
         head = np.zeros((), layout.SEGMENT_HEADER)
         head["group_id"] = np.frombuffer(self.group_id, np.uint8)
         head["segment"] = number = self._next_number
@@ -299,14 +301,19 @@ class Spill:
             raise
 
     def abandon(self) -> None:
-        """Give up what was sealed and not appended: the next file goes on where this one ends."""
-        file = self._files[-1] if self._files else None
-        if self._fd >= 0 and file is not None:
+        """Give up what was sealed and not appended: the next file goes on where this one ends. One
+        that has nothing in it is removed: a disk that takes no more would fill up with them."""
+        file = self._files[-1] if self._files and self._fd >= 0 else None
+        if file is not None:
             try:
                 os.ftruncate(self._fd, file.bytes)
             except OSError as error:
                 log.warning("spill could not be cut", file=file.path.name, error=str(error))
         self._end()
+        if file is not None and len(file.commits) == 1:  # its STREAM record
+            with self._lock:
+                self._files.remove(file)
+            file.path.unlink(missing_ok=True)
 
     def check_room(self, need: int) -> None:
         """StoreFullError when so many more bytes pass the quota, or take what is kept free."""
@@ -345,43 +352,39 @@ class Spill:
     def batch(self, after: int, keys: SpillKeys, room: memoryview) -> Batch:
         """The records of one commit that follow `after`, open, their data in `room` as far as
         it goes; an empty batch when nothing follows. `room` takes the largest record.
-        CorruptError names the file and the position when it is damaged."""
-        with self._lock:
-            place = self._find(after)
-            if place is None:
-                return Batch.empty()
-            file, commit = place
-            first, last = file.commits[0], file.last
-            fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            opener = self._opener(fd, first, keys)
-            data = _read(fd, commit.start, commit.end)
-        finally:
-            os.close(fd)
-        try:
-            found, end = record.scan(data)
-            if end != len(data):
-                raise CorruptError(f"a commit ends inside a record, at byte {end}")
-            headers = found["header"]
-            wanted = (headers["seq"] > after) & (headers["seq"] <= last)
-            wanted &= ~np.isin(headers["kind"], _ASIDE)
-            found = found[wanted]
-            written, done = opener.records(data, found, room)
-        except VrepError as error:
-            raise CorruptError(
-                f"{file.path}: after position {after}: {getattr(error, 'detail', error)}"
-            ) from None
+        CorruptError names the file and the position when it is damaged or cannot be read."""
+        look = after
+        while True:
+            with self._lock:
+                place = self._find(look)
+                if place is None:
+                    return Batch.empty()
+                file, commit = place
+                first, last = file.commits[0], file.last
+            data, stream = _read_commit(file, first, commit, after)
+            stream_id = stream["stream_id"].tobytes()
+            key = keys.generation(int(stream["key_generation"]))
+            opener = Opener(key.stream_key(stream_id), stream_id)
+            try:
+                found, end = record.scan(data)
+                if end != len(data):
+                    raise CorruptError(f"a commit ends inside a record, at byte {end}")
+                headers = found["header"]
+                wanted = (headers["seq"] > after) & (headers["seq"] <= last)
+                wanted &= ~np.isin(headers["kind"], _ASIDE)
+                found = found[wanted]
+                written, done = opener.records(data, found, room)
+            except VrepError as error:
+                raise _damaged(file, after, error) from None
+            if done:
+                break
+            # A cut went through a jump: the file ends before it, and the next one goes on.
+            look = min(commit.last, last)
         headers = found["header"][:done].copy()
         headers["flags"] &= np.uint16(0xFFFF ^ layout.RECORD_HASHED)  # sealing sets it again
         bodies = np.where(np.isin(headers["kind"], _SEALED), headers["length"], 0)
         starts = np.cumsum(bodies, dtype=np.uint64) - bodies.astype(np.uint64)
         return Batch(headers, room[:written], starts)
-
-    def _opener(self, fd: int, first: _Commit, keys: SpillKeys) -> Opener:
-        stream = record.parse_stream(_read(fd, first.start, first.end))
-        stream_id = stream["stream_id"].tobytes()
-        key = keys.generation(int(stream["key_generation"]))
-        return Opener(key.stream_key(stream_id), stream_id)
 
     def drop(self, durable: int) -> None:
         """Remove the files whose records are all at or below `durable`."""
@@ -419,6 +422,30 @@ class Spill:
 def _free_bytes(path: Path) -> int:
     found = os.statvfs(path)
     return found.f_bavail * found.f_frsize
+
+
+def _read_commit(
+    file: _File, first: _Commit, commit: _Commit, after: int
+) -> tuple[bytearray, np.void]:
+    """The records of a commit, and the STREAM of their file."""
+    try:
+        fd = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            stream = record.parse_stream(_read(fd, first.start, first.end))
+            return _read(fd, commit.start, commit.end), stream
+        finally:
+            os.close(fd)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EIO):
+            raise _damaged(file, after, error) from None
+        raise StorageError(f"{file.path}: {error.strerror or error}") from None
+    except VrepError as error:
+        raise _damaged(file, after, error) from None
+
+
+def _damaged(file: _File, after: int, error: Exception) -> CorruptError:
+    why = getattr(error, "detail", None) or getattr(error, "strerror", None) or error
+    return CorruptError(f"{file.path}: after position {after}: {why}")
 
 
 def _read(fd: int, start: int, end: int) -> bytearray:
