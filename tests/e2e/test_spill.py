@@ -189,3 +189,71 @@ def test_a_slow_target_makes_it_spill_and_catches_up(make_pair: Make, rng: rando
     assert status["targets"][0]["lag_bytes"] >= status["targets"][0]["spill_bytes"] > 0
     pair.cable.bytes_per_s = 0
     whole(pair, labels, before)
+
+
+def test_a_spill_without_its_front_does_not_stop_replication_after_a_power_loss(
+    make_pair: Make, rng: random.Random
+) -> None:
+    pair = make_pair(ring_bytes=RING).up()
+    before = gaps(pair)
+    pair.cable.cut(down=True)
+    write_past_the_ring(pair, rng, 3 * RING)
+    pair.kill("filter", "source")
+    shutil.rmtree(pair.a.paths.shm())
+    files = sorted((pair.a.groups.path(GROUP) / "spill").glob("spill-*"))
+    assert len(files) > 1
+    files[0].unlink()
+    pair.start("filter", "source")
+    pair.served()
+    pair.cable.repair()
+    pair.settle()
+    pair.same_as_source()
+    assert gaps(pair) == before + 1
+
+
+@pytest.mark.parametrize("loss", ["bit", "gone"])
+def test_damage_of_a_spill_in_use_is_a_gap_and_no_lost_write(
+    make_pair: Make, rng: random.Random, loss: str
+) -> None:
+    pair = make_pair(ring_bytes=RING).up()
+    before = gaps(pair)
+    pair.cable.cut(down=True)
+    write_past_the_ring(pair, rng, 3 * RING)
+    files = sorted((pair.a.groups.path(GROUP) / "spill").glob("spill-*"))
+    if loss == "bit":
+        with files[0].open("r+b") as file:
+            file.seek(files[0].stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, 1)
+            file.write(bytes([byte[0] ^ 1]))
+    else:
+        files[0].unlink()
+    pair.cable.repair()
+    pair.settle()
+    pair.same_as_source()
+    assert gaps(pair) == before + 1
+
+
+def test_a_stale_spill_does_not_stop_the_next_one(make_pair: Make, rng: random.Random) -> None:
+    """The source dies after the target took all, before it removed the files; then the target is
+    gone again."""
+    pair = make_pair(ring_bytes=RING).up()
+    before = gaps(pair)
+    directory = pair.a.groups.path(GROUP) / "spill"
+    pair.cable.cut(down=True)
+    write_past_the_ring(pair, rng, 2 * RING)
+    shutil.copytree(directory, pair.root / "stale")
+    pair.cable.repair()
+    pair.settle()
+    with pair.client() as client:
+        client.write(0, rng.randbytes(MIB))
+    pair.settle()
+    pair.cable.cut(down=True)
+    pair.stop("source")
+    assert not list(directory.glob("spill-*"))
+    shutil.copytree(pair.root / "stale", directory, dirs_exist_ok=True)
+    pair.start("source")
+    wait_until("the source runs", lambda: pair.a.running("source"))
+    labels = write_past_the_ring(pair, rng, 2 * RING, "later")
+    pair.cable.repair()
+    whole(pair, labels, before)

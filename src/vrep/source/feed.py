@@ -13,6 +13,7 @@ from typing import Final
 
 from vrep._core.ring import RingReader
 from vrep._core.seal import Sealer
+from vrep.errors import CorruptError
 from vrep.source.spill import Batch, Spill, SpillKeys
 
 __all__ = ["Feed"]
@@ -30,6 +31,7 @@ class Feed:
         self.lock = threading.Lock()
         self.keys = keys
         self._floor = ring.released
+        self._damaged: int | None = None
         # Of the shipping thread: an open commit of the spill, and how much of it is sealed.
         self._room = memoryview(b"")
         self._batch = Batch.empty()
@@ -54,6 +56,18 @@ class Feed:
         spill = self.spill
         return spill is not None and spill.after <= after and spill.last >= floor
 
+    def mend(self, after: int) -> None:
+        """Forget what was spilled and cannot be shipped to a target that holds what is up to
+        `after`: it lies behind damage that was found, or behind a hole. Nobody else uses the feed
+        or the spill meanwhile."""
+        spill, damaged, self._damaged = self.spill, self._damaged, None
+        if spill is None:
+            return
+        if damaged is not None:
+            spill.cut(damaged)
+        if spill.after > after:
+            spill.cut(0)
+
     def report(self, *, received: int = 0, durable: int = 0, spilled: int = 0) -> None:
         """Tell the filter what the target has, and what the spill holds for it."""
         with self.lock:
@@ -63,7 +77,7 @@ class Feed:
     def seal(self, sealer: Sealer, last: int, room: memoryview) -> tuple[int, int]:
         """Seal records that follow the sealer's seq, none above `last`, into `room`; how many
         bytes and records. FullError when the first one does not fit, InvalidError when what
-        follows is not here."""
+        follows is not here, CorruptError when it is damaged: then `mend` before the next."""
         after = sealer.seq
         with self.lock:
             if after >= self.floor:
@@ -86,6 +100,10 @@ class Feed:
             return True
         if not self._room:
             self._room = memoryview(bytearray(ROOM_BYTES))
-        self._batch = self.spill.batch(after, self.keys, self._room)
+        try:
+            self._batch = self.spill.batch(after, self.keys, self._room)
+        except CorruptError:
+            self._damaged = after
+            raise
         self._next, self._after = 0, after
         return len(self._batch.headers) > 0

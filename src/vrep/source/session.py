@@ -288,8 +288,12 @@ class GroupSession:
             spiller, keys = self._spiller, None
             if spiller is not None:
                 keys = SpillKeys(data_key, self._key_of)
-                # A crash between the two left records in both; the ring's are this history's.
-                spiller.cut(self._hold.reader.released)
+                with spiller.still():
+                    # A crash between the two left records in both; the ring's are this history's.
+                    spiller.spill.cut(self._hold.reader.released)
+                # A process before this one may have left what the target took since.
+                acknowledged = int(self._hold.status()["acknowledged"])
+                spiller.durable = max(spiller.durable, acknowledged)
             spill = spiller.spill if spiller is not None else None
             self._feed = Feed(self._hold.reader, spill, keys)
         if self._spiller is not None:
@@ -447,7 +451,8 @@ class GroupSession:
         return definition
 
     def _settle(self, hold: RingHold, feed: Feed, durable_seq: int) -> None:
-        """Make sure that everything that follows what the target holds is here, or is a gap."""
+        """Make sure that everything that follows what the target holds is here, or is a gap.
+        Nothing is spilled meanwhile."""
         reader = hold.reader
         if durable_seq > reader.head:
             raise StateError(
@@ -455,6 +460,9 @@ class GroupSession:
                 f"{reader.head}: the state of the filter was replaced by an older one"
             )
         acknowledged = int(hold.status()["acknowledged"])
+        if self._spiller is not None:
+            self._spiller.durable = durable_seq
+        feed.mend(durable_seq)
         if durable_seq < acknowledged:
             log.warning(
                 "the target lost what it had acknowledged: everything is sent again",
@@ -464,7 +472,7 @@ class GroupSession:
             )
             # In this order: cut off between the two, the next attempt finds the loss again.
             hold.resync_all()
-            self._lose_ring(hold, feed, durable_seq)
+            self._lose_ring(hold, feed)
         elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
             log.warning(
                 "records that were spilled are lost: a gap stands for them",
@@ -472,13 +480,10 @@ class GroupSession:
                 durable_seq=durable_seq,
                 released_seq=feed.floor,
             )
-            self._lose_ring(hold, feed, durable_seq)
+            self._lose_ring(hold, feed)
 
-    def _lose_ring(self, hold: RingHold, feed: Feed, durable_seq: int) -> None:
-        """Begin a gap in place of what the ring holds, and of what the spill holds if that does
-        not follow what is durable; copies in flight delay it."""
-        if self._spiller is not None and feed.oldest > durable_seq:
-            self._spiller.cut(0)
+    def _lose_ring(self, hold: RingHold, feed: Feed) -> None:
+        """Begin a gap in place of what the ring holds; copies in flight delay it."""
         deadline = time.monotonic() + GAP_WAIT_S
         while True:
             try:
@@ -486,9 +491,8 @@ class GroupSession:
                     hold.lose_ring()
                 return
             except AgainError:
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._stopping.wait(0.05):
                     raise
-            self._stopping.wait(0.05)
 
     def _replicate(
         self,
@@ -500,7 +504,8 @@ class GroupSession:
         opened: m.GroupOpened,
     ) -> None:
         durable = opened.lanes[0].durable.seq
-        self._settle(hold, feed, durable)
+        with self._spiller.still() if self._spiller else contextlib.nullcontext():
+            self._settle(hold, feed, durable)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),

@@ -8,8 +8,9 @@ overflow, which the filter answers with a gap.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ BATCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 """the largest record, sealed"""
 PAUSE_FULL_S: Final = 1.0
+STOP_S: Final = 5.0
 
 log = structlog.get_logger("vrep.source")
 
@@ -70,24 +72,26 @@ class Spiller:
         self._thread.start()
 
     def stop(self) -> None:
+        """End it; a disk that hangs is not waited for."""
         self._stopping.set()
-        self._thread.join()
-        self.spill.close()
+        self._thread.join(STOP_S)
+        if not self._thread.is_alive():
+            self.spill.close()
 
     def take(self, work: Work | None) -> None:
         """Drain another ring, or none: when this returns, nothing reads the one before."""
-        self._leave = True
-        with self._gate:
-            self._leave, self._work = False, work
+        with self.still():
+            self._work = work
 
     _leave = False
 
-    def cut(self, last: int) -> None:
-        """Forget what the spill holds above `last`; nothing is drained meanwhile."""
+    @contextlib.contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing is drained meanwhile."""
         self._leave = True
         with self._gate:
             self._leave = False
-            self.spill.cut(last)
+            yield
 
     def _run(self) -> None:
         pause_s = POLL_S
@@ -98,6 +102,10 @@ class Spiller:
                 pause_s = PAUSE_FULL_S if self.full else POLL_S
             except (VrepError, OSError) as error:
                 self._note_full(str(error))
+                pause_s = PAUSE_FULL_S
+            except Exception as error:
+                log.exception("spilling failed", group=self.group)
+                self._note_full(str(error) or type(error).__name__)
                 pause_s = PAUSE_FULL_S
 
     def step(self) -> None:
@@ -114,6 +122,7 @@ class Spiller:
                 return
             self.draining = level >= (LOW if self.draining else HIGH)
             if not self.draining:
+                self._look_for_room()
                 return
             if not self.spill.last:
                 log.warning("spilling begins: the target is slow or gone", group=self.group)
@@ -147,6 +156,8 @@ class Spiller:
         """One batch. False when what follows the spill was acknowledged meanwhile."""
         feed, spill = work.feed, self.spill
         after = spill.last or feed.floor
+        if not spill.last and work.hold.jumps(feed.floor):
+            after = min(after, self.durable)  # it may follow whatever the target holds then
         sealer = spill.sealer(work.keys, work.stream(), work.epoch, after, work.level)
         with feed.lock:
             try:
@@ -154,6 +165,14 @@ class Spiller:
             except (InvalidError, RangeError):
                 spill.abandon()
                 return False
+            except BaseException:
+                spill.abandon()
+                raise
+        try:
+            spill.check_room(written)  # a record may be larger than what was asked for
+        except StoreFullError:
+            spill.abandon()
+            raise
         spill.append(self._buffer[:written])
         feed.report(spilled=sealer.seq)
         return True
@@ -172,6 +191,13 @@ class Spiller:
             self.full = ""  # until the next attempt says so again
         if held and not self.spill.last:
             log.info("all that was spilled is durable at the target", group=self.group)
+
+    def _look_for_room(self) -> None:
+        """It is not full any more when there is room, although nothing is to be drained now."""
+        if self.full:
+            with contextlib.suppress(StoreFullError):
+                self.spill.check_room(BATCH_BYTES)
+                self.full = ""
 
     def _note_full(self, why: str) -> None:
         if why != self.full:
