@@ -31,9 +31,12 @@ from vrep.target.files import Files
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import entry_path, segment_path, write_footer
 
-__all__ = ["Folded", "Judge", "choose", "fold_segments", "foldable"]
+__all__ = ["Folded", "Good", "Judge", "Live", "choose", "fold_segments", "foldable", "name_of"]
 
 Structs = NDArray[np.void]
+
+Good = dict[tuple[int, int], tuple[int, int]]
+"""segments (number, generation) that need no fold: bytes that the disks show, and all bytes"""
 
 COMMIT_BYTES: Final = 4 << 20
 """a commit of a folded segment ends when it holds so much"""
@@ -95,12 +98,15 @@ class Judge:
         mine = rows[self.visible(rows["epoch"], rows["seq"])]
         number = int(entry["segment"])
         held: list[NDArray[np.uint32]] = []
+        shown = 0
         for disk in np.unique(mine["disk"]):
             of_disk = mine[mine["disk"] == disk]
             for start, end in _ranges(of_disk["offset"], of_disk["length"].astype(np.uint64)):
                 found = self._map.lookup(int(disk), start, end - start)
                 here = (found["segment"] == number) & (found["kind"] != 0)
                 held.append(found["position"][here])
+                data = here & (found["kind"] == layout.KIND_WRITE)
+                shown += int(found["length"][data].sum(dtype=np.uint64))
         positions = np.unique(np.concatenate(held)) if held else np.zeros(0, np.uint32)
         chosen = mine[np.isin(mine["position"], positions)]
         idle = [
@@ -113,9 +119,10 @@ class Judge:
         positions = np.setdiff1d(positions, np.array(idle, np.uint32))
         positions = np.union1d(positions, here["position"])
         chosen = mine[np.isin(mine["position"], positions)]
-        data = chosen[np.isin(chosen["kind"], _DATA)]["length"].astype(np.uint64)
+        size = chosen[np.isin(chosen["kind"], _DATA)]["length"].astype(np.uint64)
         total = rows[np.isin(rows["kind"], _DATA)]["length"].astype(np.uint64)
-        return Live(positions, int(data.sum()), int(total.sum()), len(np.unique(rows["position"])))
+        records = len(np.unique(rows["position"]))
+        return Live(positions, int(size.sum()), int(total.sum()), shown, records)
 
     def _covers(self, row: Any) -> bool:
         """Whether the store has a record of the line older than some zeroes, in their range."""
@@ -148,6 +155,8 @@ class Live:
     """plaintext of live records"""
     total_bytes: int
     """plaintext of all its records"""
+    shown_bytes: int
+    """of that, what the disks show at the horizon"""
     records: int
     """writes and zeroes, live or not"""
 
@@ -169,19 +178,25 @@ def _ranges(offsets: NDArray[np.uint64], lengths: NDArray[np.uint64]) -> list[tu
     return list(zip(starts[first].tolist(), reach[last].tolist(), strict=True))
 
 
+def name_of(entry: Any) -> tuple[int, int]:
+    """Number and generation of a segment."""
+    return int(entry["segment"]), int(entry["generation"])
+
+
 def choose(
-    manifest: Manifest, judge: Judge, segment_bytes: int, good: set[tuple[int, int]]
+    manifest: Manifest, judge: Judge, segment_bytes: int, good: Good
 ) -> list[tuple[Any, Live]]:
     """The neighbours of the next step, oldest first; empty when nothing is worth one. `good`
-    gathers the (number, generation) of segments that need none at this horizon."""
+    gathers the segments that need none at this horizon."""
     rows = foldable(manifest)
     chosen: list[tuple[Any, Live]] = []
     held = 0
     for at, row in enumerate(rows):
-        name = (int(row["segment"]), int(row["generation"]))
+        name = name_of(row)
         live = judge.live(row) if name not in good else None
         if live is None or (name[1] and live.dead_share < DEAD_MIN):
-            good.add(name)
+            if live is not None:
+                good[name] = (live.shown_bytes, live.total_bytes)
             if chosen:
                 break
             continue

@@ -61,6 +61,7 @@ from vrep.target.segment import (
 )
 from vrep.target.span import Point, Span
 from vrep.target.upkeep import Upkeep
+from vrep.target.window import Usage
 
 __all__ = [
     "DiskEntry",
@@ -99,6 +100,8 @@ class StoreOptions:
     """whether a thread merges indexes and folds"""
     fold_rate: int = 0
     """bytes a second that a fold may read and write; 0: no limit"""
+    held: Callable[[bytes], Sequence[Position]] = lambda _group_id: ()
+    """points of a group that are in use, so that no fold takes what they need"""
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,11 @@ class GroupStore:
             files,
             wall_ns,
             segment_bytes=options.segment_bytes,
+            reserve_bytes=options.reserve_bytes,
             fold_rate=options.fold_rate,
+            held=lambda: options.held(group_id),
+            used=self.used_bytes,
+            recoverable=lambda position: self._span.recoverable(self.manifest, position),
             folded=self._note_fold,
         )
         self._journal = Journal(
@@ -328,15 +335,28 @@ class GroupStore:
             "lease": manifest.lease,
             "segments": len(manifest.segments) + 1,
             "runs": len(manifest.runs),
-            "bytes": int(manifest.segments["file_bytes"].sum())
-            + int(manifest.runs["file_bytes"].sum())
-            + writer.end,
+            "bytes": self.used_bytes(),
             "records": int(manifest.segments["records"].sum()) + writer.builder.records,
             "pending_bytes": self.pending_bytes,
             "full": self.full,
             "failure": str(failure) if failure else "",
             "merge_failure": self._upkeep.failure,
+            **self.usage().plain(),
+            **self._upkeep.status(manifest),
         }
+
+    def used_bytes(self) -> int:
+        """Of segments and runs; without what only readers hold still."""
+        manifest = self.manifest
+        named = manifest.segments["file_bytes"].sum() + manifest.runs["file_bytes"].sum()
+        return int(named) + self._writer.end
+
+    def usage(self) -> Usage:
+        """What the group uses of its window and quota."""
+        points = self.points()
+        oldest = points[0] if points else None
+        growth = self._upkeep.growth
+        return Usage.of(self.manifest, self.used_bytes(), oldest, growth, self._wall_ns())
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Call back when `durable`, `full` or `failure` changed; from the thread that
@@ -401,6 +421,10 @@ class GroupStore:
                 self._rotate()
             room = self._files.free_bytes(self.directory)
             need = sum(len(batch.buffer) for batch in batches)
+            quota = self.manifest.quota_bytes
+            if quota and need and self.used_bytes() + need > quota:
+                self._upkeep.wake()
+                raise StoreFullError(f"the group's quota of {quota} bytes is used up")
             if room < need + self.options.reserve_bytes:
                 raise StoreFullError(f"{room} bytes are free, {self.options.reserve_bytes} kept")
             end = self._write(batches)
@@ -577,6 +601,14 @@ class GroupStore:
         while (step := self._upkeep.fold_once()) is not None:
             done.append(step)
         return done
+
+    def set_limits(self, window_s: int, quota_bytes: int) -> None:
+        """What the source asks for, durably; 0: no limit. A longer window brings nothing back
+        that was folded."""
+        now = (self.manifest.window_s, self.manifest.quota_bytes)
+        if (window_s, quota_bytes) != now:
+            self._lease.publish(window_s=window_s, quota_bytes=quota_bytes)
+            self._upkeep.wake()
 
     def _note_fold(self) -> None:
         self._span.folded(self.manifest)

@@ -13,20 +13,28 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
 
-from vrep.errors import VrepError
+from vrep.errors import StoreFullError, VrepError
 from vrep.target import runs
 from vrep.target.files import Files
-from vrep.target.fold import Folded, Judge, choose, fold_segments, foldable
+from vrep.target.fold import Folded, Good, Judge, Live, choose, fold_segments, foldable, name_of
 from vrep.target.lease import Lease
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import entry_path, segment_path
+from vrep.target.window import SHORTEN, Growth, common_point, next_by_space, next_by_time
 
 __all__ = ["Upkeep"]
+
+LOOK_S: Final = 5.0
+"""at most so long after its time the horizon is moved"""
+SPARE_BYTES: Final = 4 << 20
+"""of a full disk that no fold uses"""
 
 log = logging.getLogger("vrep.target")
 
@@ -42,23 +50,37 @@ class Upkeep:
         wall_ns: Callable[[], int],
         *,
         segment_bytes: int,
+        reserve_bytes: int,
         fold_rate: int,
+        held: Callable[[], Sequence[Position]],
+        used: Callable[[], int],
+        recoverable: Callable[[Position], bool],
         folded: Callable[[], None],
     ) -> None:
         """`fold_rate` is how many bytes a second a fold may read and write, 0: no limit.
-        `folded` is called when segments were replaced."""
+        `held` names points that are in use, offered or not; `used` is how many bytes the store
+        has, `recoverable` whether a position is a recovery point of the accepted line. `folded`
+        is called when segments were replaced."""
+        self.growth = Growth()
+        self.held_at = Position()
+        """where points in use stop the fold before the horizon; seq 0: nothing does"""
         self.failure = ""
         self._directory = directory
         self._lease = lease
         self._files = files
         self._wall_ns = wall_ns
         self._segment_bytes = segment_bytes
+        self._reserve_bytes = reserve_bytes
         self._fold_rate = fold_rate
+        self._held = held
+        self._used = used
+        self._recoverable = recoverable
         self._folded = folded
         self._wanted = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._good: set[tuple[int, int]] = set()
+        self._good: Good = {}
+        self._weighed = (0, 0)
         self._good_at = Position()
 
     def start(self, name: str) -> None:
@@ -80,7 +102,7 @@ class Upkeep:
     def _run(self) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         while True:
-            self._wanted.wait()
+            self._wanted.wait(LOOK_S)
             self._wanted.clear()
             if self._closing.is_set():
                 return
@@ -91,13 +113,53 @@ class Upkeep:
             except _GivenUpError:
                 return
             except (VrepError, OSError) as error:
-                # Nothing is lost without it; the next closed segment tries again.
+                # Nothing is lost without it, and it is tried again.
+                if self.failure != str(error):
+                    log.warning("%s: upkeep failed: %s", self._directory, error)
                 self.failure = str(error)
-                log.warning("%s: upkeep failed: %s", self._directory, error)
 
     def step(self) -> bool:
         """Do one thing that is due; whether there was one."""
-        return self.merge_once() or self.fold_once() is not None
+        self.growth.note(time.monotonic(), self._used())
+        if self.merge_once() or self.fold_once() is not None or self.move_horizon():
+            return True
+        self.drop_files()  # of readers that have ended
+        return False
+
+    # ---- the horizon -------------------------------------------------------------------
+
+    def move_horizon(self) -> bool:
+        """Move the horizon on, when the window or want of room says so."""
+        manifest = self._lease.manifest
+        if manifest.current_epoch is not manifest.accepted_epoch:
+            return False  # a failover is not decided
+        found = None
+        if manifest.window_s:
+            now_ns = self._wall_ns()
+            found = next_by_time(self._directory, manifest, now_ns, self._recoverable)
+        if found is None and self._pressed(manifest):
+            found = next_by_space(manifest, self._recoverable)
+            if found is not None:
+                log.warning("%s: the window is shortened: it begins at %s", manifest.name, found)
+        if found is None:
+            return False
+        with self._lease.lock:
+            now = self._lease.manifest
+            if now.epochs != manifest.epochs or now.horizon != manifest.horizon:
+                return True  # look again
+            self._lease.publish(horizon=found)
+        return True
+
+    def _pressed(self, manifest: Manifest) -> bool:
+        """Whether room is wanted that a shorter window would give. Points in use, or files that
+        readers hold, would give none."""
+        if self.held_at.seq or self.stale_bytes():
+            return False
+        if manifest.quota_bytes and self._used() >= SHORTEN * manifest.quota_bytes:
+            return True
+        bounded = manifest.quota_bytes or manifest.window_s
+        low = self._reserve_bytes + 2 * self._segment_bytes if self._reserve_bytes else 0
+        return bool(bounded) and self._files.free_bytes(self._directory) < low
 
     # ---- runs --------------------------------------------------------------------------
 
@@ -118,15 +180,19 @@ class Upkeep:
 
     def fold_once(self) -> Folded | None:
         """Fold some neighbours, if that is worth it; what was made."""
-        manifest = self._lease.manifest
-        if not manifest.horizon.seq or not len(foldable(manifest)):
+        manifest = self._foldable_to()
+        if not manifest.horizon.seq:
             return None
         if self._good_at != manifest.horizon:
-            self._good, self._good_at = set(), manifest.horizon
+            self._good, self._good_at = {}, manifest.horizon
+        if all(name_of(row) in self._good for row in foldable(manifest)):
+            return None
         judge = Judge(self._directory, manifest)
         chosen = choose(manifest, judge, self._segment_bytes, self._good)
         if not chosen:
+            self._weigh(manifest)
             return None
+        chosen = chosen[: self._that_fit(chosen)]
         done = fold_segments(
             self._directory,
             manifest,
@@ -138,12 +204,43 @@ class Upkeep:
             pace=_Pace(self._fold_rate, self._closing),
         )
         # What it left is as good as it gets here, so a step is never made over and over.
-        self._good.update(
-            zip(done.entries["segment"].tolist(), done.entries["generation"].tolist(), strict=True)
-        )
+        shown = sum(live.shown_bytes for _row, live in chosen)
+        for row in done.entries:
+            size = int(row["data_bytes"])
+            self._good[name_of(row)] = (min(shown, size), size)
+            shown -= min(shown, size)
         self._swap(done)
         self.drop_files()
         return done
+
+    def _weigh(self, manifest: Manifest) -> None:
+        """Of what is folded: bytes that the disks show at the horizon, and all."""
+        known = [self._good.get(name_of(row), (0, 0)) for row in foldable(manifest)]
+        self._weighed = (sum(shown for shown, _all in known), sum(size for _shown, size in known))
+
+    def _foldable_to(self) -> Manifest:
+        """The manifest, with the horizon where points in use allow it. They are asked for after
+        the horizon is durable: whoever notes a point as used looks at the horizon afterwards."""
+        manifest = self._lease.manifest
+        if not manifest.horizon.seq:
+            return manifest
+        common = common_point(manifest, self._held())
+        self.held_at = common if common != manifest.horizon else Position()
+        return replace(manifest, horizon=common)
+
+    def _that_fit(self, chosen: Sequence[tuple[Any, Live]]) -> int:
+        """How many of some segments can be folded into the room that there is. The reserve, which
+        appending leaves alone, is for this."""
+        room = self._files.free_bytes(self._directory) - SPARE_BYTES
+        needed = 0
+        for count, (row, live) in enumerate(chosen):
+            share = 1 - live.dead_share
+            needed += int(int(row["data_end"]) * share) + int(row["file_bytes"] - row["data_end"])
+            if needed > room and count:
+                return count
+            if needed > room:
+                raise StoreFullError(f"{needed} bytes are needed to fold, {room} are free")
+        return len(chosen)
 
     def _swap(self, done: Folded) -> None:
         """The manifest that names the new files in the place of the old ones."""
@@ -170,6 +267,22 @@ class Upkeep:
             if stale and not runs.pinned(self._directory):
                 for path in stale:
                     self._files.unlink(path)
+
+    def status(self, manifest: Manifest) -> dict[str, Any]:
+        """Figures of the folds: what was written in all for each byte that was received, and what
+        of the segments that were weighed is dead."""
+        received = manifest.received_bytes
+        live, total = self._weighed
+        return {
+            "horizon": str(manifest.horizon) if manifest.horizon.seq else None,
+            "folded_bytes": manifest.folded_bytes,
+            "write_amplification": round(1 + manifest.folded_bytes / received, 4)
+            if received
+            else 1.0,
+            "dead_share": round(1 - live / total, 4) if total else 0.0,
+            "stale_bytes": self.stale_bytes(),
+            "held_at": str(self.held_at) if self.held_at.seq else None,
+        }
 
     def stale_bytes(self) -> int:
         """Of files that no manifest names, and that readers hold."""
