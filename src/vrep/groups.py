@@ -56,6 +56,10 @@ class GroupOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket_mode: int = 0o600
     socket_group: str = ""
     tcp: str = ""
+    window_s: int = 0
+    """seconds of history that the target keeps; 0: all"""
+    quota_bytes: int = 0
+    """that the group's history may use at the target; 0: no limit"""
     on_fence: Literal["go-on", "pause"] = "go-on"
     """what the VM's I/O does when another site took the group over; one of `ON_FENCE`"""
 

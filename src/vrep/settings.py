@@ -84,6 +84,8 @@ class TargetConfig(_Section, frozen=True, kw_only=True):
     """bytes of one group that may be on their way or not yet synced"""
     reserve_bytes: Size = 64 << 20
     """space kept back, so that recovery works on a full disk"""
+    fold_rate: Size = 64 << 20
+    """bytes a second that folding old history may read and write; 0: unlimited"""
     source_gone_s: Annotated[float, Meta(ge=20, le=3600)] = 20.0
     """silence of a source after which a failover needs no --force; its own pauses last up to 15"""
 

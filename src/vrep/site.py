@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vrep.keys.tenant import KeyInfo, TenantKeyring
     from vrep.recovery.changes import ChangeList
     from vrep.recovery.export import ExportResult
+    from vrep.recovery.fold import FoldResult
     from vrep.recovery.points import PointList
     from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
@@ -258,8 +259,22 @@ class Site:
         shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
         # Last: a session that still ran would take the group back.
         if definition is not None and not delete_history:
-            problem = self._tell_unprotected(definition)
+            problem = self._tell_target(definition, "group.unprotect", {})
         return problem
+
+    def keep(
+        self, group: str, *, window_s: int | None = None, quota_bytes: int | None = None
+    ) -> str:
+        """Change how much history the target keeps of a group; None leaves a limit as it is, 0
+        lifts it. The answer is why the target could not be told, if it could not: it learns it
+        when the group is shipped next."""
+        definition = self.groups.load(group)
+        given = {"window_s": window_s, "quota_bytes": quota_bytes}
+        changes = {name: value for name, value in given.items() if value is not None}
+        options = msgspec.structs.replace(definition.options, **changes)
+        self._change(group, options=options)
+        params = {"window_s": options.window_s, "quota": options.quota_bytes}
+        return self._tell_target(definition, "group.keep", params)
 
     def pause(self, group: str) -> None:
         """Stop shipping. Writes stay marked; the ring may overflow into a gap."""
@@ -428,6 +443,13 @@ class Site:
 
         return verify(self.paths, group, at, options=options, progress=progress)
 
+    def fold(self, group: str, at: str) -> FoldResult:
+        """At the site that holds its history: keep the recovery points of a group from one on.
+        Those before it cannot be had any more."""
+        from vrep.recovery.fold import fold
+
+        return fold(self.paths, group, at)
+
     # ---- keys ------------------------------------------------------------------------
 
     def key_create(self, name: str) -> KeyInfo:
@@ -532,11 +554,12 @@ class Site:
             if error.code != NOT_STORED:  # a group that was never served has left nothing there
                 raise
 
-    def _tell_unprotected(self, definition: GroupDefinition) -> str:
+    def _tell_target(self, definition: GroupDefinition, method: str, params: dict[str, Any]) -> str:
+        """Ask the target for something; why it could not be asked."""
         from vrep.wire.transport import PeerRefusedError
 
         try:
-            self._ask_target(definition, "group.unprotect", {})
+            self._ask_target(definition, method, params)
         except PeerRefusedError as error:
             return "" if error.code == NOT_STORED else str(error)
         except errors.VrepError as error:

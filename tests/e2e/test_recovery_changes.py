@@ -195,7 +195,7 @@ def test_what_is_written_to_the_view_is_told_too(lab: Any) -> None:
 @pytest.fixture
 def folding(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
     """A history whose segments end where its checkpoints stand."""
-    lab = lab_module.Lab(tmp_path / "site", DISKS, rng, merge=False)
+    lab = lab_module.Lab(tmp_path / "site", DISKS, rng, merge=False, hold=False)
     lab.sync()
     for label in ("monday", "tuesday", "wednesday", "thursday"):
         for _ in range(20):

@@ -17,6 +17,7 @@ from vrep.keys.datakey import DataKey
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
+from vrep.recovery.view import points_in_use
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
 from vrep.target.store import GroupStore, StoreOptions, StoreSpec
 
@@ -48,6 +49,8 @@ class Lab:
     segment_bytes: int = 1 << 20
     merge: bool = True
     """whether the store merges and folds by itself"""
+    hold: bool = True
+    """whether folds ask for the points of views"""
     name: str = "web"
     group_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     source_id: bytes = field(default_factory=lambda: secrets.token_bytes(16))
@@ -73,7 +76,11 @@ class Lab:
 
     def _open(self, create: StoreSpec | None = None) -> GroupStore:
         options = StoreOptions(
-            commit_s=0.001, segment_bytes=self.segment_bytes, reserve_bytes=0, merge=self.merge
+            commit_s=0.001,
+            segment_bytes=self.segment_bytes,
+            reserve_bytes=0,
+            merge=self.merge,
+            held=lambda group_id: points_in_use(self.paths, group_id) if self.hold else [],
         )
         return GroupStore.open(self.paths.store, self.group_id, create=create, options=options)
 

@@ -4,7 +4,9 @@ the others are refused. The oracle is the laboratory's plain list of all changes
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,8 +23,20 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import check_history
 from vrep.recovery.export import export
 from vrep.recovery.fetch import Fetcher
+from vrep.recovery.held import find_group
 from vrep.recovery.history import History, resolve
 from vrep.recovery.points import list_points
+from vrep.recovery.view import (
+    ViewDirectory,
+    discard,
+    points_in_use,
+    record_of,
+    restart_views,
+    start_test,
+    stop_test,
+    view_directories,
+)
+from vrep.site import Site
 from vrep.target.manifest import DiskEntry, EpochState, Position, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.segment import entry_path
@@ -47,6 +61,8 @@ DISKS = [DiskEntry("root", (192 << 10) + 512, 0), DiskEntry("data", 64 << 10, 1)
 def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
     lab = lab_module.Lab(tmp_path, DISKS, rng, segment_bytes=1 << 15, merge=False)
     yield lab
+    for each in view_directories(lab.paths):
+        discard(each)  # of a test that failed
     lab.close()
 
 
@@ -361,13 +377,16 @@ def test_a_changed_byte_is_not_folded_on(lab: Any) -> None:
     raw = bytearray(path.read_bytes())
     raw[int(rows[1]["data_end"]) // 2] ^= 1
     path.write_bytes(raw)
-    names = {p.name for p in lab.store.directory.glob("seg-*")}
     with pytest.raises(CorruptError, match=path.name):
         lab.store.fold(candidates(lab)[40])
-    assert {p.name for p in lab.store.directory.glob("seg-*")} == names
+    assert path.exists()
+    assert int(lab.store.manifest.segments[1]["generation"]) == 0
+    numbers = lab.store.manifest.segments["segment"].tolist()
+    assert len(list(lab.store.directory.glob("seg-*"))) == len(numbers) + 1  # nothing half made
     raw[int(rows[1]["data_end"]) // 2] ^= 1
     path.write_bytes(raw)
-    assert lab.store.fold(lab.store.manifest.horizon)
+    lab.store.fold(lab.store.manifest.horizon)
+    assert not path.exists()
     compare_all(lab)
 
 
@@ -404,3 +423,80 @@ def test_a_horizon_is_a_point_of_the_line_and_moves_forward(lab: Any) -> None:
     lab.new_epoch(lab.store.manifest.current_epoch)
     small_write(lab)
     compare_all(lab)
+
+
+# ---- with everything around it ---------------------------------------------------------------
+
+
+def test_a_view_reads_its_point_whatever_is_folded(lab: Any) -> None:
+    """Before and after a fold past its point, and after its process was killed."""
+    lab.sync()
+    for _ in range(40):
+        small_write(lab)
+        lab.commit()
+    point = candidates(lab)[10]
+    want = lab.at(point)
+    info = start_test(lab.paths, "web", f"pos:{point}")
+    try:
+        with lab_module.Nbd(info.socket, "root") as nbd:
+            assert nbd.read(0, 65536) == want[0][:65536]
+            for _ in range(20):
+                small_write(lab)
+                lab.commit()
+            lab.store.fold(candidates(lab)[-5])
+            assert lab.store.status()["held_at"] == str(point)
+            assert nbd.read(0, nbd.size) == want[0]
+        with pytest.raises(PointNotFoundError, match="oldest point that is kept"):
+            start_test(lab.paths, "web", f"pos:{point}")
+        assert info.pid is not None
+        os.kill(info.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        view = ViewDirectory(lab.paths, info.id)
+        while view.holder() in (None, info.pid) and time.monotonic() < deadline:
+            assert restart_views(lab.paths) == []
+            time.sleep(0.1)
+        with lab_module.Nbd(info.socket, "data") as nbd:
+            assert nbd.read(0, nbd.size) == want[1]
+    finally:
+        stop_test(lab.paths, "web")
+    lab.store.fold(lab.store.manifest.horizon)
+    assert lab.store.status()["held_at"] is None
+    compare_all(lab)
+
+
+def test_a_view_is_refused_whose_point_went_since_it_was_chosen(lab: Any) -> None:
+    lab.sync()
+    for _ in range(20):
+        small_write(lab)
+    lab.commit()
+    point = candidates(lab)[3]
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        held = find_group(lab.paths, "web")
+        record = record_of(lab.paths, held, reader, f"pos:{point}", "test", None)
+    lab.store.set_horizon(candidates(lab)[10])
+    with pytest.raises(PointNotFoundError, match="folded away since"):
+        ViewDirectory(lab.paths, record.id).claim(record)
+    assert points_in_use(lab.paths, lab.group_id) == []
+
+
+def test_a_fold_by_hand(lab: Any) -> None:
+    """Without a target process, through the Python API."""
+    lab.sync()
+    for _ in range(40):
+        small_write(lab)
+        lab.commit()
+    lab.mark("keep from here")
+    for _ in range(10):
+        small_write(lab)
+        lab.commit()
+    lab.close()
+    before = sum(p.stat().st_size for p in lab.paths.store.rglob("seg-*"))
+    done = Site(lab.paths.root).fold("web", "keep from here")
+    assert not done.background
+    assert done.input_bytes > done.output_bytes > 0
+    assert sum(p.stat().st_size for p in lab.paths.store.rglob("seg-*")) < before
+    lab.open()
+    assert done.horizon == f"pos:{lab.store.manifest.horizon}"
+    lab.start_stream()
+    compare_all(lab)
+    assert [mark.label for mark in list_points(lab.paths, "web").marks] == ["keep from here"]

@@ -54,8 +54,6 @@ LATER = (
     ["failback", "web"],
     ["key", "rotate", "acme"],
     ["checkpoint", "web", "now", "--quiesce"],
-    ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--window", "24h"],
-    ["protect", "web", "--disk", "a=file:/x", "--to", "b", "--key", "k", "--quota", "500G"],
 )
 
 

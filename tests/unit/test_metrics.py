@@ -37,6 +37,12 @@ vrep_target_sent_records_total counter group,target
 vrep_store_bytes gauge group
 vrep_store_durable_seq gauge group
 vrep_store_segments gauge group
+vrep_store_quota_bytes gauge group
+vrep_store_window_seconds gauge group
+vrep_store_folded_bytes_total counter group
+vrep_store_write_amplification gauge group
+vrep_store_dead_ratio gauge group
+vrep_store_stale_bytes gauge group
 """
 
 TARGET = {
@@ -55,7 +61,8 @@ STATUS: dict[str, Any] = {
         },
         "mail": {
             "role": "target", "state": "offline", "conditions": [], "epoch": 1, "bytes": 7,
-            "durable_seq": 8, "segments": 2,
+            "durable_seq": 8, "segments": 2, "quota_bytes": 9, "real_window_s": 2.5,
+            "folded_bytes": 3, "write_amplification": 1.5, "dead_share": 0.25, "stale_bytes": 0,
         },
         "bad": {"role": "target", "state": "error", "conditions": ["damaged"]},
     },

@@ -599,6 +599,61 @@ def test_another_history_of_the_same_epoch_is_fenced(world: World) -> None:
         Client(world, epoch=m.EpochInfo(counter=4, id=b"another epoch 04")).open()
 
 
+# ---- what is kept --------------------------------------------------------------------------
+
+
+def kept(world: World) -> tuple[int, int]:
+    status = world.status()
+    return status["window_s"], status["quota_bytes"]
+
+
+def test_an_offer_says_how_much_history_is_kept(world: World) -> None:
+    client = Client(world, window="86400s", quota=1 << 40).start()
+    client.send(client.feed.writes(1))
+    client.wait(1)
+    assert kept(world) == (86400, 1 << 40)
+    world.restart()
+    assert kept(world) == (86400, 1 << 40)
+    Client(world, feed=client.feed).open()  # as a source of an earlier release says it
+    assert kept(world) == (0, 0)
+    for wrong in ("24h", "-1s", "s", "999999999999s"):
+        with pytest.raises(RefusedByTarget, match="window"):
+            Client(world, feed=client.feed, window=wrong).open()
+
+
+def test_what_is_kept_is_changed_by_the_writer_alone(world: World) -> None:
+    client = Client(world).start()
+    client.send(client.feed.writes(1))
+    client.wait(1)
+    params = {"group_id": GROUP.hex(), "window_s": 3600, "quota": 1 << 30}
+    world.connect().ask("group.keep", params)
+    assert kept(world) == (3600, 1 << 30)
+    with pytest.raises(PeerRefusedError, match="only the site that writes"):
+        world.connect("other").ask("group.keep", params)
+    for wrong in ({"window_s": -1}, {"quota": -1}, {"window_s": 1 << 40}):
+        with pytest.raises(PeerRefusedError):
+            world.connect().ask("group.keep", {**params, **wrong})
+    assert kept(world) == (3600, 1 << 30)
+
+
+def test_a_quota_is_told_to_the_source(world: World) -> None:
+    client = Client(world, quota=1 << 20).start()
+    client.send(client.feed.writes(210, 4096))
+    while "quota-80" not in client.ack.conditions:
+        client.send(client.feed.writes(1))
+        client.take()
+    assert "quota-80" in world.status()["conditions"]
+    client.send(client.feed.writes(60, 4096))
+    while "target-full" not in client.ack.conditions:
+        client.take()
+    used = world.status()
+    assert used["bytes"] <= 1 << 20
+    assert "quota-95" in used["conditions"] or used["bytes"] < 0.95 * (1 << 20)
+    params = {"group_id": GROUP.hex(), "window_s": 0, "quota": 0}
+    world.connect().ask("group.keep", params)
+    client.wait(client.feed.seq)
+
+
 # ---- trouble with the disk ----------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_size, site_of
+from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_duration, parse_size, site_of
 from vrep.app.cli_output import Progress, emit, time_text
 from vrep.errors import UsageError
 
@@ -35,11 +35,15 @@ def parse_disks(texts: list[str]) -> dict[str, str]:
 def protect(
     group: Annotated[str, typer.Argument(metavar="GROUP", help="A new name.")],
     disk: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option("--disk", metavar="NAME=URI", help="file:PATH or block:PATH; repeat it."),
-    ],
-    to: Annotated[str, typer.Option("--to", metavar="SITE", help="A site that joined.")],
-    key: Annotated[str, typer.Option("--key", metavar="NAME", help="The tenant key that seals.")],
+    ] = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="SITE", help="A site that joined.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="NAME", help="The tenant key that seals.")
+    ] = None,
     accept_key_loss: Annotated[
         bool,
         typer.Option("--accept-key-loss", help="Do not ask for a verified export of the key."),
@@ -76,17 +80,30 @@ def protect(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
-    window: Annotated[str | None, typer.Option("--window", metavar="TIME", help="Not yet.")] = None,
-    quota: Annotated[str | None, typer.Option("--quota", metavar="SIZE", help="Not yet.")] = None,
+    window: Annotated[
+        str | None,
+        typer.Option("--window", metavar="TIME", help="History that the target keeps; 0: all."),
+    ] = None,
+    quota: Annotated[
+        str | None,
+        typer.Option("--quota", metavar="SIZE", help="Room of the history there; 0: no limit."),
+    ] = None,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Replicate disks to another site, as one group recovered to one instant."""
-    folding = "history is kept whole: dropping what is old is not built in this release"
-    not_yet("--window", window, folding)
-    not_yet("--quota", quota, folding)
+    """Replicate disks to another site, as one group recovered to one instant. For a group that is
+    protected, --window and --quota alone change what the target keeps of it."""
     site = site_of(directory)
+    window_s = None if window is None else int(parse_duration(window))
+    quota_bytes = None if quota is None else parse_size(quota)
+    if not (disk or to or key) and (window_s, quota_bytes) != (None, None):
+        _keep(site, group, window_s, quota_bytes, as_json)
+        return
+    if not (disk and to and key):
+        raise UsageError("protect: a new group needs --disk, --to and --key")
     changes: dict[str, Any] = {
+        "window_s": window_s,
+        "quota_bytes": quota_bytes,
         "ring_bytes": None if ring is None else parse_size(ring),
         "rate_bytes_per_s": None if rate is None else parse_size(rate),
         "compression": compression,
@@ -114,6 +131,26 @@ def protect(
         lines.append("nothing is replicated until 'vrep run' runs here")
     answer = {"group": group, "group_id": definition.group_id, "nbd": uris}
     emit(answer, as_json, "\n".join(lines))
+
+
+def _keep(
+    site: Site, group: str, window_s: int | None, quota_bytes: int | None, as_json: bool
+) -> None:
+    """Change what the target keeps of a group."""
+    problem = site.keep(group, window_s=window_s, quota_bytes=quota_bytes)
+    options = site.groups.load(group).options
+    text = f"{group}: the target keeps "
+    text += f"{options.window_s} s of history" if options.window_s else "all history"
+    text += f" in at most {options.quota_bytes} bytes" if options.quota_bytes else ""
+    if problem:
+        text += f"\nthe target was not told, and learns it with what is shipped next: {problem}"
+    answer = {
+        "group": group,
+        "window_s": options.window_s,
+        "quota_bytes": options.quota_bytes,
+        "target_not_told": problem,
+    }
+    emit(answer, as_json, text)
 
 
 def _mode(text: str) -> int:

@@ -71,10 +71,16 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
 
         return Source(paths, config.source, timeouts=timeouts(config))
     if role == "target":
+        from vrep.recovery.view import points_in_use
         from vrep.target.daemon import Target
 
         keep_memory()
-        return Target(paths, config, timeouts=timeouts(config))
+        return Target(
+            paths,
+            config,
+            timeouts=timeouts(config),
+            held=lambda group_id: points_in_use(paths, group_id),
+        )
     raise UsageError(f"no role {role!r}")
 
 

@@ -68,6 +68,14 @@ METRICS: Final = (
     Definition("vrep_store_bytes", "gauge", _GROUP, "bytes of history held here"),
     Definition("vrep_store_durable_seq", "gauge", _GROUP, "newest record durable here"),
     Definition("vrep_store_segments", "gauge", _GROUP, "segments of history held here"),
+    Definition("vrep_store_quota_bytes", "gauge", _GROUP, "that the history may use; 0: no limit"),
+    Definition("vrep_store_window_seconds", "gauge", _GROUP, "age of the oldest recovery point"),
+    Definition("vrep_store_folded_bytes_total", "counter", _GROUP, "written by folds"),
+    Definition(
+        "vrep_store_write_amplification", "gauge", _GROUP, "bytes written for each one received"
+    ),
+    Definition("vrep_store_dead_ratio", "gauge", _GROUP, "of what was folded, what no point needs"),
+    Definition("vrep_store_stale_bytes", "gauge", _GROUP, "replaced files that readers hold"),
 )
 
 Sample = tuple[str, tuple[str, ...], float]
@@ -116,8 +124,14 @@ def _stored(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
         ("vrep_store_bytes", "bytes"),
         ("vrep_store_durable_seq", "durable_seq"),
         ("vrep_store_segments", "segments"),
+        ("vrep_store_quota_bytes", "quota_bytes"),
+        ("vrep_store_window_seconds", "real_window_s"),
+        ("vrep_store_folded_bytes_total", "folded_bytes"),
+        ("vrep_store_write_amplification", "write_amplification"),
+        ("vrep_store_dead_ratio", "dead_share"),
+        ("vrep_store_stale_bytes", "stale_bytes"),
     ):
-        if key in group:  # a store that could not be opened has none of them
+        if group.get(key) is not None:  # a store that could not be opened has none of them
             yield metric, (name,), float(group[key])
 
 

@@ -201,7 +201,7 @@ def _begin(failover: _Failover, at: str, *, force: bool, since: str | None) -> V
         fetcher = Fetcher(reader, reader.extent_map(Position(*record.point)), access)
         fetcher.probe(sorted(disk.index for disk in reader.disks))
     view = ViewDirectory(paths, record.id)
-    view.create(
+    view.claim(
         ViewRecord(
             **{
                 **{name: getattr(record, name) for name in record.__struct_fields__},

@@ -123,8 +123,9 @@ class View:
         point = Position(*record.point)
         if [tuple(step) for step in self._reader.ancestry(point)] != record.ancestry:
             raise errors.CorruptError(f"the history below {point} is not what it was")
-        if not self._reader.manifest.keeps(point):
-            # What is not fetched yet may be gone, and older data would show in its place.
+        if not self._reader.has(point):
+            # What is not fetched yet may be gone, and older data would show in its place. A fold
+            # asks for the points of views, but of which views there are its site alone knows.
             raise errors.PointNotFoundError(f"pos:{point}, that of the view, was folded away")
         fetcher = Fetcher(self._reader, self._reader.extent_map(point), access)
         fetcher.probe(sorted(disk.index for disk in record.disks))

@@ -38,6 +38,7 @@ from vrep.recovery.alone import under_way
 if TYPE_CHECKING:
     from vrep.recovery.access import KeyAccess
     from vrep.recovery.held import HeldGroup
+    from vrep.target.manifest import Position
     from vrep.target.reader import StoreReader
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "ViewInfo",
     "ViewRecord",
     "list_views",
+    "points_in_use",
     "restart_views",
     "start_test",
     "stop_test",
@@ -180,6 +182,18 @@ class ViewDirectory:
         (self.root / "lock").touch(0o600)
         self.store(record)
 
+    def claim(self, record: ViewRecord) -> None:
+        """`create` a view on a point. From then on no fold takes what the point needs
+        (`points_in_use`); PointNotFoundError when one may have done so since it was chosen."""
+        from vrep.target.manifest import Position, load_newest
+
+        self.create(record)
+        home = self.paths.store / record.group_id
+        point = Position(*record.point)
+        if not load_newest(home, bytes.fromhex(record.group_id)).keeps(point):
+            shutil.rmtree(self.root, ignore_errors=True)
+            raise errors.PointNotFoundError(f"pos:{point} was folded away since it was chosen")
+
     def change(self, **changes: Any) -> ViewRecord:
         record = msgspec.structs.replace(self.load(), **changes)
         self.store(record)
@@ -259,6 +273,22 @@ def view_directories(paths: SitePaths) -> list[ViewDirectory]:
         for entry in sorted(paths.views.iterdir())
         if entry.name.isalnum() and (entry / "view.json").is_file()
     ]
+
+
+def points_in_use(paths: SitePaths, group_id: bytes) -> list[Position]:
+    """Points of a group that views read, or would read when they are started again. What cannot
+    be read may be any: CorruptError."""
+    from vrep.target.manifest import Position
+
+    found = []
+    for view in view_directories(paths):
+        try:
+            record = view.load()
+        except errors.NotFoundError:
+            continue  # it ended since the listing
+        if record.group_id == group_id.hex():
+            found.append(Position(*record.point))
+    return found
 
 
 # ---- the process of a view ---------------------------------------------------------------
@@ -400,7 +430,7 @@ def begin_test(
     reader = StoreReader(paths.store, held.group_id, scattered=True)
     try:
         record = record_of(paths, held, reader, at, kind, None, since)
-        ViewDirectory(paths, view_id).create(msgspec.structs.replace(record, id=view_id))
+        ViewDirectory(paths, view_id).claim(msgspec.structs.replace(record, id=view_id))
     except BaseException:
         reader.close()
         raise

@@ -411,6 +411,8 @@ class GroupSession:
                     )
                 ],
                 wrapped_keys=[base64.b64decode(blob) for blob in definition.wrapped_keys],
+                window=f"{definition.options.window_s}s" if definition.options.window_s else "",
+                quota=definition.options.quota_bytes,
             ),
             CHANNEL,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -24,6 +24,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config
 from vrep.target.epochs import plain, wire_epoch
+from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
 from vrep.target.session import Session
 from vrep.target.store import StoreOptions
@@ -60,8 +61,14 @@ class Target:
     """The target role of the site in a directory."""
 
     def __init__(
-        self, paths: SitePaths, config: Config, *, timeouts: Timeouts | None = None
+        self,
+        paths: SitePaths,
+        config: Config,
+        *,
+        timeouts: Timeouts | None = None,
+        held: Callable[[bytes], Sequence[Position]] = lambda _group_id: (),
     ) -> None:
+        """`held` names the points of a group that are in use: no fold takes what they need."""
         self._paths = paths
         self._config = config
         self._timeouts = timeouts or Timeouts()
@@ -74,6 +81,8 @@ class Target:
             commit_s=settings.commit_s / 2,
             segment_bytes=settings.segment_bytes,
             reserve_bytes=settings.reserve_bytes,
+            fold_rate=settings.fold_rate,
+            held=held,
         )
         self._hosts: dict[bytes, GroupHost] = {}
         self._lock = threading.Lock()
@@ -110,6 +119,7 @@ class Target:
                 "reload": self._reload,
                 "delete_unprotected": self._delete_unprotected,
                 "stop": self._stop_requested,
+                "fold": lambda p: self._of(p).fold(Position(*(int(n) for n in p["horizon"]))),
                 "epoch_state": lambda p: self._of(p).epoch_state(),
                 "epoch_raise": lambda p: plain(self._of(p).open_fenced(p)),
                 "epoch_accept": lambda p: plain(self._of(p).accept_epoch(int(p["epoch"]))),
@@ -284,6 +294,9 @@ class Target:
             case "group.report":
                 status = _report_of(request.params)
                 self._of(request.params).report(site_id, transport.name, status)
+            case "group.keep":
+                window_s, quota = int(request.params["window_s"]), int(request.params["quota"])
+                self._of(request.params).keep(site_id, window_s, quota)
             case "group.unprotect":
                 self._of(request.params).unprotect(site_id)
             case "group.delete":

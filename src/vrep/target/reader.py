@@ -257,6 +257,20 @@ class StoreReader:
         """``[(epoch, highest seq)]`` of the history that ends at a point, newest first."""
         return self.manifest.ancestry(point)
 
+    def has(self, point: Position) -> bool:
+        """Whether everything that a point needs is there. So it is of every point that is kept,
+        and of others as long as no fold was made at a horizon that is not on their line."""
+        if self.manifest.keeps(point):
+            return True
+        line = dict(self.ancestry(point))
+        for row in self.manifest.segments[self.manifest.segments["generation"] > 0]:
+            block = native.parse_fold(self._segment_bytes(int(row["segment"])))
+            if block is None or line.get(int(block["horizon"]["epoch"]), 0) < int(
+                block["horizon"]["seq"]
+            ):
+                return False
+        return True
+
     def extent_map(self, point: Position) -> ExtentMap:
         """What every disk held at a point."""
         extents = ExtentMap(self.indexes, self.ancestry(point), group_id=self.group_id)

@@ -8,6 +8,7 @@ that one sent is durable, so that the source goes on from a position that nothin
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import threading
 import time
@@ -51,7 +52,18 @@ GONE_S: Final = 20.0
 """silence after which a source is gone: longer than its pauses between two attempts after a
 short cut, and than its process needs to come back"""
 
+WINDOW_S_MAX: Final = 100 * 366 * 86400
+_WINDOW: Final = re.compile(r"([0-9]{1,12})s")
+
 log = logging.getLogger("vrep.target")
+
+
+def _window_s(text: str) -> int:
+    """Seconds of an offer's window; 0 when there is none."""
+    match = _WINDOW.fullmatch(text)
+    if text and (match is None or int(match[1]) > WINDOW_S_MAX):
+        raise RefusedError("invalid", f"a window of {text!r}")
+    return int(match[1]) if match else 0
 
 
 class RefusedError(PeerError):
@@ -175,6 +187,7 @@ class GroupHost:
             except (StoreFullError, TimeLimitError) as error:
                 raise RefusedError("full" if store.full else "busy", str(error)) from None
             store.set_unprotected(False)
+            store.set_limits(_window_s(message.window), message.quota)
             if message.wrapped_keys:
                 store.set_wrapped_keys(message.wrapped_keys)
             session = Session(store, verdict.epoch, transport, channel, self.conditions)
@@ -384,7 +397,9 @@ class GroupHost:
 
     def conditions(self) -> list[str]:
         store = self._store
-        return ["target-full"] if store is not None and store.full else []
+        if store is None:
+            return []
+        return [*(["target-full"] if store.full else []), *store.usage().conditions]
 
     def epoch_state(self) -> dict[str, Any]:
         with self._lock:
@@ -454,10 +469,23 @@ class GroupHost:
             self._end_session(m.Bye(reason="the group is not protected any more"))
             store.set_unprotected(True)
 
+    def keep(self, site_id: bytes, window_s: int, quota_bytes: int) -> None:
+        """How much history the site that writes the group asks for; 0: no limit."""
+        if not (0 <= window_s <= WINDOW_S_MAX and 0 <= quota_bytes < 1 << 63):
+            raise InvalidError("the window or the quota is out of bounds")
+        with self._lock:
+            self._require_writer(site_id).set_limits(window_s, quota_bytes)
+
+    def fold(self, horizon: Position) -> dict[str, Any]:
+        """Keep recovery points from here on only; the store's thread folds the rest."""
+        with self._lock:
+            self.require().set_horizon(horizon)
+        return {}
+
     def _require_writer(self, site_id: bytes) -> GroupStore:
         store = self.require()
         if store.manifest.current_epoch.writer != site_id:
-            raise FencedError("only the site that writes a group may delete it or give it up")
+            raise FencedError("only the site that writes a group may change what is kept of it")
         return store
 
     def _remove(self) -> None:
