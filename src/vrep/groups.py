@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -82,6 +83,13 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paused: bool = False
     fenced: bool = False
     options: GroupOptions = GroupOptions()
+    keys_at_target: str = ""
+    """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
+
+    @property
+    def keys_digest(self) -> str:
+        """What stands for the wrapped keys."""
+        return hashlib.sha256("\n".join(self.wrapped_keys).encode()).hexdigest()
 
 
 def pauses_guest(definition: GroupDefinition) -> bool:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from vrep import errors
+from vrep import errors, keyfiles
 from vrep.control import ControlClient
 from vrep.groups import VERSION, GroupDefinition, GroupDirectory, GroupOptions, check_name
 from vrep.paths import SitePaths
@@ -31,6 +31,7 @@ from vrep.settings import Config, load_config, set_listen
 
 if TYPE_CHECKING:
     from vrep.keys.identity import SiteIdentity
+    from vrep.keys.release import ReleaseEntry
     from vrep.keys.tenant import KeyInfo, TenantKeyring
     from vrep.recovery.changes import ChangeList
     from vrep.recovery.export import ExportResult
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
     from vrep.recovery.points import PointList
     from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
+    from vrep.rotate import Rotation
     from vrep.service import ServiceOptions, ServicePlan
     from vrep.wire.peers import Peer, PeerRegistry
 
 DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
-KEY_FILE_BYTES_MAX: Final = 1 << 16
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
@@ -459,13 +460,13 @@ class Site:
         self, name: str, out: str | os.PathLike[str], passphrase: str | None = None
     ) -> None:
         """Write a key into a new file that only its owner can read."""
-        _write_new(out, lambda: self.keys.export(name, passphrase))
+        keyfiles.write_new(out, lambda: self.keys.export(name, passphrase))
 
     def key_verify(
         self, name: str, file: str | os.PathLike[str], passphrase: str | None = None
     ) -> KeyInfo:
         """Read an export back and compare it with the key held here."""
-        return self.keys.verify(name, _key_text(file), passphrase)
+        return self.keys.verify(name, keyfiles.read(file), passphrase)
 
     def key_import(
         self,
@@ -477,7 +478,7 @@ class Site:
         """Take in an exported key, or one that was released to this site."""
         from vrep.keys.release import is_release, opener
 
-        text = _key_text(file)
+        text = keyfiles.read(file)
         if is_release(text):
             return self.keys.import_released(text, opener(self.identity))
         return self.keys.import_key(text, passphrase, name=name)
@@ -492,7 +493,36 @@ class Site:
                 f"a reason is one line of printable text, at most {REASON_LETTERS_MAX} letters"
             )
         recipient = self.peers.get(to).certificate
-        _write_new(out, lambda: self.keys.release(name, recipient, reason=reason))
+        keyfiles.write_new(out, lambda: self.keys.release(name, recipient, reason=reason))
+
+    def key_releases(self, name: str | None = None) -> list[ReleaseEntry]:
+        """Every release of a key (or of all), oldest first: to whom, when and why.
+        TenantKeyError when a line of the log was changed or taken away."""
+        from vrep.keys.release import read_log
+
+        entries = read_log(self.keys.release_log_path)
+        return [entry for entry in entries if name in (None, entry.key_name)]
+
+    def key_rotate(
+        self,
+        name: str,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        passphrase: str | None = None,
+        accept_key_loss: bool = False,
+        wait_s: float = 30.0,
+    ) -> Rotation:
+        """Wrap the data keys of every group under a new generation of a tenant key; nothing is
+        sent again. First with `out`: the new generation is made and exported there. Once that
+        export was read back (`key_verify`), again without: the groups are wrapped anew, and their
+        targets are told; `wait_s` bounds how long that is waited for. What was cut off, or a target
+        that could not be told, goes on when it is called again."""
+        from vrep.rotate import rotate
+
+        return rotate(
+            self, name, out=out, passphrase=passphrase, accept_key_loss=accept_key_loss,
+            wait_s=wait_s,
+        )  # fmt: skip
 
     # ---- the host ----------------------------------------------------------------------
 
@@ -589,35 +619,6 @@ class Site:
 
         with connect(self.identity, self.peers.get(definition.to_site)) as transport:
             return transport.ask(method, {"group_id": definition.group_id, **params})
-
-
-def _write_new(out: str | os.PathLike[str], make: Callable[[], str]) -> None:
-    """Write a text into a new file that only its owner can read. It is made once the name is
-    known to be free, and nothing stays of a file whose text could not be made."""
-    path = Path(out)
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except FileExistsError:
-        raise errors.ExistsError(f"{path}: a key never replaces a file") from None
-    try:
-        with os.fdopen(fd, "w", encoding="ascii") as file:
-            file.write(make())
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        path.unlink()
-        raise
-
-
-def _key_text(file: str | os.PathLike[str]) -> str:
-    """What stands in a key file; KeyFileError for bytes that are no text."""
-    from vrep.keys.errors import KeyFileError
-
-    with Path(file).open("rb") as opened:
-        data = opened.read(KEY_FILE_BYTES_MAX + 1)
-    if len(data) > KEY_FILE_BYTES_MAX or not data.isascii():
-        raise KeyFileError(f"{os.fspath(file)} is not text that 'vrep key export' wrote")
-    return data.decode("ascii")
 
 
 def utc(seconds: float) -> str:

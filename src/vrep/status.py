@@ -217,6 +217,8 @@ def _protected(
         conditions.append("guest-paused")
     if "tenant key" in error:
         conditions.append("key-missing")
+    if definition.keys_at_target not in ("", definition.keys_digest):
+        conditions.append("keys-unsent")
     if filtered is not None and filtered["flush_failed"]:
         conditions.append("flush-failed")
     return {

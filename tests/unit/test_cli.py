@@ -25,7 +25,7 @@ VERBS = """
 site init|invite|join|list|remove
 run
 service install|uninstall
-key create|list|export|verify|import|release|rotate
+key create|list|export|verify|import|release|releases|rotate
 protect
 unprotect
 attach
@@ -52,7 +52,6 @@ LATER = (
     ["move", "web"],
     ["reverse", "web"],
     ["failback", "web"],
-    ["key", "rotate", "acme"],
     ["checkpoint", "web", "now", "--quiesce"],
 )
 

@@ -8,6 +8,7 @@ import json
 import stat
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -25,6 +26,7 @@ from vrep.keys import (
     armor,
     opener,
     read_log,
+    release,
     tenant_key_id,
 )
 from vrep.keys.release import is_release
@@ -286,3 +288,138 @@ def test_releases_at_once_are_one_chain(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(read_log(keys.release_log_path)) == 8
+
+
+def test_lines_that_were_cut_off_the_log_are_noticed(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    target = SiteIdentity.create(tmp_path / "target", "target")
+    for _ in range(3):
+        keys.release("acme", target.certificate_pem)
+    log = keys.release_log_path
+    lines = log.read_bytes().splitlines(keepends=True)
+    for kept in range(3):
+        log.write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(TenantKeyError, match="taken away"):
+            read_log(log)
+    log.unlink()
+    with pytest.raises(TenantKeyError, match="taken away"):
+        read_log(log)
+    # Nor is a chain believed that was written anew.
+    other = ring(tmp_path, "other")
+    other.create("acme")
+    for _ in range(4):
+        other.release("acme", target.certificate_pem)
+    log.write_bytes(other.release_log_path.read_bytes())
+    with pytest.raises(TenantKeyError, match="written anew"):
+        read_log(log)
+    log.with_suffix(".head").write_bytes(b"{")
+    with pytest.raises(TenantKeyError, match="head"):
+        read_log(log)
+
+
+def test_a_release_that_a_crash_cut_off_leaves_a_log_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    target = SiteIdentity.create(tmp_path / "target", "target")
+    keys.release("acme", target.certificate_pem, reason="first")
+    log = keys.release_log_path
+    whole = log.read_bytes()
+    keys.release("acme", target.certificate_pem, reason="second")
+    line = log.read_bytes()[len(whole) :]
+    head = log.with_suffix(".head").read_bytes()
+    # After the line, before the head: nothing was handed out, and the log says more.
+    with monkeypatch.context() as patch:
+        patch.setattr(release, "write_atomic", mock.Mock(side_effect=OSError("power")))
+        with pytest.raises(OSError, match="power"):
+            keys.release("acme", target.certificate_pem, reason="third")
+    assert [entry.reason for entry in read_log(log)] == ["first", "second", "third"]
+    # Inside the line: it belongs to nobody, and the next one takes its place.
+    log.write_bytes(whole + line + line[:40])
+    log.with_suffix(".head").write_bytes(head)
+    with pytest.raises(TenantKeyError, match="line 3"):
+        read_log(log)
+    keys.release("acme", target.certificate_pem, reason="fourth")
+    assert [entry.reason for entry in read_log(log)] == ["first", "second", "fourth"]
+
+
+def test_a_log_of_an_older_release_is_read_and_goes_on(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    target = SiteIdentity.create(tmp_path / "target", "target")
+    keys.release("acme", target.certificate_pem, reason="old")
+    keys.release_log_path.with_suffix(".head").unlink()
+    assert len(read_log(keys.release_log_path)) == 1
+    keys.release("acme", target.certificate_pem, reason="new")
+    assert [entry.reason for entry in read_log(keys.release_log_path)] == ["old", "new"]
+
+
+# ---- generations -----------------------------------------------------------------------
+
+
+def test_a_pending_generation_is_used_by_nobody(tmp_path: Path) -> None:
+    keys = ring(tmp_path)
+    first = keys.create("acme")
+    assert keys.pending("acme") is None
+    second = keys.add_generation("acme")
+    assert (second.generation, second.state) == (2, "pending")
+    assert second.key_id != first.key_id
+    with pytest.raises(KeyExistsError):
+        keys.add_generation("acme")
+    with pytest.raises(KeyExistsError):
+        keys.create("acme")
+    assert keys.get("acme").key_id == first.key_id
+    assert import_text(keys.export("acme")).key_id == first.key_id
+    assert import_text(keys.export("acme", generation=2)).generation == 2
+    assert keys.pending("acme") == second
+    assert keys.find(second.key_id).generation == 2
+    assert keys.verify("acme", keys.export("acme", generation=2)).generation == 2
+    assert [(k.generation, k.verified) for k in keys.list()] == [(1, None), (2, NOW)]
+    used = keys.activate("acme", 2)
+    assert (used.state, used.verified) == ("current", NOW)
+    assert keys.activate("acme", 2) == used
+    assert keys.get("acme").key_id == second.key_id
+    assert [k.state for k in keys.list()] == ["old", "current"]
+    assert keys.find(first.key_id).generation == 1
+    assert keys.names() == ["acme"]
+    assert keys.info("acme").generation == 2
+
+
+@pytest.mark.parametrize("passphrase", [None, "word"])
+def test_generations_travel(tmp_path: Path, passphrase: str | None) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    keys.add_generation("acme")
+    keys.activate("acme", 2)
+    target = SiteIdentity.create(tmp_path / "target", "target")
+    there = ring(tmp_path, "target")
+    old = keys.export("acme", passphrase, generation=1, scrypt_n=COST)
+    new = keys.export("acme", passphrase, scrypt_n=COST)
+    there.import_key(old, passphrase)
+    assert there.import_key(new, passphrase).generation == 2
+    assert there.import_key(new, passphrase).state == "current"
+    assert there.get("acme").secret == keys.get("acme").secret
+    # Released, and in the other order.
+    third = ring(tmp_path, "third")
+    assert third.import_released(keys.release("acme", target.certificate_pem), opener(target))
+    assert third.import_key(old, passphrase).state == "old"
+    assert third.get("acme").generation == 2
+    # Another tenant's key of the same name and a later generation is not taken for this one's.
+    stranger = ring(tmp_path, "stranger")
+    stranger.create("acme")
+    stranger.add_generation("acme")
+    with pytest.raises(KeyExistsError):
+        there.import_key(stranger.export("acme", generation=2))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2x", "10000", "٢"])
+def test_an_impossible_generation_is_refused(tmp_path: Path, text: str) -> None:
+    keys = ring(tmp_path)
+    keys.create("acme")
+    block = armor.decode(keys.export("acme"), "VREP TENANT KEY")
+    for headers in ({"Generation": text, "Replaces": "ab" * 8}, {"Generation": "2"}):
+        changed = armor.encode("VREP TENANT KEY", block.headers | headers, block.body)
+        with pytest.raises(KeyFileError, match="generation"):
+            import_text(changed)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vrep.app.cli_common import Directory, Json, site_of
+from vrep.app.cli_common import Directory, Json, parse_duration, site_of
 from vrep.app.cli_output import emit, table
-from vrep.errors import NotYetError, UsageError
+from vrep.errors import UsageError
+
+if TYPE_CHECKING:
+    from vrep.rotate import Rotation
 
 app = typer.Typer()
 key = typer.Typer(no_args_is_help=True, help="Tenant keys: they open what was replicated.")
@@ -56,12 +59,15 @@ def list_(directory: Directory = None, as_json: Json = False) -> None:
         (
             k.name,
             k.key_id,
+            str(k.generation) if k.state == "current" else f"{k.generation} ({k.state})",
             k.origin,
             k.verified.isoformat(timespec="seconds") if k.verified else "no",
         )
         for k in keys
     ]
-    text = table(("KEY", "ID", "ORIGIN", "EXPORT VERIFIED"), rows, "no key is held here")
+    text = table(
+        ("KEY", "ID", "GENERATION", "ORIGIN", "EXPORT VERIFIED"), rows, "no key is held here"
+    )
     emit({"keys": keys}, as_json, text)
 
 
@@ -126,10 +132,79 @@ def release(
     emit({"name": name, "to": to, "file": str(out)}, as_json, str(out))
 
 
+@key.command("releases")
+def releases(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Only of this key.")] = None,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """The log of releases of this site: which key went to whom, when and why. A line that was
+    changed or taken away is an error."""
+    entries = site_of(directory).key_releases(name)
+    rows = [
+        (
+            e.time.isoformat(timespec="seconds"),
+            e.key_name,
+            e.key_id,
+            e.recipient,
+            e.recipient_fingerprint[:16],
+            e.reason or "-",
+        )
+        for e in entries
+    ]
+    headings = ("TIME", "KEY", "ID", "TO", "FINGERPRINT", "REASON")
+    emit({"releases": entries}, as_json, table(headings, rows, "no key was released here"))
+
+
 @key.command("rotate")
-def rotate(name: Name, directory: Directory = None, as_json: Json = False) -> None:
-    """Wrap the data keys with a new tenant key (not yet)."""
-    raise NotYetError(
-        f"key rotate {name}: wrapping data keys again needs an order to every target, "
-        "which is not built in this release"
+def rotate(
+    name: Name,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Make the new generation, export it there."),
+    ] = None,
+    passphrase: Ask = False,
+    passphrase_file: PassphraseFile = None,
+    accept_key_loss: Annotated[
+        bool,
+        typer.Option("--accept-key-loss", help="Do not ask for a verified export of the new one."),
+    ] = False,
+    wait: Annotated[
+        str, typer.Option("--wait", metavar="TIME", help="For the targets to be told.")
+    ] = "30s",
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Wrap the data keys of all groups under a new generation of a key; nothing is sent again.
+    First with --out; then `vrep key verify NAME FILE`; then without --out. What was cut off goes on
+    when the command is given again. Exits with 1 while a target was not told."""
+    secret = _passphrase(passphrase, passphrase_file, confirm=True)
+    rotation = site_of(directory).key_rotate(
+        name,
+        out=out,
+        passphrase=secret,
+        accept_key_loss=accept_key_loss,
+        wait_s=parse_duration(wait),
     )
+    emit(rotation, as_json, lambda: rotation_text(rotation, out))
+    raise typer.Exit(1 if rotation.state == "unfinished" else 0)
+
+
+def rotation_text(rotation: Rotation, out: Path | None) -> str:
+    """Where it stands, and what comes next."""
+    key_ = rotation.key
+    head = f"key {key_.name}, generation {key_.generation} ({key_.key_id})"
+    if rotation.state == "exported":
+        return (
+            f"{head}: {out}\nnothing uses it yet. Keep the file elsewhere, read it back with\n"
+            f"  vrep key verify {key_.name} FILE\nthen: vrep key rotate {key_.name}"
+        )
+    rows = [
+        (each.group, "yes" if each.wrapped else "no", "yes" if each.at_target else "no", each.text)
+        for each in rotation.groups
+    ]
+    headings = ("GROUP", "WRAPPED", "AT ITS TARGET", "")
+    return f"{head}: {rotation.state}\n{table(headings, rows, 'no group here is sealed under it')}"
+
+
+__all__ = ["app"]

@@ -6,8 +6,10 @@ keys) gives an AES-256-GCM key, and the headers are associated data.  Only the
 holder of the certificate's private key can open it.
 
 The log is append-only JSON lines.  Each line carries the SHA-256 of the line
-before it, so a line that was changed, removed or moved is noticed; `read_log`
-names it.
+before it, so a line that was changed, removed or moved is noticed; beside it
+release.head says how many lines there are and what the last one is, so that
+lines that were cut off are, too; `read_log` names it.  A line is durable, then
+the head, then the key is handed out.
 """
 
 from __future__ import annotations
@@ -28,14 +30,21 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
 
-from vrep.durable import append_durable, make_private_directory
+from vrep.durable import append_durable, make_private_directory, write_atomic
 from vrep.keys import armor
 from vrep.keys.errors import IdentityError, KeyFileError, TenantKeyError
 from vrep.keys.identity import SiteIdentity, certificate_fingerprint, check_name, load_certificate
-from vrep.keys.tenant import KEY_BYTES, TenantKey, tenant_key_id
+from vrep.keys.tenant import (
+    KEY_BYTES,
+    TenantKey,
+    generation_headers,
+    read_generation,
+    tenant_key_id,
+)
 
 __all__ = ["ReleaseEntry", "is_release", "open_released", "opener", "read_log", "release_key"]
 
+HEAD_VERSION = 1
 RELEASE_KIND = "VREP RELEASED TENANT KEY"
 _POINT_BYTES = 65  # uncompressed P-256 point
 _NONCE_BYTES = 12
@@ -72,26 +81,69 @@ def _lines(log: Path) -> list[bytes]:
         return []
 
 
+class _Head(msgspec.Struct, frozen=True):
+    """release.head: how far the log was when a key was handed out last."""
+
+    version: int
+    lines: int
+    last: str
+    """SHA-256 of that line, hex"""
+
+
+def _read_head(log: Path) -> _Head | None:
+    """None beside a log of an older release, or none."""
+    try:
+        head = msgspec.json.decode(log.with_suffix(".head").read_bytes(), type=_Head)
+    except FileNotFoundError:
+        return None
+    except msgspec.MsgspecError as error:
+        raise TenantKeyError(f"the head of the release log is damaged: {error}") from None
+    if head.version != HEAD_VERSION:
+        raise TenantKeyError(f"the head of the release log has version {head.version}")
+    return head
+
+
 def _append(log: Path, entry: ReleaseEntry) -> None:
-    # A crash may have cut the last line: the new one must not continue it.
-    torn = log.exists() and not log.read_bytes().endswith(b"\n") and log.stat().st_size > 0
-    append_durable(log, (b"\n" if torn else b"") + msgspec.json.encode(entry) + b"\n")
+    """Append a line, durably, and then move the head."""
+    append_durable(log, msgspec.json.encode(entry) + b"\n")
+    lines = _lines(log)
+    head = _Head(HEAD_VERSION, len(lines), hashlib.sha256(lines[-1]).hexdigest())
+    write_atomic(log.with_suffix(".head"), msgspec.json.encode(head))
+
+
+def _end_line(log: Path) -> None:
+    """A crash cut the last line. Behind the head it belongs to no key that was handed out, and
+    goes; else it is somebody's doing, stays, and is named by `read_log`."""
+    head, lines = _read_head(log), _lines(log)
+    if head is None or len(lines) <= head.lines:
+        append_durable(log, b"\n")
+        return
+    with log.open("r+b") as file:
+        file.truncate(log.stat().st_size - len(lines[-1]))
+        os.fsync(file.fileno())
 
 
 def read_log(log: str | os.PathLike[str]) -> list[ReleaseEntry]:
     """All releases, oldest first. TenantKeyError names the first line that
     was changed, cut or taken away."""
+    path = Path(log)
     entries: list[ReleaseEntry] = []
-    previous = "0" * 64
-    for number, line in enumerate(_lines(Path(log)), 1):
+    digests = ["0" * 64]
+    for number, line in enumerate(_lines(path), 1):
         try:
             entry = msgspec.json.decode(line, type=ReleaseEntry)
         except msgspec.MsgspecError as error:
             raise TenantKeyError(f"line {number} of the release log is damaged: {error}") from None
-        if entry.previous != previous:
+        if entry.previous != digests[-1]:
             raise TenantKeyError(f"the release log was changed before its line {number}")
-        previous = hashlib.sha256(line).hexdigest()
+        digests.append(hashlib.sha256(line).hexdigest())
         entries.append(entry)
+    head = _read_head(path)
+    if head is not None and (head.lines > len(entries) or digests[head.lines] != head.last):
+        raise TenantKeyError(
+            f"the release log has {len(entries)} lines, and not those that it had when it had "
+            f"{head.lines}: some were taken away at its end, or written anew"
+        )
     return entries
 
 
@@ -115,6 +167,7 @@ def release_key(
         "Created": key.created.isoformat(),
         "Released": now.isoformat(),
         "Recipient": fingerprint,
+        **generation_headers(key),
     }
     ephemeral = ec.generate_private_key(ec.SECP256R1())
     point = _point(ephemeral.public_key())
@@ -127,10 +180,12 @@ def release_key(
     with log.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         lines = _lines(log)
+        if log.exists() and not log.read_bytes().endswith(b"\n") and lines:
+            _end_line(log)
+            lines = _lines(log)
         previous = hashlib.sha256(lines[-1]).hexdigest() if lines else "0" * 64
-        _append(
-            log, ReleaseEntry(now, key.name, key.key_id, recipient, fingerprint, reason, previous)
-        )
+        entry = ReleaseEntry(now, key.name, key.key_id, recipient, fingerprint, reason, previous)
+        _append(log, entry)
     return text
 
 
@@ -175,7 +230,7 @@ def open_released(text: str, identity: SiteIdentity) -> TenantKey:
         raise KeyFileError(f"the released key is damaged: {error}") from None
     if tenant_key_id(secret) != block.header("Key-Id"):
         raise KeyFileError("the released key is not the one that its Key-Id names")
-    return TenantKey(name, secret, created)
+    return TenantKey(name, secret, created, *read_generation(block))
 
 
 def opener(identity: SiteIdentity) -> Callable[[str], TenantKey]:

@@ -2,7 +2,10 @@
 
 A tenant key is 32 random bytes with a name; its id is the first 8 bytes of
 SHA-256(key || label) in hex.  It wraps data keys and nothing else.  The ring
-of a site lives in DIR/keys, one 0600 file for each key.  A key can be exported
+of a site lives in DIR/keys, one 0600 file for each key.  A name may have
+several keys, its generations: the newest is current, older ones stay, since
+what they wrapped may still be about.  A new generation is pending until it is
+activated (see `vrep.rotate`): nothing is wrapped under it before.  A key can be exported
 as armored text (with a passphrase: scrypt and AES-256-GCM), read back and
 compared (`verify`: replication can then be trusted to be recoverable),
 imported elsewhere, and released: wrapped for the certificate of a recovery
@@ -18,9 +21,10 @@ import datetime
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,6 +49,9 @@ __all__ = ["KEY_BYTES", "KeyInfo", "TenantKey", "TenantKeyring", "tenant_key_id"
 
 KEY_BYTES = 32
 KEY_FILE_VERSION = 1
+GENERATION_MAX = 9999
+_FILE = re.compile(r"([^@]+?)(?:@([1-9][0-9]{0,3}))?\.key")
+_KEY_ID = re.compile(r"[0-9a-f]{16}")
 EXPORT_KIND = "VREP TENANT KEY"
 _ID_LABEL = b"vrep tenant key v1"
 _SCRYPT_N_DEFAULT = 1 << 17  # 128 MiB and about half a second: for one human's passphrase
@@ -64,6 +71,9 @@ class TenantKey:
     name: str
     secret: bytes = field(repr=False)
     created: datetime.datetime
+    generation: int = 1
+    replaces: str = ""
+    """id of the generation before; empty for the first"""
 
     def __post_init__(self) -> None:
         if len(self.secret) != KEY_BYTES:
@@ -83,6 +93,9 @@ class KeyInfo(msgspec.Struct, frozen=True):
     origin: Literal["created", "imported", "released"]
     verified: datetime.datetime | None
     """when an export of this key was last read back, or None"""
+    generation: int = 1
+    state: Literal["current", "old", "pending"] = "current"
+    """old: another generation took its place. pending: it is not used yet"""
 
 
 class _KeyFile(msgspec.Struct, frozen=True):
@@ -93,9 +106,32 @@ class _KeyFile(msgspec.Struct, frozen=True):
     created: datetime.datetime
     origin: Literal["created", "imported", "released"]
     verified: datetime.datetime | None = None
+    generation: Annotated[int, msgspec.Meta(ge=1, le=GENERATION_MAX)] = 1
+    replaces: str = ""
+    pending: bool = False
 
     def __repr__(self) -> str:
         return f"_KeyFile(name={self.name!r}, key_id={self.key_id!r})"
+
+    @property
+    def key(self) -> TenantKey:
+        return TenantKey(self.name, self.secret, self.created, self.generation, self.replaces)
+
+
+def generation_headers(key: TenantKey) -> dict[str, str]:
+    """What an armored key says of its generation; the first says nothing."""
+    if key.generation == 1:
+        return {}
+    return {"Generation": str(key.generation), "Replaces": key.replaces}
+
+
+def read_generation(block: armor.Armored) -> tuple[int, str]:
+    """Generation of an armored key, and the id of the one that it replaces."""
+    text, replaces = block.headers.get("Generation", "1"), block.headers.get("Replaces", "")
+    number = int(text) if text.isascii() and text.isdigit() and len(text) <= 4 else 0
+    if not 1 <= number <= GENERATION_MAX or (number > 1) != bool(_KEY_ID.fullmatch(replaces)):
+        raise KeyFileError(f"the key file names an impossible generation: {text!r}")
+    return number, replaces
 
 
 def _scrypt(passphrase: str, salt: bytes, n: int) -> bytes:
@@ -111,6 +147,7 @@ def export_text(
         "Name": key.name,
         "Key-Id": key.key_id,
         "Created": key.created.isoformat(),
+        **generation_headers(key),
     }
     if passphrase is None:
         headers["Protection"] = "none"
@@ -172,7 +209,7 @@ def import_text(text: str, passphrase: str | None = None) -> TenantKey:
         created = datetime.datetime.fromisoformat(block.header("Created"))
     except (IdentityError, ValueError) as error:
         raise KeyFileError(f"the key file is damaged: {error}") from None
-    return TenantKey(name, secret, created)
+    return TenantKey(name, secret, created, *read_generation(block))
 
 
 class TenantKeyring:
@@ -190,14 +227,16 @@ class TenantKeyring:
     def release_log_path(self) -> Path:
         return self._where / "release.log"
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str, generation: int = 1) -> Path:
         try:
-            return self._where / f"{check_name('key', name)}.key"
+            stem = check_name("key", name)
         except IdentityError as error:
             raise TenantKeyError(error.detail) from None
+        # No name has an @ in it.
+        return self._where / (f"{stem}.key" if generation == 1 else f"{stem}@{generation}.key")
 
-    def _read(self, name: str) -> _KeyFile:
-        path = self._path(name)
+    def _read(self, name: str, generation: int = 1) -> _KeyFile:
+        path = self._path(name, generation)
         try:
             data = path.read_bytes()
         except FileNotFoundError:
@@ -213,56 +252,128 @@ class TenantKeyring:
                 f"the file of the tenant key {name!r} has version {record.version}; "
                 f"this release reads {KEY_FILE_VERSION}"
             )
-        if record.name != name or tenant_key_id(record.secret) != record.key_id:
+        if (record.name, record.generation) != (name, generation) or tenant_key_id(
+            record.secret
+        ) != record.key_id:
             raise KeyFileError(f"the file of {name!r} is damaged: its id does not match")
         return record
 
-    def _store(self, key: TenantKey, origin: Literal["created", "imported", "released"]) -> KeyInfo:
-        path = self._path(key.name)
+    def _files(self) -> dict[str, list[int]]:
+        """Names, and the generations of each, rising."""
+        found: dict[str, list[int]] = {}
+        if self._where.is_dir():
+            matches = (_FILE.fullmatch(path.name) for path in self._where.glob("[!.]*.key"))
+            for match in matches:
+                if match is not None:
+                    found.setdefault(match[1], []).append(int(match[2] or 1))
+        return {name: sorted(found[name]) for name in sorted(found)}
+
+    def _all(self, name: str) -> list[_KeyFile]:
+        """Every generation of a key, oldest first."""
+        self._path(name)  # what is no name is refused
+        numbers = self._files().get(name, [])
+        if not numbers:
+            raise UnknownKeyError(f"{name!r}: create it, import it, or have it released")
+        return [self._read(name, number) for number in numbers]
+
+    def _current(self, name: str) -> _KeyFile:
+        used = [record for record in self._all(name) if not record.pending]
+        if not used:
+            raise UnknownKeyError(f"{name!r} has no generation that is in use")
+        return used[-1]
+
+    def _store(
+        self,
+        key: TenantKey,
+        origin: Literal["created", "imported", "released"],
+        *,
+        pending: bool = False,
+    ) -> KeyInfo:
+        path = self._path(key.name, key.generation)
         make_private_directory(self._where)
-        record = _KeyFile(KEY_FILE_VERSION, key.name, key.key_id, key.secret, key.created, origin)
+        record = _KeyFile(
+            KEY_FILE_VERSION, key.name, key.key_id, key.secret, key.created, origin, None,
+            key.generation, key.replaces, pending,
+        )  # fmt: skip
         try:
             write_atomic(path, msgspec.json.encode(record), 0o600, exclusive=True)
         except FileExistsError:
-            held = self._read(key.name)
+            held = self._read(key.name, key.generation)
             if hmac.compare_digest(held.secret, key.secret) and origin != "created":
-                return self.info(key.name)
+                return self.info(key.name, key.generation)
             raise KeyExistsError(f"{key.name!r} has the id {held.key_id}") from None
-        return self.info(key.name)
+        return self.info(key.name, key.generation)
+
+    def _import(self, key: TenantKey, origin: Literal["imported", "released"]) -> KeyInfo:
+        """Another generation of a key that is held must say that it follows one of those."""
+        held = [self._read(key.name, g) for g in self._files().get(key.name, [])]
+        related = any(
+            key.key_id in (record.key_id, record.replaces) or record.key_id == key.replaces
+            for record in held
+        )
+        if held and not related:
+            raise KeyExistsError(f"{key.name!r} has the id {held[-1].key_id}")
+        return self._store(key, origin)
 
     def create(self, name: str) -> KeyInfo:
         """Make a new random key. An existing one is never replaced."""
+        if held := self._files().get(name):
+            raise KeyExistsError(f"{name!r} has the id {self._read(name, held[-1]).key_id}")
         return self._store(TenantKey(name, secrets.token_bytes(KEY_BYTES), self._now()), "created")
 
     def names(self) -> list[str]:
-        if not self._where.is_dir():
-            return []
-        return sorted(p.name[:-4] for p in self._where.glob("[!.]*.key"))
+        return list(self._files())
 
-    def info(self, name: str) -> KeyInfo:
-        record = self._read(name)
-        return KeyInfo(record.name, record.key_id, record.created, record.origin, record.verified)
+    def info(self, name: str, generation: int | None = None) -> KeyInfo:
+        """What may be shown of a key (default: of its current generation)."""
+        records = self._all(name)
+        current = self._current(name)
+        chosen = current
+        if generation is not None:
+            chosen = next((r for r in records if r.generation == generation), current)
+            if chosen.generation != generation:
+                raise UnknownKeyError(f"{name!r} has no generation {generation} here")
+        state: Literal["current", "old", "pending"] = "old"
+        if chosen.pending:
+            state = "pending"
+        elif chosen.generation == current.generation:
+            state = "current"
+        return KeyInfo(
+            chosen.name, chosen.key_id, chosen.created, chosen.origin, chosen.verified,
+            chosen.generation, state,
+        )  # fmt: skip
 
     def list(self) -> list[KeyInfo]:
-        return [self.info(name) for name in self.names()]
+        return [
+            self.info(name, number) for name, numbers in self._files().items() for number in numbers
+        ]
 
     def get(self, name: str) -> TenantKey:
-        record = self._read(name)
-        return TenantKey(record.name, record.secret, record.created)
+        """The current generation of a key."""
+        return self._current(name).key
 
     def find(self, key_id: str) -> TenantKey:
-        """The key of an id; UnknownKeyError names the id when none has it."""
-        for name in self.names():
-            record = self._read(name)
-            if record.key_id == key_id:
-                return TenantKey(record.name, record.secret, record.created)
+        """The key of an id, of whatever generation; UnknownKeyError names the id when none has
+        it."""
+        for name, numbers in self._files().items():
+            for number in numbers:
+                record = self._read(name, number)
+                if record.key_id == key_id:
+                    return record.key
         raise UnknownKeyError(f"the key with id {key_id}: import it or have it released")
 
     def export(
-        self, name: str, passphrase: str | None = None, *, scrypt_n: int = _SCRYPT_N_DEFAULT
+        self,
+        name: str,
+        passphrase: str | None = None,
+        *,
+        generation: int | None = None,
+        scrypt_n: int = _SCRYPT_N_DEFAULT,
     ) -> str:
-        """Armored text of a key, for a file outside this site."""
-        return export_text(self.get(name), passphrase, scrypt_n)
+        """Armored text of a key (default: its current generation), for a file outside this
+        site."""
+        number = self._current(name).generation if generation is None else generation
+        return export_text(self._read(name, number).key, passphrase, scrypt_n)
 
     def import_key(
         self, text: str, passphrase: str | None = None, *, name: str | None = None
@@ -270,21 +381,49 @@ class TenantKeyring:
         """Take in an exported key, under its own name or another."""
         key = import_text(text, passphrase)
         if name is not None:
-            key = TenantKey(name, key.secret, key.created)
-        return self._store(key, "imported")
+            key = replace(key, name=name)
+        return self._import(key, "imported")
+
+    # ---- generations -----------------------------------------------------------------
+
+    def pending(self, name: str) -> KeyInfo | None:
+        """The generation that waits to be activated, if there is one."""
+        newest = self._all(name)[-1]
+        return self.info(name, newest.generation) if newest.pending else None
+
+    def add_generation(self, name: str) -> KeyInfo:
+        """Make a new random generation of a key: pending, so that nothing depends on it yet."""
+        newest = self._all(name)[-1]
+        if newest.pending:
+            raise KeyExistsError(f"generation {newest.generation} of {name!r} is pending already")
+        key = TenantKey(
+            name, secrets.token_bytes(KEY_BYTES), self._now(), newest.generation + 1, newest.key_id
+        )
+        return self._store(key, "created", pending=True)
+
+    def activate(self, name: str, generation: int) -> KeyInfo:
+        """Make a pending generation the current one, durably."""
+        record = self._read(name, generation)
+        if record.pending:
+            used = msgspec.structs.replace(record, pending=False)
+            write_atomic(self._path(name, generation), msgspec.json.encode(used), 0o600)
+        return self.info(name, generation)
 
     def verify(self, name: str, text: str, passphrase: str | None = None) -> KeyInfo:
-        """Compare an export, read back from where it is kept, with the key
-        held here; when they are equal, remember durably that and when it was."""
-        record = self._read(name)
+        """Compare an export, read back from where it is kept, with the generation of the key
+        held here that it is of; when they are equal, remember durably that and when it was."""
+        records = self._all(name)
         read_back = import_text(text, passphrase)
-        if not hmac.compare_digest(read_back.secret, record.secret):
-            raise TenantKeyError(
-                f"the file holds the key {read_back.key_id}, but {name!r} here is {record.key_id}"
-            )
-        checked = msgspec.structs.replace(record, verified=self._now())
-        write_atomic(self._path(name), msgspec.json.encode(checked), 0o600)
-        return self.info(name)
+        for record in records:
+            if hmac.compare_digest(read_back.secret, record.secret):
+                checked = msgspec.structs.replace(record, verified=self._now())
+                path = self._path(name, record.generation)
+                write_atomic(path, msgspec.json.encode(checked), 0o600)
+                return self.info(name, record.generation)
+        raise TenantKeyError(
+            f"the file holds the key {read_back.key_id}, but {name!r} here is "
+            f"{', '.join(record.key_id for record in records)}"
+        )
 
     def require_verified(self, name: str, *, accept_key_loss: bool = False) -> KeyInfo:
         """What `protect` asks before a disk depends on a key."""
@@ -308,4 +447,4 @@ class TenantKeyring:
     def import_released(self, text: str, open_released: Callable[[str], TenantKey]) -> KeyInfo:
         """Take in a key that was released for this host; `open_released` is
         `vrep.keys.release.opener(identity)`."""
-        return self._store(open_released(text), "released")
+        return self._import(open_released(text), "released")

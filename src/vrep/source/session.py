@@ -33,7 +33,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
-from vrep.keys.datakey import DataKey, unwrap_data_key
+from vrep.keys.datakey import DataKey, inspect_wrapped, unwrap_data_key
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
@@ -159,6 +159,7 @@ class GroupSession:
         self._feed: Feed | None = None
         self._catching_up = Progress()
         self._transport: FrameTransport | None = None
+        self._sent_keys: tuple[str, ...] | None = None
         self._replicated = False
         self._bytes_before = 0
         self._records_before = 0
@@ -189,9 +190,12 @@ class GroupSession:
         if self._stopping.is_set():
             return True
         try:
-            return self._groups.load(self.name).paused
+            definition = self._groups.load(self.name)
         except VrepError:
             return True
+        # The target hears of other wrapped keys when a session opens.
+        sent = self._sent_keys
+        return definition.paused or sent not in (None, definition.wrapped_keys)
 
     # ---- the loop ------------------------------------------------------------
 
@@ -324,6 +328,7 @@ class GroupSession:
     # ---- one attempt -----------------------------------------------------------
 
     def _attempt(self, definition: GroupDefinition) -> None:
+        self._sent_keys = None
         try:
             data_key = self._open_key(definition)
             peer = self._peers.get(definition.to_site)
@@ -336,7 +341,11 @@ class GroupSession:
             if self._wants_end():
                 return
             opened = self._open(transport, hold, feed, definition)
+            self._note_keys(definition)  # as it was sent: what comes next may read it anew
             adopted = self._adopt_epoch(definition, opened.epoch)
+            if self._wants_end():
+                self._nudge.set()  # at once
+                return
             if adopted is not definition:
                 self._take_hold(adopted, data_key)
             self._replicate(transport, hold, feed, adopted, data_key, opened)
@@ -369,9 +378,20 @@ class GroupSession:
         except (VrepError, OSError) as error:
             log.debug("the target was not told", group=self.name, error=str(error))
 
+    def _note_keys(self, definition: GroupDefinition) -> None:
+        """The target holds these wrapped keys, durably: it did before it opened the group."""
+        self._sent_keys = definition.wrapped_keys
+        try:
+            self._groups.update(self.name, keys_at_target=definition.keys_digest)
+        except VrepError as error:
+            log.warning("not noted that the target has the keys", group=self.name, error=str(error))
+
     def _open_key(self, definition: GroupDefinition, index: int = -1) -> DataKey:
         tenant = self._keys.get(definition.key)
         blob = base64.b64decode(definition.wrapped_keys[index])
+        needed = inspect_wrapped(blob).tenant_key_id
+        if needed != tenant.key_id:
+            tenant = self._keys.find(needed)  # another generation: a rotation is under way
         return unwrap_data_key(blob, tenant, group_id=bytes.fromhex(definition.group_id))
 
     def _key_of(self, generation: int) -> DataKey:
