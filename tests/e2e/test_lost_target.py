@@ -24,7 +24,12 @@ def begun_again(pair: Pair) -> bool:
 
 @pytest.mark.parametrize("reboot", [False, True], ids=["source-runs-on", "source-rebooted"])
 def test_a_lost_store_is_filled_anew(make_pair: Callable[..., Pair], reboot: bool) -> None:
-    pair = make_pair(disks={"root": 8 * MIB}).up()
+    pair = make_pair(disks={"root": 18 * MIB})
+    with pair.images["root"].open("r+b") as image:
+        # In an extent that is never written: no map and no write-intent knows of it.
+        image.seek(17 * MIB)
+        image.write(b"\x44" * 4096)
+    pair.up()
     with pair.client() as client:
         client.write(0, b"\x11" * MIB)
         client.write(5 * MIB, b"\x22" * MIB)

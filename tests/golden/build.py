@@ -193,6 +193,7 @@ def checkpoint() -> bytes:
         "CHECKPOINT_HEADER", magic=layout.CHECKPOINT_MAGIC, version=layout.CHECKPOINT_VERSION,
         disks=2, counter=12, group_id=GROUP_ID, target_id=TARGET_ID,
         bit_bytes=layout.MAP_BIT_BYTES, clean=1, head=101, digest=digest(maps),
+        durable=99,
     )  # fmt: skip
     header["words"][0][:2], header["bytes"][0][:2] = (2, 1), (100 * 65536, 64 * 65536)
     return checked(header) + maps

@@ -85,7 +85,7 @@ MAP_HEADER = (
 )
 CHECKPOINT_HEADER = (
     "magic:Q version:I disks:I counter:Q group_id:16s target_id:16s bit_bytes:I clean:I head:Q"
-    " digest:16s words:64Q bytes:64Q reserved:36s checksum:I"
+    " digest:16s words:64Q bytes:64Q durable:Q reserved:28s checksum:I"
 )
 INTENT_HEADER = (
     "magic:Q version:I extent_bytes:I counter:Q group_id:16s disks:I slot_bytes:I words:Q"

@@ -18,6 +18,7 @@ static void take_durable(struct vrep_group *group, uint64_t durable)
     group->durable = durable;
     group->state.durable_seq = durable;
     vrep_ring_set_durable(group->ring, durable);
+    vrep_map_acknowledge(group->map, durable);
     vrep_map_clear(group->map, durable);
     vrep_fault("consumer.after_clear");
 }

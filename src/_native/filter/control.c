@@ -81,6 +81,7 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
         group->dirtied++;
         group->state.durable_seq = 0;
         vrep_ring_forget_durable(group->ring);
+        vrep_map_acknowledge(group->map, 0);
         vrep_maintain_checkpoint(group);
     }
     if (all || (allowed && !group->resync_allowed))

@@ -262,6 +262,9 @@ static int settle_map(struct vrep_group *group, struct vrep_finding *found, bool
             } else if (found->how == VREP_OPENED_POWER_LOSS) {
                 hot_to_unshipped(group);
             }
+            /* The state file may be older than the checkpoint. */
+            if (status == VREP_OK && vrep_map_acknowledged(group->map) > group->state.durable_seq)
+                group->state.durable_seq = vrep_map_acknowledged(group->map);
         }
         /* Closed cleanly, all delivered, nothing dirty: order goes on as if nothing had been. */
         if (found->how == VREP_OPENED_CLEAN && vrep_map_unshipped_bits(group->map) == 0 &&
@@ -527,6 +530,7 @@ int vrep_recover(struct vrep_group *group)
     if (found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED)
         group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */
     group->durable = vrep_ring_durable(group->ring);
+    vrep_map_acknowledge(group->map, group->state.durable_seq);
     /* Before the state says open, what a power loss would need is on disk. */
     if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole || found.bypassed)
         status = vrep_checkpoint_write(group->checkpoint, vrep_ring_head(group->ring), false);

@@ -105,8 +105,8 @@ FIELDS(vrep_checkpoint_header, FIELD(vrep_checkpoint_header, magic),
        FIELD(vrep_checkpoint_header, target_id), FIELD(vrep_checkpoint_header, bit_bytes),
        FIELD(vrep_checkpoint_header, clean), FIELD(vrep_checkpoint_header, head),
        FIELD(vrep_checkpoint_header, digest), FIELD(vrep_checkpoint_header, words),
-       FIELD(vrep_checkpoint_header, bytes), FIELD(vrep_checkpoint_header, reserved),
-       FIELD(vrep_checkpoint_header, checksum));
+       FIELD(vrep_checkpoint_header, bytes), FIELD(vrep_checkpoint_header, durable),
+       FIELD(vrep_checkpoint_header, reserved), FIELD(vrep_checkpoint_header, checksum));
 FIELDS(vrep_intent_header, FIELD(vrep_intent_header, magic), FIELD(vrep_intent_header, version),
        FIELD(vrep_intent_header, extent_bytes), FIELD(vrep_intent_header, counter),
        FIELD(vrep_intent_header, group_id), FIELD(vrep_intent_header, disks),

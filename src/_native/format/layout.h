@@ -382,7 +382,8 @@ struct vrep_checkpoint_header {
     uint8_t digest[16]; /* XXH3-128 of the bitmaps */
     uint64_t words[VREP_DISKS_MAX];
     uint64_t bytes[VREP_DISKS_MAX];
-    uint8_t reserved[36];
+    uint64_t durable; /* acknowledged when the copy had been made: what its bits leave out */
+    uint8_t reserved[28];
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_checkpoint_header, 1152);

@@ -149,6 +149,7 @@ int vrep_checkpoint_load(const char *prefix, struct vrep_map *map, bool *clean)
         uint8_t digest[VREP_DIGEST_BYTES];
         result = read_bitmaps(fd[best], map, buffer, true, digest);
         *clean = header[best].clean == 1;
+        vrep_map_acknowledge(map, header[best].durable);
     } else if (status[0] == VREP_E_NOT_FOUND) {
         result = status[1];
     } else if (status[1] == VREP_E_NOT_FOUND) {
@@ -310,6 +311,8 @@ int vrep_checkpoint_write(struct vrep_checkpoint *checkpoint, uint64_t head, boo
         header.bytes[i] = map->disk[i].bytes;
     }
     int status = write_bitmaps(checkpoint, fd, header.digest);
+    /* After the bits: what they leave out was acknowledged before. */
+    header.durable = vrep_load_acquire_u64(&map->acknowledged);
     header.checksum = vrep_checksum32(&header, offsetof(struct vrep_checkpoint_header, checksum));
     if (status == VREP_OK)
         status = write_all(fd, &header, sizeof header, 0);

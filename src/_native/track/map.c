@@ -472,6 +472,17 @@ bool vrep_map_seal(struct vrep_map *map, uint64_t head, struct vrep_map_move *mo
     return true;
 }
 
+void vrep_map_acknowledge(struct vrep_map *map, uint64_t durable)
+{
+    vrep_store_release_u64(&map->acknowledged, durable);
+    vrep_fence_full(); /* a copy that misses a bit that is cleared from here on sees the value */
+}
+
+uint64_t vrep_map_acknowledged(const struct vrep_map *map)
+{
+    return vrep_load_relaxed_u64(&map->acknowledged);
+}
+
 uint32_t vrep_map_clear(struct vrep_map *map, uint64_t durable)
 {
     uint32_t freed = 0;

@@ -60,6 +60,12 @@ struct vrep_map_move {
 bool vrep_map_seal(struct vrep_map *map, uint64_t head, struct vrep_map_move *move);
 /* Clears what rule 5 allows; returns the number of generations freed. */
 uint32_t vrep_map_clear(struct vrep_map *map, uint64_t durable);
+/* What the target said that it holds: told before bits are cleared for it.  A checkpoint carries it
+ * beside the bits, so that a target that holds less, later, is known to have lost it although
+ * nothing else outlived a power loss.  0: nothing, or all is sent again. */
+void vrep_map_acknowledge(struct vrep_map *map, uint64_t durable);
+/* Of this process, or of the checkpoint that was loaded. */
+uint64_t vrep_map_acknowledged(const struct vrep_map *map);
 /* Moves everything that generations hold to unshipped (lost ring or spill, power loss). */
 void vrep_map_generations_to_unshipped(struct vrep_map *map);
 /* Restart: in-flight counts to zero; the caller then counts its slots again with vrep_map_count,

@@ -24,6 +24,7 @@ struct vrep_map {
     /* Odd while bits move between bitmaps other than by a sync copy: a copy that is made meanwhile
      * could miss a bit in both, and is made again. */
     uint64_t moves;
+    uint64_t acknowledged; /* see vrep_map_acknowledge */
     bool owner;
     bool marked; /* since the last seal */
     /* Per disk and bitmap, one byte for each page of words that may hold a set bit. */
