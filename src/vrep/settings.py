@@ -62,6 +62,8 @@ class SourceConfig(_Section, frozen=True, kw_only=True):
 
     resync_rate: Size = 0
     """bytes a second that a first sync or resync may read; 0: unlimited"""
+    bandwidth: Size = 0
+    """bytes a second that all groups together may send, first syncs too; 0: unlimited"""
     compression: Annotated[int, Meta(ge=0, le=19)] = 1
     """zstd level of new groups; 0: off"""
     spill_bytes: Size = 10 << 30

@@ -207,6 +207,8 @@ def _protected(
         conditions.append("source-down")
     else:
         conditions.extend(str(c) for c in session["conditions"])
+        if session.get("history_lost"):
+            conditions.append("history-lost")
         if session.get("spill") and session["spill"]["full"]:
             conditions.append("spill-full")
         if not definition.paused:  # what ended the session then was the wish to pause

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -257,3 +258,16 @@ def test_a_stale_spill_does_not_stop_the_next_one(make_pair: Make, rng: random.R
     labels = write_past_the_ring(pair, rng, 2 * RING, "later")
     pair.cable.repair()
     whole(pair, labels, before)
+
+
+def test_a_bandwidth_limit_holds_and_costs_no_history(make_pair: Make, rng: random.Random) -> None:
+    """What the wire carries stays below the limit; the rest waits in ring and spill."""
+    limit = 4 * MIB
+    pair = make_pair(ring_bytes=RING, source_settings=f"bandwidth = {limit}").up()
+    gap, began, before = gaps(pair), time.monotonic(), int(spill(pair)["bytes_sent"])
+    labels = write_past_the_ring(pair, rng, RING)
+    pair.settle()
+    sent = int(spill(pair)["bytes_sent"]) - before
+    assert sent > 20 * MIB
+    assert sent <= limit * (time.monotonic() - began + 1.0)
+    whole(pair, labels, gap)

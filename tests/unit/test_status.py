@@ -327,3 +327,31 @@ def status_of(state: str, conditions: list[str], rpo_ms: int) -> dict[str, Any]:
 )
 def test_verdicts(state: str, conditions: list[str], rpo_ms: int, expected: int) -> None:
     assert verdict(status_of(state, conditions, rpo_ms), StatusConfig())[0] == expected
+
+
+def test_what_a_session_says_of_its_history(rig: Rig) -> None:
+    spill = {
+        "bytes": 5 << 20,
+        "quota_bytes": 1 << 30,
+        "oldest_ns": 0,
+        "full": "",
+        "whole_in_s": 7.5,
+    }
+    full = {**SESSION, "spill": {**spill, "full": "no room"}}
+    for name in ("web", "full", "lost"):
+        rig.add(name)
+    rig.run(
+        {"web": FILTERED, "full": FILTERED, "lost": FILTERED},
+        {
+            "web": {**SESSION, "spill": spill},
+            "full": full,
+            "lost": {**SESSION, "history_lost": True},
+        },
+    )
+    groups = rig.site.status()["groups"]
+    target = groups["web"]["targets"][0]
+    assert (groups["web"]["state"], groups["web"]["conditions"]) == ("spilling", [])
+    assert (target["spill_bytes"], target["whole_in_s"]) == (5 << 20, 7.5)
+    assert target["lag_bytes"] >= 5 << 20
+    assert groups["full"]["conditions"] == ["spill-full"]
+    assert groups["lost"]["conditions"] == ["history-lost"]

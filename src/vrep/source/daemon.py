@@ -17,6 +17,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
+from vrep.source.bandwidth import Bandwidth
 from vrep.source.session import GroupSession
 from vrep.source.spill import Spill
 from vrep.source.spiller import Spiller
@@ -40,6 +41,7 @@ class Source:
     ) -> None:
         self._paths = paths
         self._config = config or SourceConfig()
+        self._bandwidth = Bandwidth(self._config.bandwidth)
         self._groups = GroupDirectory(paths.root)
         self._identity = SiteIdentity.load(paths.root)
         self._peers = PeerRegistry(paths.root)
@@ -107,6 +109,7 @@ class Source:
             ControlClient(self._paths.socket("filter")),
             timeouts=self._timeouts,
             spiller=self._spiller(name),
+            bandwidth=self._bandwidth,
         )
         session.start()
         return session

@@ -37,6 +37,7 @@ from vrep.keys.datakey import DataKey, inspect_wrapped, unwrap_data_key
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
+from vrep.source.bandwidth import Bandwidth
 from vrep.source.feed import Feed
 from vrep.source.ship import Shipper
 from vrep.source.spill import SpillKeys
@@ -86,6 +87,8 @@ class SessionView:
     conditions: list[str] = field(default_factory=list)
     round_trip_s: float | None = None
     attempts: int = 0
+    history_lost: bool = False
+    """the target lost what it had acknowledged, and does not hold it again yet"""
     spill: dict[str, Any] = field(default_factory=dict)
     """empty without one; see `GroupSession._show_spill`"""
 
@@ -141,6 +144,7 @@ class GroupSession:
         clock: Clock | None = None,
         connect_peer: Connect = connect,
         spiller: Spiller | None = None,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
         self.name = name
         self.view = SessionView()
@@ -155,6 +159,7 @@ class GroupSession:
         self._stopping = threading.Event()
         self._nudge = threading.Event()
         self._spiller = spiller
+        self._bandwidth = bandwidth
         self._hold: RingHold | None = None
         self._feed: Feed | None = None
         self._catching_up = Progress()
@@ -493,6 +498,7 @@ class GroupSession:
                 acknowledged=acknowledged,
             )
             # In this order: cut off between the two, the next attempt finds the loss again.
+            self.view.history_lost = True
             hold.resync_all()
             self._lose_ring(hold, feed)
         elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
@@ -543,7 +549,7 @@ class GroupSession:
             ),
             CHANNEL,
         )
-        shipper = Shipper(feed, sealer, transport, CHANNEL, self._clock)
+        shipper = Shipper(feed, sealer, transport, CHANNEL, self._clock, self._bandwidth)
         shipper.open_stream(self._stream(definition, data_key))
         self._acknowledged(feed, durable, durable)
         self.view.durable_seq = self.view.received_seq = durable
@@ -645,6 +651,7 @@ class GroupSession:
                 if not hold.alive():
                     raise StateError("the filter restarted")
                 status = hold.status()
+                self.view.history_lost = self.view.history_lost and bool(status["gap"])
                 self._show_spill(status)
                 transport.post(self._report(status), CHANNEL)
 

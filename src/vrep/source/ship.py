@@ -12,6 +12,7 @@ from typing import Final
 
 from vrep._core.seal import Sealer
 from vrep.errors import FullError, StateError
+from vrep.source.bandwidth import Bandwidth
 from vrep.source.feed import Feed
 from vrep.wire.frames import PAYLOAD_BYTES_MAX
 from vrep.wire.stream import Clock
@@ -39,12 +40,14 @@ class Shipper:
         transport: FrameTransport,
         channel: int,
         clock: Clock,
+        bandwidth: Bandwidth | None = None,
     ) -> None:
         self._feed = feed
         self._sealer = sealer
         self._transport = transport
         self._channel = channel
         self._clock = clock
+        self._bandwidth = bandwidth or Bandwidth(0)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._credit = threading.Condition()
         self._stopping = False
@@ -100,10 +103,23 @@ class Shipper:
         at = 0
         while at < length:
             count = min(length - at, PAYLOAD_BYTES_MAX, self._wait_credit())
+            count = self._wait_turn(count)
             more = at + count < length
             self._transport.send_data(self._channel, [self._buffer[at : at + count]], more=more)
             at += count
             self.bytes_sent += count
+
+    def _wait_turn(self, count: int) -> int:
+        """How many of these bytes may go now, once they may."""
+        count = self._bandwidth.turn_bytes(count)
+        deadline = self._clock.monotonic() + self._bandwidth.take(count)
+        with self._credit:
+            while not self._stopping:
+                left_s = deadline - self._clock.monotonic()
+                if left_s <= 0:
+                    return count
+                self._credit.wait(left_s)
+        raise StateError("shipping was stopped")
 
     def _wait_credit(self) -> int:
         with self._credit:
