@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,7 +85,8 @@ class Network:
 
     def close(self) -> None:
         for name in self._names.values():
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            with contextlib.suppress(FileNotFoundError):  # no ip, no namespaces
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 @dataclass
