@@ -231,6 +231,7 @@ def run_e2fsck(view: ViewInfo, found: Sequence[FileSystem], limit_s: float) -> l
 def _e2fsck(each: FileSystem, path: Path, limit_s: float) -> Check:
     where = f"{path}?offset={each.offset}" if each.offset else str(path)
     status, replay = _run(["e2fsck", "-p", where], limit_s)
+    replay = replay.replace(where, each.label)
     if status is None:
         return Check("e2fsck", each.label, "bad", f"it did not end within {limit_s:g} s")
     # 1 says that something was changed, which a replay is.
@@ -241,6 +242,7 @@ def _e2fsck(each: FileSystem, path: Path, limit_s: float) -> Check:
             "e2fsck", each.label, "bad", f"after a crash it needs more than a mount: {text}"
         )
     status, output = _run(["e2fsck", "-f", "-n", where], limit_s)
+    output = output.replace(where, each.label)
     if status is None:
         return Check("e2fsck", each.label, "bad", f"it did not end within {limit_s:g} s")
     if status:

@@ -103,6 +103,7 @@ class _Store:
 
     damages: list[Damage] = field(default_factory=list)
     objects: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
     records: int = 0
     tallies: int = 0
     tallied_to: str = ""
@@ -221,6 +222,10 @@ class _Verification:
         else:
             store.records, store.tallies = verdict.records, verdict.tallies
             store.tallied_to = verdict.tallied_to
+        active = [n for n in reader.numbers() if n == manifest.active_segment]
+        store.bytes = int(manifest.segments["file_bytes"].sum()) + sum(
+            len(reader.segment(number)) for number in active
+        )
         count, damaged = check_manifests(directory, reader.group_id)
         store.objects["manifests"] = count
         store.objects["segments"] = store.objects["indexes"] = len(reader.numbers())
@@ -371,7 +376,7 @@ class _Verification:
             objects=store.objects,
             records=store.records,
             tallies=store.tallies,
-            bytes=int(manifest.segments["file_bytes"].sum()),
+            bytes=store.bytes,
             key_held=self._access is not None,
             note=self._note,
             seconds=round(time.monotonic() - self._began, 3),
