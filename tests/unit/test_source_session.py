@@ -20,6 +20,7 @@ from vrep.paths import SitePaths
 from vrep.settings import load_config
 from vrep.source import daemon, session
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
+from vrep.wire import messages as m
 from vrep.wire.peers import PeerRegistry
 
 WAIT_S = 20.0
@@ -285,3 +286,58 @@ def test_a_group_that_is_gone_is_not_made_again_by_a_change(paths: SitePaths) ->
     with pytest.raises(NotFoundError):
         groups.update("other", paused=True)
     assert list(groups.names()) == []
+
+
+# ---- wrapped keys ----------------------------------------------------------------------
+
+
+def test_the_keys_that_were_sent_are_noted_and_no_others(
+    paths: SitePaths, done: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are replaced while the target is asked, which also gives a newer epoch: what it holds
+    then is what it was sent. The session asks again at once, with the new ones."""
+    groups = GroupDirectory(paths.root)
+    groups.update("web", wrapped_keys=("old",))
+    old = groups.load("web").keys_digest
+    sent: list[tuple[str, ...]] = []
+    noted: list[str] = []
+    replicated = threading.Event()
+
+    def opened(_self: Any, _link: Any, _hold: Any, one: GroupDefinition) -> Any:
+        sent.append(one.wrapped_keys)
+        if len(sent) == 1:
+            groups.update("web", wrapped_keys=("new",))
+        return mock.Mock(epoch=m.EpochInfo(counter=2, id=b"\x44" * 16))
+
+    def replicate(self: GroupSession, *_args: Any) -> None:
+        noted.append(groups.load("web").keys_at_target)
+        replicated.set()
+        self._stopping.wait(WAIT_S)
+
+    note = GroupSession._note_keys
+
+    def noting(self: GroupSession, one: GroupDefinition) -> None:
+        note(self, one)
+        noted.append(groups.load("web").keys_at_target)
+
+    monkeypatch.setattr(PeerRegistry, "get", lambda _peers, _name: mock.Mock())
+    monkeypatch.setattr(session, "RingHold", mock.Mock())
+    monkeypatch.setattr(GroupSession, "_open_key", mock.Mock())
+    monkeypatch.setattr(GroupSession, "_open", opened)
+    monkeypatch.setattr(GroupSession, "_note_keys", noting)
+    monkeypatch.setattr(GroupSession, "_replicate", replicate)
+    one = make_session(paths, connect_peer=Link(done))
+    one.start()
+    wait(replicated.is_set)
+    new = groups.load("web").keys_digest
+    assert sent == [("old",), ("new",)]
+    assert noted == [old, new, new]
+    # Replaced while it replicates: the session ends, to open again.
+    link = one._transport
+    assert isinstance(link, Link)
+    one.reload()
+    assert not link.closed.is_set()
+    groups.update("web", wrapped_keys=("newer",))
+    one.reload()
+    assert link.closed.is_set()
+    one.stop()
