@@ -41,7 +41,7 @@ VERDICT = {
     "damages": [
         {"object": "seg-00000001", "first": "pos:3/0/100", "last": "pos:3/0/102", "text": "byte 9"}
     ],
-    "note": "", "seconds": 0.5,
+    "note": "", "seconds": 0.5, "folded_to": "pos:2/0/90",
 }  # fmt: skip
 WALL = 1_700_000_000_000_000_000
 

@@ -303,7 +303,7 @@ def test_the_keys_that_were_sent_are_noted_and_no_others(
     noted: list[str] = []
     replicated = threading.Event()
 
-    def opened(_self: Any, _link: Any, _hold: Any, one: GroupDefinition) -> Any:
+    def opened(_self: Any, _link: Any, _hold: Any, _feed: Any, one: GroupDefinition) -> Any:
         sent.append(one.wrapped_keys)
         if len(sent) == 1:
             groups.update("web", wrapped_keys=("new",))

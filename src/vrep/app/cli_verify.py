@@ -74,6 +74,8 @@ def report_text(report: VerifyReport) -> str:
         f"{report.group}: {counts}, {report.records} records, {report.tallies} tallies; "
         f"{size_text(report.bytes)} in {report.seconds:.1f} s"
     )
+    if report.folded_to:
+        lines.append(f"what was left out of the history up to {report.folded_to} is not proven")
     if report.note:
         lines.append(report.note)
     return "\n".join(lines)

@@ -185,6 +185,7 @@ def damage_of(error: IntegrityError, manifest: Manifest) -> Damage:
     if named is None:
         return _damage("history", None, None, str(error))
     kind, number = named[1] or "seg", int(named[2] or named[3], 16)
+    name = f"{kind}-{number:08x}"
     segments = manifest.segments
     if kind == "manifest":
         return _damage(named[0], None, None, str(error))
@@ -197,8 +198,10 @@ def damage_of(error: IntegrityError, manifest: Manifest) -> Damage:
         low = high = number
     inside = segments[(segments["segment"] >= low) & (segments["segment"] <= high)]
     if len(inside):
+        if kind == "seg":
+            name = entry_path(Path(), inside[0]).name
         first, last = Position.of(inside[0]["first"]), Position.of(inside[-1]["last"])
-        return _damage(f"{kind}-{number:08x}", first, last, str(error))
+        return _damage(name, first, last, str(error))
     # The segment that is being appended begins behind the last that was closed.
     after = Position.of(segments[-1]["last"]) if len(segments) and kind == "seg" else None
-    return _damage(f"{kind}-{number:08x}", after, None, str(error))
+    return _damage(name, after, None, str(error))

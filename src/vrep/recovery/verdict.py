@@ -124,6 +124,7 @@ class Finding(msgspec.Struct, frozen=True):
     records: int
     tallies: int
     tallied_to: str
+    """pos:EPOCH/LANE/SEQ: covered by a tally that agrees"""
     objects: dict[str, int]
     """how many of each kind were checked"""
     disks: list[RebuiltDisk] = []
@@ -131,6 +132,8 @@ class Finding(msgspec.Struct, frozen=True):
     damages: list[Damage] = []
     note: str = ""
     seconds: float = 0.0
+    folded_to: str = ""
+    """pos:EPOCH/LANE/SEQ: what the target left out of the history up to here is not proven"""
 
 
 @dataclass(frozen=True)
@@ -332,6 +335,8 @@ def _why_void(
     if position.epoch not in known or history_of(manifest, position) != finding.history:
         return "the epochs below the point are not those that were verified"
     line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, (1 << 64) - 1)))
+    if not manifest.keeps(position):
+        return f"what was before {manifest.horizon} was folded away"
     if position.seq > line.get(position.epoch, 0):
         return f"epoch {position.epoch} was given up at this point: it is not in the history"
     if manifest.number < finding.manifest:

@@ -93,6 +93,8 @@ class VerifyReport(msgspec.Struct, frozen=True):
     bytes: int
     """of the store, all read"""
     key_held: bool
+    folded_to: str
+    """up to here the target has folded, and what it left out there is not proven; empty: nowhere"""
     note: str
     seconds: float
 
@@ -107,6 +109,7 @@ class _Store:
     records: int = 0
     tallies: int = 0
     tallied_to: str = ""
+    folded_to: str = ""
 
 
 def verify(
@@ -221,7 +224,7 @@ class _Verification:
             store.damages += found or [damage_of(error, manifest)]
         else:
             store.records, store.tallies = verdict.records, verdict.tallies
-            store.tallied_to = verdict.tallied_to
+            store.tallied_to, store.folded_to = verdict.tallied_to, verdict.folded_to
         active = [n for n in reader.numbers() if n == manifest.active_segment]
         store.bytes = int(manifest.segments["file_bytes"].sum()) + sum(
             len(reader.segment(number)) for number in active
@@ -355,6 +358,7 @@ class _Verification:
             damages=store.damages + (damages or []),
             note=self._note,
             seconds=round(time.monotonic() - self._began, 3),
+            folded_to=store.folded_to,
         )
         return SignedVerdict(
             manifest.group_id, manifest.store_id, position, time.time_ns(), finding
@@ -378,6 +382,7 @@ class _Verification:
             tallies=store.tallies,
             bytes=store.bytes,
             key_held=self._access is not None,
+            folded_to=store.folded_to,
             note=self._note,
             seconds=round(time.monotonic() - self._began, 3),
         )
