@@ -72,6 +72,7 @@ struct vrep_disk_info {
 #define VREP_DISK_DIRECT 1u
 #define VREP_DISK_READ_ONLY 2u
 #define VREP_DISK_NO_LOCK 4u
+#define VREP_DISK_HANDOVER 8u /* holds its locks beside those of who writes now; asks nobody */
 /* uri: "file:PATH" or "block:PATH"; any other scheme is UNSUPPORTED.  Takes the locks that QEMU
  * takes on an image (OFD byte locks: permissions at 100, what it does not share at 200), so that a
  * VM started past the filter and vrep refuse each other: LOCKED.  A size that is no multiple of 512
@@ -79,6 +80,13 @@ struct vrep_disk_info {
 int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
                    struct vrep_disk **out);
 void vrep_disk_close(struct vrep_disk *disk);
+/* Takes the locks of an open disk, if nobody holds what they exclude: else LOCKED, and it holds
+ * what it held before.  A disk that has them (HANDOVER) only asks. */
+int vrep_disk_lock(struct vrep_disk *disk);
+/* Whether another holds what they exclude; takes nothing. */
+bool vrep_disk_locked(struct vrep_disk *disk);
+/* Lets go of them: whoever wants the image may have it. */
+int vrep_disk_unlock(struct vrep_disk *disk);
 int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out);
 /* Re-reads the size (resize); stamps too. */
 int vrep_disk_refresh(struct vrep_disk *disk);

@@ -17,6 +17,7 @@ struct vrep_disk {
     int *sync_fd;
     uint32_t sync_fds;
     bool direct, block_device, read_only, zero_cheap;
+    bool locks; /* its lock bytes are held */
     uint32_t align_bytes, block_bytes;
     uint64_t bytes;
     uint64_t device, inode, mtime_ns, ctime_ns;
@@ -28,6 +29,8 @@ struct vrep_disk {
 /* raw.c: runs the whole request with blocking calls on thread `number` of the pool; sets status and
  * os_error. */
 void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bounce_bytes);
+/* lock.c: holds its lock bytes whoever else does. */
+int vrep_disk_hold_locks(struct vrep_disk *disk);
 /* overlay.c */
 void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 void vrep_overlay_free(struct vrep_disk *disk);

@@ -30,14 +30,6 @@
 #define ALIGN_DEFAULT 4096u /* where nobody tells: enough for every filesystem */
 #define ALIGN_MAX (64u << 10)
 
-/* QEMU's image locks (its docs/system, "image locking"): a byte for each permission held, at
- * 100 + n, and for each permission not shared with others, at 200 + n. */
-#define LOCK_HELD 100
-#define LOCK_UNSHARED 200
-#define PERM_READ 0
-#define PERM_WRITE 1
-#define PERM_RESIZE 3
-
 uint64_t vrep_iov_bytes(const struct iovec *iov, int iovcnt)
 {
     uint64_t bytes = 0;
@@ -70,44 +62,6 @@ static uint64_t now_ns(void)
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-/* ---- locks ----------------------------------------------------------------- */
-
-static int lock_byte(int fd, int at)
-{
-    struct flock lock = {.l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
-    return fcntl(fd, F_OFD_SETLK, &lock) == 0 ? 0 : errno;
-}
-
-/* EAGAIN when another process holds the byte. */
-static int probe_byte(int fd, int at)
-{
-    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
-    if (fcntl(fd, F_OFD_GETLK, &lock) != 0)
-        return errno;
-    return lock.l_type == F_UNLCK ? 0 : EAGAIN;
-}
-
-/* First every byte is taken, then the others' bytes are looked at: of two that do so at once, at
- * least one sees the other. */
-static int lock_image(int fd, bool read_only)
-{
-    static const int held[] = {PERM_READ, PERM_WRITE, PERM_RESIZE};
-    static const int unshared[] = {PERM_WRITE, PERM_RESIZE};
-    size_t held_count = read_only ? 1 : 3;
-    int error = 0;
-    for (size_t i = 0; error == 0 && i < held_count; i++)
-        error = lock_byte(fd, LOCK_HELD + held[i]);
-    for (size_t i = 0; error == 0 && i < 2; i++)
-        error = lock_byte(fd, LOCK_UNSHARED + unshared[i]);
-    for (size_t i = 0; error == 0 && i < held_count; i++)
-        error = probe_byte(fd, LOCK_UNSHARED + held[i]);
-    for (size_t i = 0; error == 0 && i < 2; i++)
-        error = probe_byte(fd, LOCK_HELD + unshared[i]);
-    if (error == EAGAIN || error == EACCES)
-        return VREP_E_LOCKED;
-    return error == 0 ? VREP_OK : vrep_status_from_errno(error);
 }
 
 /* ---- open and facts ---------------------------------------------------------- */
@@ -293,8 +247,11 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
         status = vrep_status_from_errno(errno);
     if (status == VREP_OK && !(block ? S_ISBLK(st.st_mode) : S_ISREG(st.st_mode)))
         status = VREP_E_INVALID;
-    if (status == VREP_OK && (flags & VREP_DISK_NO_LOCK) == 0)
-        status = lock_image(disk->fd, disk->read_only);
+    if (status == VREP_OK && (flags & VREP_DISK_HANDOVER) != 0) {
+        status = vrep_disk_hold_locks(disk);
+    } else if (status == VREP_OK && (flags & VREP_DISK_NO_LOCK) == 0) {
+        status = vrep_disk_lock(disk);
+    }
     if (status == VREP_OK)
         status = vrep_disk_refresh(disk);
     if (status == VREP_OK)

@@ -258,6 +258,11 @@ int vrep_command_prepare(struct vrep_command *base)
     int status = check_bounds(group, base);
     if (status != VREP_OK)
         return status;
+    /* A flush need not wait: what came before it was not written here, and it syncs that too. */
+    if (base->op != VREP_OP_FLUSH && !vrep_handover_over(group)) {
+        group->wanted = true;
+        return VREP_E_AGAIN;
+    }
     command->at = base->offset;
     command->bytes = base->length;
     if (base->op == VREP_OP_READ || base->op == VREP_OP_FLUSH)

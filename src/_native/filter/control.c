@@ -43,6 +43,8 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
         return VREP_E_INVALID;
     if (vrep_map_gap(group->map))
         return VREP_E_GONE;
+    if (vrep_handover_blind(group))
+        return VREP_E_BUSY;
     if (vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
         return VREP_E_FULL;
     struct vrep_mark mark = {
@@ -139,6 +141,8 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->consumers = group->consumers_count;
     out->oldest_ns = oldest_ns(group);
     out->resync_allowed = group->resync_allowed;
+    out->handover = group->handover;
+    out->handover_waiting = group->handover == VREP_HANDOVER_IN && group->wanted;
     return VREP_OK;
 }
 

@@ -34,7 +34,7 @@ static int check_config(const struct vrep_group_config *config)
                    ? VREP_E_INVALID
                    : VREP_OK;
     if ((config->flags & VREP_GROUP_TAP) == 0)
-        return VREP_OK;
+        return (config->flags & VREP_GROUP_HANDOVER) == 0 ? VREP_OK : VREP_E_INVALID;
     uint32_t bit = config->bit_bytes;
     if (config->shm_dir == NULL || config->state_dir == NULL || bit < VREP_CHUNK_BYTES ||
         (bit & (bit - 1)) != 0 || bit > COPY_BYTES_MAX ||
@@ -60,6 +60,8 @@ static int open_disk(struct vrep_group *group, uint32_t index, const struct vrep
         uint32_t flags = (group->config.flags & VREP_GROUP_DIRECT) != 0 ? VREP_DISK_DIRECT : 0;
         if ((group->config.flags & VREP_GROUP_READ_ONLY) != 0)
             flags |= VREP_DISK_READ_ONLY;
+        if (group->handover == VREP_HANDOVER_IN)
+            flags |= VREP_DISK_HANDOVER;
         status = vrep_disk_open(group->engine, from->uri, flags, &disk->disk);
     }
     if (status != VREP_OK) {
@@ -153,6 +155,12 @@ static int open_all(struct vrep_group *group)
     group->cool_io = calloc(group->disks_count + 1, sizeof *group->cool_io);
     if (status == VREP_OK && group->cool_io == NULL)
         status = VREP_E_NOMEM;
+    /* A disk that nobody has open has nobody to hand it over; that of another VM, perhaps. */
+    for (uint32_t i = 0;
+         group->handover == VREP_HANDOVER_IN && status == VREP_OK && i < group->disks_count; i++) {
+        status = vrep_disk_lock(group->disks[i].disk);
+        status = status == VREP_OK ? VREP_E_GONE : status == VREP_E_LOCKED ? VREP_OK : status;
+    }
     if (status != VREP_OK)
         return status;
     vrep_chain_build(group);
@@ -182,6 +190,8 @@ int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **
         return VREP_E_NOMEM;
     group->config = *config;
     group->tap = (config->flags & VREP_GROUP_TAP) != 0;
+    if ((config->flags & VREP_GROUP_HANDOVER) != 0)
+        group->handover = VREP_HANDOVER_IN;
     if (group->config.private_bytes < VREP_WRITE_BYTES_MAX)
         group->config.private_bytes =
             config->private_bytes == 0 ? PRIVATE_BYTES_DEFAULT : VREP_WRITE_BYTES_MAX;
@@ -271,6 +281,7 @@ void vrep_group_poll(struct vrep_group *group)
     if (group->tap) {
         vrep_consumers_poll(group);
         vrep_maintain(group);
+        vrep_handover_poll(group);
         vrep_sync_pump(group);
         vrep_consumers_notify(group);
     }
@@ -285,6 +296,9 @@ int vrep_group_timeout_ms(const struct vrep_group *group)
     if (!group->tap)
         return -1;
     int timers = vrep_maintain_timeout_ms(group), sync = vrep_sync_timeout_ms(group);
+    int handover = vrep_handover_timeout_ms(group);
+    if (handover >= 0 && handover < timers)
+        timers = handover;
     return sync >= 0 && sync < timers ? sync : timers;
 }
 

@@ -27,6 +27,8 @@ struct vrep_group_disk {
 #define VREP_GROUP_READ_ONLY 2u
 #define VREP_GROUP_DIRECT 4u /* O_DIRECT backing */
 #define VREP_GROUP_BYPASS 8u /* no tap: in the place of a filter that cannot start */
+/* A running VM still writes the disks, and is about to switch to this group: see "hand-over". */
+#define VREP_GROUP_HANDOVER 16u
 struct vrep_group_config {
     uint8_t group_id[16];
     uint8_t target_id[16];
@@ -51,7 +53,8 @@ struct vrep_group_config {
 /* Opens disks and locks; decides from durable state, stamps, ring and map what happened since
  * (clean, process kill, power loss, written past the filter); replays the in-flight table; ready to
  * serve when it returns. LOCKED, NOT_FOUND, INVALID (size changed under clean state is
- * `unverified`, not an error), IO, CORRUPT, VERSION. */
+ * `unverified`, not an error), IO, CORRUPT, VERSION; GONE: a hand-over of a disk that nobody has
+ * open. */
 int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **out);
 /* Drains what is in flight; clean also stores stamps and a clean checkpoint. */
 void vrep_group_close(struct vrep_group *group, bool clean);
@@ -100,6 +103,29 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
 /* The ring cannot be shipped any more from here (lost history at the target): rule 12. */
 int vrep_group_lose_ring(struct vrep_group *group);
 
+/* ---- hand-over: the images pass from a running VM to the filter, and back ---------------------
+ *
+ * In (VREP_GROUP_HANDOVER): the group opens beside the VM that writes its disks, with every block
+ * unshipped, and takes its lock bytes without asking.  Until all that others hold is let go of it
+ * neither starts a command nor copies anything: who sends one waits, for as long as a program that
+ * switches needs from its last write to the disk to its first one here.
+ *
+ * Out: first a durable flag says that the disks may be written past the filter, then the locks go;
+ * commands are served on, nothing is copied, no mark is set and no gap ends.  Once another holds a
+ * disk, a gap begins, and all is unshipped and unverified (VREP_UNVERIFIED_PAST); so it is at the
+ * next open, if the locks were not taken back before. */
+enum vrep_handover {
+    VREP_HANDOVER_NONE,
+    VREP_HANDOVER_IN,      /* waits until the VM lets go */
+    VREP_HANDOVER_LETTING, /* the flag is being stored, copies in flight end */
+    VREP_HANDOVER_OUT,     /* the locks are gone */
+    VREP_HANDOVER_PAST     /* and another has a disk */
+};
+/* Begins to let go; OUT follows.  BUSY in a hand-over. */
+int vrep_group_let_go(struct vrep_group *group);
+/* Takes the locks back, when the VM did not switch after all.  LOCKED: another has a disk. */
+int vrep_group_take_back(struct vrep_group *group);
+
 struct vrep_group_status {
     uint64_t head, released, durable, received, read;
     uint64_t ring_free_bytes, ring_bytes;
@@ -123,6 +149,8 @@ struct vrep_group_status {
     /* A target that holds less lost what blocks that are clean here rely on: everything must become
      * unshipped again (vrep_group_resync with `all`).  0: nothing is relied on. */
     uint64_t acknowledged;
+    uint32_t handover;         /* VREP_HANDOVER_* */
+    uint32_t handover_waiting; /* a command waits for it */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,
@@ -140,6 +168,7 @@ enum vrep_unverified {
     VREP_UNVERIFIED_INTENT,     /* no write-intent or checkpoint after an unclean end */
     VREP_UNVERIFIED_FLUSH,      /* a flush failed */
     VREP_UNVERIFIED_BYPASS,     /* a pass-through wrote what is marked nowhere */
+    VREP_UNVERIFIED_PAST,       /* a VM ran without the filter */
 };
 int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
 /* Any thread, and slow for a large map: the union of generations and unshipped, in bytes. */

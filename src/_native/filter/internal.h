@@ -221,6 +221,8 @@ struct vrep_group {
         bool hole, valid;
     } probe;
 
+    enum vrep_handover handover;
+
     /* views */
     pthread_mutex_t miss_lock; /* guards misses' states, wakes the fetching thread */
     pthread_cond_t miss_wake;  /* a miss was queued */
@@ -329,6 +331,17 @@ void vrep_maintain_seal(struct vrep_group *group);
 bool vrep_maintain_busy(const struct vrep_group *group);
 int vrep_maintain_timeout_ms(const struct vrep_group *group);
 void vrep_state_stamp(struct vrep_group *group);
+
+/* handover.c */
+/* Whether commands may start: tries to end a hand-over that waits for the VM. */
+bool vrep_handover_over(struct vrep_group *group);
+void vrep_handover_poll(struct vrep_group *group);
+int vrep_handover_timeout_ms(const struct vrep_group *group);
+/* While the VM may write past the filter, what the backing holds is not what the order says. */
+static inline bool vrep_handover_blind(const struct vrep_group *group)
+{
+    return group->handover != VREP_HANDOVER_NONE;
+}
 
 /* recover.c */
 /* What a group is found as at open; file names, and what follows from the durable state. */

@@ -8,7 +8,8 @@
  *   closed     gone            CLEAN         the clean checkpoint's bits
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
- *   anything that these do not explain: UNEXPLAINED, everything, with a reason
+ *   anything that these do not explain: UNEXPLAINED, everything, with a reason; so is a state that
+ *   says that a VM may have written past the filter, and a VM that does (a hand-over)
  *
  * After a pass-through (bypass.c) the state is open: KILLED when it marked in the shared memory
  * that is still there, else UNEXPLAINED. */
@@ -158,6 +159,10 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     if (!sizes_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_SIZE;
+    } else if ((group->state.flags & VREP_STATE_PAST) != 0 || group->handover == VREP_HANDOVER_IN) {
+        found->how = VREP_OPENED_UNEXPLAINED;
+        if (found->reason != VREP_UNVERIFIED_FLUSH)
+            found->reason = VREP_UNVERIFIED_PAST;
     } else if (found->bypassed && !found->shared) {
         found->how = VREP_OPENED_UNEXPLAINED;
         if (found->reason != VREP_UNVERIFIED_FLUSH)
@@ -463,8 +468,10 @@ static int store_state(struct vrep_group *group, const struct vrep_finding *foun
     state->epoch = group->config.epoch;
     state->lane = 0;
     state->flags |= VREP_STATE_OPEN;
-    state->flags &=
-        ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED | VREP_STATE_BYPASS | VREP_STATE_BLIND);
+    state->flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED | VREP_STATE_BYPASS |
+                      VREP_STATE_BLIND | VREP_STATE_PAST);
+    if (group->handover == VREP_HANDOVER_IN)
+        state->flags |= VREP_STATE_PAST;
     if (vrep_map_gap(group->map))
         state->flags |= VREP_STATE_GAP;
     if (found->reason != 0)

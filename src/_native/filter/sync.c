@@ -352,6 +352,10 @@ void vrep_sync_pump(struct vrep_group *group)
     group->resync_again = false;
     if (!group->tap || group->closing)
         return;
+    if (vrep_handover_blind(group)) {
+        group->resync_owed = 0;
+        return;
+    }
     if (group->distrust > 0) {
         group->resync_owed = 0;
         if (group->copies_inflight == 0 && !group->forget_job.busy) {

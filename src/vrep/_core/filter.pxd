@@ -42,6 +42,7 @@ cdef extern from "filter/group.h" nogil:
         VREP_GROUP_READ_ONLY
         VREP_GROUP_DIRECT
         VREP_GROUP_BYPASS
+        VREP_GROUP_HANDOVER
     struct vrep_group:
         pass
     struct vrep_map:
@@ -100,6 +101,8 @@ cdef extern from "filter/group.h" nogil:
         uint32_t flush_failed
         uint32_t resync_allowed
         uint64_t acknowledged
+        uint32_t handover
+        uint32_t handover_waiting
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset
@@ -129,6 +132,8 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_mark(vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq)
     int vrep_group_resync(vrep_group *group, bint allowed, uint64_t bytes_per_s, bint all)
     int vrep_group_lose_ring(vrep_group *group)
+    int vrep_group_let_go(vrep_group *group)
+    int vrep_group_take_back(vrep_group *group)
     int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
     uint64_t vrep_group_dirty_bytes(const vrep_group *group)
     int vrep_group_since_begin(vrep_group *group, const char *name)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from typing_extensions import Buffer
 
 MISSES_MAX: int
+HANDOVER: dict[int, str]
 OPENED: dict[int, str]
 ROLES: dict[str, int]
 UNVERIFIED: dict[int, str]
@@ -58,6 +59,8 @@ class GroupStatus(TypedDict):
     flush_failed: bool
     resync_allowed: bool
     acknowledged: int
+    handover: str
+    handover_waiting: bool
 
 class Group:
     def __init__(
@@ -74,6 +77,7 @@ class Group:
         bypass: bool = False,
         read_only: bool = False,
         direct: bool = False,
+        handover: bool = False,
         ring_bytes: int = ...,
         ring_descriptors: int = ...,
         slots: int = 256,
@@ -96,6 +100,8 @@ class Group:
     def consumer_detach(self, role: _Role) -> None: ...
     def lose_ring(self) -> None: ...
     def since(self, name: str, changes: Iterable[Buffer | NDArray[np.void]]) -> None: ...
+    def let_go(self) -> None: ...
+    def take_back(self) -> None: ...
     def misses(self, most: int = ..., timeout: float | None = None) -> list[Miss]: ...
     def fill(self, miss: Miss, data: Buffer | None = None) -> None: ...
     def fail(self, miss: Miss) -> None: ...

@@ -29,7 +29,9 @@ cdef extern from "format/layout.h":
         VREP_CONTROL_TARGET
 
 OPENED = {1: "new", 2: "clean", 3: "killed", 4: "power-loss", 5: "unexplained"}
-UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush", 6: "bypass"}
+UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush",
+              6: "bypass", 7: "past"}
+HANDOVER = {0: "", 1: "in", 2: "letting-go", 3: "out", 4: "past"}
 ROLES = {"observer": VREP_CONTROL_OBSERVER, "target": VREP_CONTROL_TARGET}
 MISSES_MAX = 64
 
@@ -109,6 +111,14 @@ cdef int run_lose(vrep_group *group, void *argument) noexcept nogil:
     return vrep_group_lose_ring(group)
 
 
+cdef int run_let_go(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_let_go(group)
+
+
+cdef int run_take_back(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_take_back(group)
+
+
 cdef uint32_t role_of(object role) except 0:
     try:
         return ROLES[role]
@@ -126,6 +136,7 @@ cdef class Group:
     def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
                   bytes epoch_id=bytes(16), uint32_t epoch=1, shm_dir=None, state_dir=None,
                   bint tap=True, bint bypass=False, bint read_only=False, bint direct=False,
+                  bint handover=False,
                   uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
                   uint32_t slots=256, uint32_t bit_bytes=65536, uint32_t threads=4,
                   uint64_t private_bytes=64 << 20, uint64_t resync_bytes_per_s=0,
@@ -157,7 +168,8 @@ cdef class Group:
             config.epoch = epoch
             config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
                             | (VREP_GROUP_READ_ONLY if read_only else 0)
-                            | (VREP_GROUP_BYPASS if bypass else 0))
+                            | (VREP_GROUP_BYPASS if bypass else 0)
+                            | (VREP_GROUP_HANDOVER if handover else 0))
             config.disks = array
             config.disks_count = <uint32_t>len(disks)
             config.shm_dir = NULL if shm is None else <const char *>shm
@@ -224,10 +236,11 @@ cdef class Group:
             self.leave()
         result = dict(status)
         result["dirty_bytes"] = dirty
-        for flag in ("gap", "flush_failed", "resync_allowed"):
+        for flag in ("gap", "flush_failed", "resync_allowed", "handover_waiting"):
             result[flag] = bool(result[flag])
         result["opened_as"] = OPENED.get(status.opened_as, "")
         result["unverified"] = UNVERIFIED[status.unverified]
+        result["handover"] = HANDOVER[status.handover]
         return result
 
     def mark(self, str label=""):
@@ -305,6 +318,15 @@ cdef class Group:
                 self.call(run_since, &request)
             finally:
                 PyBuffer_Release(&view)
+
+    def let_go(self):
+        """Begin to let go of the disks' locks, for a VM that switches back to its images; the
+        status' ``handover`` becomes ``out``. BusyError in a hand-over."""
+        self.call(run_let_go, NULL)
+
+    def take_back(self):
+        """Take the locks back. LockedError: another has a disk; its ``handover`` is ``past``."""
+        self.call(run_take_back, NULL)
 
     def misses(self, uint32_t most=MISSES_MAX, timeout=None):
         """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""
