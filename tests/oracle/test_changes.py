@@ -191,5 +191,5 @@ def test_damage_is_an_error_and_what_is_not_read_costs_nothing(tmp_path: Path) -
             data[at + number * size] ^= 1
     assert listed() == [(4096 * 9001, 4096)]
     data[at + place * size] ^= 1
-    with pytest.raises(CorruptError):
+    with pytest.raises(CorruptError, match=str(path)):  # which of the indexes
         listed()

@@ -5,7 +5,7 @@ import numpy as np
 from libc.stddef cimport size_t
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 
-from vrep._core.index cimport Handles, Reigns, named, vrep_index, vrep_reign
+from vrep._core.index cimport Handles, Reigns, vrep_index, vrep_reign
 
 cdef extern from "map/changes.h" nogil:
     enum:
@@ -52,7 +52,7 @@ cdef class Changes:
         with nogil:
             status = vrep_changes_new(self.inputs.handles, self.inputs.count, first.reigns,
                                       first.count, second.reigns, second.count, &self.changes)
-        named(status, f"changes in {self.inputs.count} indexes")
+        self.inputs.named(status, f"changes in {self.inputs.count} indexes")
 
     def __dealloc__(self):
         vrep_changes_free(self.changes)
@@ -71,7 +71,7 @@ cdef class Changes:
             with nogil:
                 status = vrep_changes_list(self.changes, disk, offset + done, length - done,
                                            <vrep_changed *>room, cap, &count, &some)
-            named(status, f"disk {disk}, bytes {offset} to {offset + length}")
+            self.inputs.named(status, f"disk {disk}, bytes {offset} to {offset + length}")
             done += some
             if done == length:
                 break

@@ -32,7 +32,10 @@ cdef class Handles:
     cdef const vrep_index **handles
     cdef size_t count
     cdef tuple indexes
+    cdef str damaged
     cdef of_group(self, group_id)
+    # As `named`; of damage it says which of the indexes have it.
+    cdef int named(self, int status, str where) except -1
 
 
 cdef class Reigns:

@@ -22,6 +22,10 @@ from libc.string cimport memcpy
 
 from vrep._core._status cimport check
 
+cdef extern from "base/status.h":
+    enum:
+        VREP_E_CORRUPT
+
 cdef extern from "format/checksum.h":
     void vrep_digest_once(const void *data, size_t length, uint8_t *out)
 
@@ -405,6 +409,21 @@ cdef class Handles:
             if group_id is not None and index.trailer["group_id"] != bytes(group_id):
                 raise InvalidError(f"{index.name} is of another group")
 
+    cdef int named(self, int status, str where) except -1:
+        cdef Index one
+        cdef int found
+        if status == VREP_E_CORRUPT and self.damaged is None:
+            names = []
+            for one in self.indexes:
+                with nogil:
+                    found = vrep_index_verify(one.index)
+                if found < 0:
+                    names.append(one.name)
+            self.damaged = ", ".join(names)
+        if status == VREP_E_CORRUPT and self.damaged:
+            where = f"{where}, index of {self.damaged}"
+        return named(status, where)
+
 
 cdef class Reigns:
     def __cinit__(self, ancestry):
@@ -442,7 +461,7 @@ def merge(indexes, out, uint32_t level):
             with nogil:
                 status = vrep_index_merge(inputs.handles, inputs.count, level, descriptor,
                                           &trailer)
-            named(status, f"merge of {inputs.count} indexes")
+            inputs.named(status, f"merge of {inputs.count} indexes")
             found = trailer_dict(&trailer)
             found["digest"] = trailer_digest(&trailer)
             found["file_bytes"] = os.fstat(fd).st_size
@@ -483,7 +502,7 @@ cdef class ExtentMap:
         with nogil:
             status = vrep_extent_map_new(self.inputs.handles, self.inputs.count, reigns.reigns,
                                          reigns.count, &self.map)
-        named(status, f"extent map of {self.inputs.count} indexes")
+        self.inputs.named(status, f"extent map of {self.inputs.count} indexes")
 
     def __dealloc__(self):
         vrep_extent_map_free(self.map)
@@ -520,7 +539,7 @@ cdef class ExtentMap:
                 status = vrep_extent_map_lookup(self.map, disk, offset + done, length - done,
                                                 <vrep_extent *>room, cap, &count, &some)
             if status < 0:
-                named(status, f"disk {disk}, bytes {offset} to {offset + length}")
+                self.inputs.named(status, f"disk {disk}, bytes {offset} to {offset + length}")
             done += some
             if done == length:
                 break
@@ -537,5 +556,5 @@ cdef class ExtentMap:
         with nogil:
             status = vrep_extent_map_next(self.map, disk, offset, &found)
         if status < 0:
-            named(status, f"disk {disk}, from byte {offset}")
+            self.inputs.named(status, f"disk {disk}, from byte {offset}")
         return found if status > 0 else None

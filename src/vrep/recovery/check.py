@@ -134,7 +134,10 @@ class _Check:
 
     def segment(self, number: int) -> None:
         """Check one segment; the state stands behind it."""
-        block = native.parse_fold(self.reader.segment(number))
+        try:
+            block = native.parse_fold(self.reader.segment(number))
+        except IntegrityError as error:
+            raise type(error)(f"segment {number:08x}, its header: {error.detail}") from None
         if block is not None:
             self._folded(number, block)
             return

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from vrep._core import layout, record
 from vrep._core import segment as native
 from vrep._core.index import ExtentMap, Index, IndexBuilder
-from vrep.errors import CorruptError, NotFoundError, RangeError, StorageError
+from vrep.errors import CorruptError, IntegrityError, NotFoundError, RangeError, StorageError
 from vrep.target import runs
 from vrep.target.manifest import DiskEntry, EpochEntry, Manifest, Position, load_newest
 from vrep.target.segment import (
@@ -397,7 +397,10 @@ class StoreReader:
     def spans(self, number: int) -> Iterator[RecordSpan]:
         """The records of one segment, a span for each commit, verified by their digests."""
         data = self._segment_bytes(number)
-        result, commits = native.scan(data, self.group_id, number, commits=True)
+        try:
+            result, commits = native.scan(data, self.group_id, number, commits=True)
+        except IntegrityError as error:
+            raise type(error)(f"segment {number:08x}: {error.detail}") from None
         if result["end"] != len(data):
             raise CorruptError(
                 f"segment {number:08x} is damaged at byte {result['wrong_at']} of {len(data)}, "
