@@ -17,9 +17,10 @@ from vrep._core import layout
 from vrep._core.index import Index
 from vrep.recovery.changes import list_changes
 from vrep.recovery.export import export
+from vrep.recovery.history import History
 from vrep.recovery.points import list_points
 from vrep.recovery.view import discard, list_views, start_test, view_directories
-from vrep.target.manifest import DiskEntry, load_newest, manifest_path
+from vrep.target.manifest import DiskEntry, Position, load_newest, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.runs import run_path
 
@@ -227,3 +228,30 @@ def test_a_bit_of_each_kind_of_object(lab: Any, tmp_path: Path, rng: random.Rand
         "open segment header",
     }, silent  # fmt: skip
     assert list_points(lab.paths, "web").verdict.whole
+
+
+def test_a_damaged_entry_leads_past_no_record(lab: Any) -> None:
+    """A walk begins where an index says that an older record stands; one that says so of a newer
+    record would pass over what is between: a time would mean an older point than it does."""
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        number = int(reader.manifest.segments[2]["segment"])
+        path = reader.path(number)
+        headers = [one["header"] for span in reader.spans(number) for one in span.found]
+        aside = (layout.KIND_STREAM, layout.KIND_TALLY)
+        positions = [Position.of(h) for h in headers if int(h["kind"]) not in aside]
+        times = [int(h["wall_ns"]) for h in headers if int(h["kind"]) not in aside]
+    index = Index.open(path)
+    entries = index.short_entries
+    last = int(entries["position"].argmax())
+    at = index.trailer["short_at"] + last * layout.INDEX_ENTRY.itemsize
+    at += layout.INDEX_ENTRY.fields["seq"][1]
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write((1).to_bytes(8, "little"))
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        history = History(reader)
+        for position, wall_ns in zip(positions, times, strict=True):
+            assert history.at_time(wall_ns).position == position
+            found = history.locate(position)
+            assert found is not None
+            assert found.position == position

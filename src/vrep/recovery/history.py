@@ -24,6 +24,7 @@ from vrep._core.index import Index
 from vrep.errors import (
     CorruptError,
     GapError,
+    IntegrityError,
     InvalidError,
     PointAmbiguousError,
     PointNotFoundError,
@@ -212,7 +213,17 @@ class History:
         before = (entries["epoch"] < first.epoch) | (
             (entries["epoch"] == first.epoch) & (entries["seq"] <= first.seq)
         )
-        return int(entries["position"][before].max()) if before.any() else 128
+        start = int(entries["position"][before].max()) if before.any() else 128
+        return start if self._stands(segment, start, first) else 128
+
+    def _stands(self, segment: int, at: int, first: Position) -> bool:
+        """Whether a walk may begin at a byte: the entries were not checked, and one that is
+        damaged would lead past records."""
+        try:
+            here = next(_walk(self.reader, segment, at), None)
+        except IntegrityError:
+            return False
+        return here is not None and here.position <= first
 
     def between(self, after: Position, last: Position) -> Iterator[Found]:
         """Records of the line after a position and up to another, in order."""
@@ -361,7 +372,11 @@ class History:
             label = None
             if access is not None:
                 opener = access.opener(event.stream)
-                _wall, label = opener.mark(self.reader.record(event.segment, event.at))
+                try:
+                    _wall, label = opener.mark(self.reader.record(event.segment, event.at))
+                except IntegrityError as error:
+                    where = f"segment {event.segment:08x}, byte {event.at}"
+                    raise type(error)(f"{where}, a mark: {error.detail}") from None
             found.append(Mark(event.position, event.wall_ns, label, event))
         return found
 
