@@ -90,6 +90,10 @@ class SitePaths:
         """A short name of this directory, unique on the host."""
         return hashlib.sha256(os.fsencode(self.root)).hexdigest()[:12]
 
+    def spill(self, group: str, base: str = "") -> Path:
+        """Where a group's source keeps what its ring cannot; `base` is `source.spill_dir`."""
+        return Path(base) / self.tag / group if base else self.groups / group / "spill"
+
     def shm(self, base: str = "/dev/shm") -> Path:
         """Where rings and change maps live: memory that outlives a killed process."""
         return Path(base) / f"vrep-{self.tag}"

@@ -258,6 +258,8 @@ class Site:
             self._wait_gone(group)
         shutil.rmtree(self.groups.path(group))
         shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
+        spill = self.paths.spill(group, self.config.source.spill_dir)
+        shutil.rmtree(spill, ignore_errors=True)
         # Last: a session that still ran would take the group back.
         if definition is not None and not delete_history:
             problem = self._tell_target(definition, "group.unprotect", {})

@@ -184,6 +184,19 @@ def test_a_group_that_cannot_be_served_can_be_unprotected(rig: Rig) -> None:
     assert not rig.groups.path("bad").exists()
 
 
+def test_what_was_spilled_elsewhere_ends_with_its_group(rig: Rig, tmp_path: Path) -> None:
+    rig.add("good")
+    rig.add("bad")
+    site = Site(rig.paths.root)
+    site.paths.config.write_text(f'[source]\nspill_dir = "{tmp_path / "elsewhere"}"\n')
+    spills = [site.paths.spill(name, site.config.source.spill_dir) for name in ("good", "bad")]
+    for spill in spills:
+        spill.mkdir(parents=True)
+        (spill / "spill-00000001").touch()
+    Site(rig.paths.root).unprotect("bad")
+    assert [spill.exists() for spill in spills] == [True, False]
+
+
 def test_groups_are_served_while_their_directory_cannot_be_read(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,13 +11,14 @@ from unittest import mock
 
 import pytest
 
+from vrep import status
 from vrep.control import ControlClient
 from vrep.errors import ConfigError, FencedError, NotFoundError, StorageError
 from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
-from vrep.settings import load_config
+from vrep.settings import SourceConfig, load_config
 from vrep.source import daemon, session
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
 from vrep.wire import messages as m
@@ -225,6 +226,37 @@ def test_a_session_that_died_is_begun_again(
         source._scan()
         assert source._sessions["web"] is not first
         assert source._sessions["web"].alive
+        spilling = [each for each in threading.enumerate() if each.name == "spill:web"]
+        assert len(spilling) == 1  # that of the first ended with it
+    finally:
+        source.close()
+
+
+def test_what_was_spilled_is_shipped_after_spilling_was_switched_off(paths: SitePaths) -> None:
+    source = daemon.Source(paths, SourceConfig(spill_bytes=0))
+    assert source._spiller("web") == (None, "")
+    directory = paths.spill("web")
+    directory.mkdir()
+    assert source._spiller("web") == (None, "")
+    (directory / "spill-00000001").touch()
+    spiller, problem = source._spiller("web")
+    assert spiller is not None
+    assert (spiller.spill.quota_bytes, problem) == (0, "")
+
+
+def test_a_spill_that_cannot_be_opened_shows(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GroupSession, "_loop", lambda self: self._stopping.wait())
+    (paths.groups / "web" / "spill").write_text("no directory")
+    source = daemon.Source(paths)
+    source.start()
+    try:
+        found = source._status({"group": "web"})["web"]["spill"]
+        assert "spill" in found["full"]
+        assert found["bytes"] == 0
+        shown = status._protected(definition(), "b", None, source._status({})["web"], 0)
+        assert "spill-full" in shown["conditions"]
     finally:
         source.close()
 

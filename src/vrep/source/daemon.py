@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 import structlog
@@ -18,8 +17,8 @@ from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
 from vrep.source.bandwidth import Bandwidth
-from vrep.source.session import GroupSession
-from vrep.source.spill import Spill
+from vrep.source.session import GroupSession, spill_view
+from vrep.source.spill import Spill, is_spilled
 from vrep.source.spiller import Spiller
 from vrep.wire.peers import PeerRegistry
 from vrep.wire.transport import Timeouts
@@ -93,6 +92,7 @@ class Source:
             dead = {name for name, session in self._sessions.items() if not session.alive}
             for name in sorted(dead):
                 log.error("session is begun again", group=name)
+                self._sessions[name].stop()  # what runs beside it
             for name in sorted((names - set(self._sessions)) | dead):
                 self._sessions[name] = self._begin(name)
         for session in gone:
@@ -100,6 +100,7 @@ class Source:
             log.info("group removed", group=session.name)
 
     def _begin(self, name: str) -> GroupSession:
+        spiller, problem = self._spiller(name)
         session = GroupSession(
             name,
             self._groups,
@@ -108,19 +109,22 @@ class Source:
             self._keys,
             ControlClient(self._paths.socket("filter")),
             timeouts=self._timeouts,
-            spiller=self._spiller(name),
+            spiller=spiller,
             bandwidth=self._bandwidth,
         )
+        if problem:
+            session.view.spill = spill_view(self._config.spill_bytes, full=problem)
         session.start()
         return session
 
-    def _spiller(self, name: str) -> Spiller | None:
+    def _spiller(self, name: str) -> tuple[Spiller | None, str]:
+        """The spiller of a group, or why it has none although it should. What was spilled before
+        it was switched off is shipped all the same."""
         config = self._config
-        if not config.spill_bytes:
-            return None
-        base = Path(config.spill_dir) / self._paths.tag if config.spill_dir else None
-        directory = base / name if base else self._groups.path(name) / "spill"
+        directory = self._paths.spill(name, config.spill_dir)
         try:
+            if not config.spill_bytes and not is_spilled(directory):
+                return None, ""
             group_id = bytes.fromhex(self._groups.load(name).group_id)
             spill = Spill(
                 directory,
@@ -130,8 +134,8 @@ class Source:
             )
         except (VrepError, OSError) as error:
             log.error("nothing can be spilled", group=name, error=str(error))
-            return None
-        return Spiller(name, spill)
+            return None, str(error)
+        return Spiller(name, spill), ""
 
     # ---- control -----------------------------------------------------------------
 

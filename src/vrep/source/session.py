@@ -90,7 +90,7 @@ class SessionView:
     history_lost: bool = False
     """the target lost what it had acknowledged, and does not hold it again yet"""
     spill: dict[str, Any] = field(default_factory=dict)
-    """empty without one; see `GroupSession._show_spill`"""
+    """empty without one; see `spill_view`"""
 
     def show_points(self, points: m.MaybePoints) -> None:
         """What the target can recover; nothing when it does not say."""
@@ -101,6 +101,27 @@ class SessionView:
 def _point(point: m.Point) -> dict[str, Any]:
     at = point.position
     return {"point": f"pos:{at.epoch}/{at.lane}/{at.seq}", "wall_ns": point.time_ns}
+
+
+def spill_view(
+    quota_bytes: int,
+    *,
+    held: int = 0,
+    last_seq: int = 0,
+    oldest_ns: int = 0,
+    full: str = "",
+    whole_in_s: float | None = None,
+) -> dict[str, Any]:
+    """What the status says of a spill: bytes held and allowed, its last record, when its oldest
+    was written, why it takes no more, and in how many seconds all is durable."""
+    return {
+        "bytes": held,
+        "quota_bytes": quota_bytes,
+        "last_seq": last_seq,
+        "oldest_ns": oldest_ns,
+        "full": full,
+        "whole_in_s": whole_in_s,
+    }
 
 
 class Progress:
@@ -622,14 +643,14 @@ class GroupSession:
         if status is not None:
             ring = int(status["ring_bytes"]) - int(status["ring_free_bytes"])
             left_s = self._catching_up.left_s(self._clock.monotonic(), held + ring)
-        self.view.spill = {
-            "bytes": held,
-            "quota_bytes": spill.quota_bytes,
-            "last_seq": spill.last if held else 0,
-            "oldest_ns": spill.oldest_ns(durable),
-            "full": spiller.full,
-            "whole_in_s": left_s,
-        }
+        self.view.spill = spill_view(
+            spill.quota_bytes,
+            held=held,
+            last_seq=spill.last if held else 0,
+            oldest_ns=spill.oldest_ns(durable),
+            full=spiller.full,
+            whole_in_s=left_s,
+        )
 
     def _listen(
         self, transport: FrameTransport, hold: RingHold, feed: Feed, shipper: Shipper
@@ -690,4 +711,4 @@ class GroupSession:
         )
 
 
-__all__ = ["GroupSession", "RefusedError", "SessionView"]
+__all__ = ["GroupSession", "RefusedError", "SessionView", "spill_view"]

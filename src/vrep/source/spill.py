@@ -33,7 +33,7 @@ from vrep.durable import make_private_directory, sync_directory
 from vrep.errors import CorruptError, StorageError, StoreFullError, VrepError
 from vrep.keys.datakey import DataKey
 
-__all__ = ["Batch", "Spill", "SpillKeys"]
+__all__ = ["Batch", "Spill", "SpillKeys", "is_spilled"]
 
 SEGMENT_BYTES: Final = 64 << 20
 HEADER_BYTES: Final = layout.SEGMENT_HEADER.itemsize
@@ -417,6 +417,11 @@ class Spill:
 
     def close(self) -> None:
         self._end()
+
+
+def is_spilled(directory: Path) -> bool:
+    """Whether a spill stands there. OSError."""
+    return directory.is_dir() and any(_NAME.fullmatch(path.name) for path in directory.iterdir())
 
 
 def _free_bytes(path: Path) -> int:
