@@ -64,6 +64,12 @@ class UnsupportedError(VrepError):
     exit_code = 12
 
 
+class HypervisorError(VrepError):
+    """The hypervisor refused."""
+
+    exit_code = 13
+
+
 # Names and states
 
 
@@ -113,6 +119,12 @@ class SourceAliveError(StateError):
     """The source site can be reached and its VM runs."""
 
     exit_code = 27
+
+
+class DetachedError(StateError):
+    """The group's VM runs without the filter."""
+
+    exit_code = 28
 
 
 # Recovery

@@ -82,6 +82,8 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parent: ParentPosition = ParentPosition()
     paused: bool = False
     fenced: bool = False
+    detached: bool = False
+    """its VM runs without the filter, which leaves the disks alone"""
     options: GroupOptions = GroupOptions()
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""

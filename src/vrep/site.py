@@ -30,6 +30,8 @@ from vrep.paths import SitePaths
 from vrep.settings import Config, load_config, set_listen
 
 if TYPE_CHECKING:
+    from vrep.hypervisor.attach import Attacher
+    from vrep.hypervisor.attach import Result as AttachResult
     from vrep.keys.identity import SiteIdentity
     from vrep.keys.release import ReleaseEntry
     from vrep.keys.tenant import KeyInfo, TenantKeyring
@@ -306,6 +308,38 @@ class Site:
 
         self.wait_served(group)
         replicating(self, group, timeout_s, progress)
+
+    def attach(
+        self,
+        group: str,
+        vm: str | None = None,
+        *,
+        dry_run: bool = False,
+        reconnect_s: int | None = None,
+    ) -> AttachResult | None:
+        """Put the filter under the disks of a running VM (``qmp:SOCKET``, ``libvirt:NAME``) that
+        this group protects, without a pause that its guest notices; `dry_run` only says how.
+        UnsupportedError: a block graph that is not known, and was left as it is. Without `vm`: a
+        group that was detached is served again, for a VM that is started on its socket."""
+        from vrep.hypervisor.attach import RECONNECT_S
+
+        if vm is None:
+            self.groups.update(group, detached=False)
+            self._tell("filter", "reload")
+            return None
+        return self._attacher(group).attach(
+            vm, dry_run=dry_run, reconnect_s=RECONNECT_S if reconnect_s is None else reconnect_s
+        )
+
+    def detach(self, group: str, *, dry_run: bool = False) -> AttachResult:
+        """Undo `attach`: the VM's disks are as they were, the filter lets them alone, and nothing
+        that is written from then on is replicated. For a VM that is off: the same, without it."""
+        return self._attacher(group).detach(dry_run=dry_run)
+
+    def _attacher(self, group: str) -> Attacher:
+        from vrep.hypervisor.attach import Attacher
+
+        return Attacher(self.groups, self._filter(), group, self.paths.nbd_socket(group))
 
     def checkpoint(self, group: str, label: str, *, wait_s: float = 0.0) -> dict[str, Any]:
         """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every write

@@ -198,11 +198,14 @@ def _protected(
         conditions.append("filter-down")
     elif "error" in filtered:
         bypass = bool(filtered.get("bypass"))
-        conditions.append("bypass" if bypass else "not-served")
+        if bypass or not definition.detached:
+            conditions.append("bypass" if bypass else "not-served")
+            error = str(filtered["error"])
         if bypass and filtered["flush_failed"]:
             conditions.append("flush-failed")
-        error = str(filtered["error"])
         filtered = None
+    if definition.detached:
+        conditions.append("detached")
     if session is None:
         conditions.append("source-down")
     else:
@@ -211,7 +214,7 @@ def _protected(
             conditions.append("history-lost")
         if session.get("spill") and session["spill"]["full"]:
             conditions.append("spill-full")
-        if not definition.paused:  # what ended the session then was the wish to pause
+        if not (definition.paused or definition.detached):  # a wish ended the session then
             error = error or str(session["error"])
     if definition.fenced or (session is not None and session["fenced"]):
         conditions.append("fenced")
@@ -221,6 +224,8 @@ def _protected(
         conditions.append("key-missing")
     if definition.keys_at_target not in ("", definition.keys_digest):
         conditions.append("keys-unsent")
+    if filtered is not None and filtered["handover"]:
+        conditions.append("handing-over")
     if filtered is not None and filtered["flush_failed"]:
         conditions.append("flush-failed")
     return {
@@ -297,6 +302,8 @@ def _state(
 ) -> str:
     if definition.fenced or (session is not None and session["fenced"]):
         return "failed-over"
+    if definition.detached:
+        return "offline"
     if filtered is None:
         return "error"
     if definition.paused:

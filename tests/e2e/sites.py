@@ -264,6 +264,17 @@ class Pair:
             options=self.options,
         )
 
+    def up_beside(self) -> Pair:
+        """All processes run, and a VM has the disks of the group open."""
+        self.start("target")
+        self.join()
+        self.make_key()
+        self.protect()
+        self.start("filter", "source")
+        wait_until("the filter runs", lambda: self._runs("filter"))
+        self.b.key_import(self.exported_key)
+        return self
+
     def up(self, *, settle: bool = True, key_at_b: bool = True) -> Pair:
         """Everything that comes before the first interesting event."""
         self.start("target")

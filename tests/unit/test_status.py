@@ -28,7 +28,7 @@ STORED = bytes.fromhex("33" * 16)
 FILTERED: dict[str, Any] = {
     "head": 9, "durable": 9, "oldest_ns": 0, "ring_bytes": 100, "ring_free_bytes": 100,
     "dirty_bytes": 0, "unshipped_bytes": 0, "total_bytes": 4096, "gap": False, "gap_seq": 0,
-    "unverified": "", "flush_failed": False, "clients": 1, "guest_paused": False,
+    "unverified": "", "flush_failed": False, "clients": 1, "guest_paused": False, "handover": "",
 }  # fmt: skip
 SESSION: dict[str, Any] = {
     "connected": True, "fenced": False, "conditions": [], "error": "", "received_seq": 9,

@@ -13,23 +13,7 @@ app = typer.Typer()
 ANY: Final = {"allow_extra_args": True, "ignore_unknown_options": True}
 Rest = Annotated[list[str] | None, typer.Argument(metavar="...")]
 
-LIVE: Final = (
-    "taking over the disk of a running VM is not built in this release; "
-    "start the VM on the group's NBD socket instead"
-)
 REVERSE: Final = "protection in the opposite direction is not built in this release"
-
-
-@app.command("attach", context_settings=ANY)
-def attach(rest: Rest = None) -> None:
-    """Put the filter under a running VM (not yet)."""
-    raise NotYetError(f"attach: {LIVE}")
-
-
-@app.command("detach", context_settings=ANY)
-def detach(rest: Rest = None) -> None:
-    """Take the filter away from a running VM (not yet)."""
-    raise NotYetError(f"detach: {LIVE}")
 
 
 @app.command("move", context_settings=ANY)

@@ -22,6 +22,8 @@ from vrep._core.serve import Server
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
+    DetachedError,
+    FencedError,
     GapError,
     GoneError,
     InvalidError,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 SCAN_EVERY_S: Final = 1.0
 RETRY_MAX_S: Final = 30.0
+HANDOVER_S: Final = 60.0
 PAUSE_GUEST_MS: Final = 5000
 """commands of a guest that is paused get so long to end"""
 
@@ -59,6 +62,8 @@ class _Hosted:
     """empty: passed through, without a ring"""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
+    handover_until: float = 0.0
+    """a VM that has not switched by then (monotonic) is not waited for"""
 
     def clients(self) -> list[Client]:
         with self.lock:
@@ -120,6 +125,11 @@ class FilterHost:
                 "mark": self._mark,
                 "resync": self._resync,
                 "lose_ring": self._lose_ring,
+                "handover_begin": self._handover_begin,
+                "handover_cancel": self._handover_cancel,
+                "let_go": self._let_go,
+                "take_back": self._take_back,
+                "release": self._release,
                 "stop": self._stop_requested,
             },
         )
@@ -164,6 +174,7 @@ class FilterHost:
                 missing = sorted(names - set(self._hosted))
             for one in gone:
                 self._try_close(one)
+            self._end_late_handovers()
             for name in missing:
                 self._try_open(name)
 
@@ -176,6 +187,10 @@ class FilterHost:
         definition = None
         try:
             definition = self._groups.load(name)
+            if definition.detached:
+                raise DetachedError(
+                    f"{name!r} is detached: its VM runs without the filter; 'vrep attach' ends that"
+                )
             if self._bypass_why:
                 raise StateError(self._bypass_why)
             hosted = self._open(definition)
@@ -185,8 +200,15 @@ class FilterHost:
             pause_s = min(failed.pause_s * 2, RETRY_MAX_S) if failed else 1.0
             news = failed is None or str(failed.error) != str(error)
             if news:
-                log.error("group cannot be served", group=name, error=str(error))
-            passed = definition is not None and self._pass_through(definition, news)
+                level = log.info if isinstance(error, DetachedError) else log.error
+                level("group cannot be served", group=name, error=str(error))
+            if isinstance(error, LockedError):
+                pause_s = 1.0  # asking is cheap, and a VM that was switched may be waiting
+            passed = (
+                definition is not None
+                and not isinstance(error, DetachedError | LockedError)  # another has the disks
+                and self._pass_through(definition, news)
+            )
             # To try again would take the disks away from who uses them: see `_reload`.
             not_before = math.inf if passed else time.monotonic() + pause_s
             with self._lock:
@@ -234,15 +256,20 @@ class FilterHost:
         self._try_close(passed)
         return True
 
-    def _open(self, definition: GroupDefinition) -> _Hosted:
+    def _open(self, definition: GroupDefinition, *, handover: bool = False) -> _Hosted:
         assert self._config is not None
         shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
-        group = self._open_group(definition, shm)
+        group = self._open_group(definition, shm, handover=handover)
         server = None if pauses_guest(definition) else self._serve_or_close(definition, group)
         return _Hosted(definition, group, server, str(shm / "ring"))
 
     def _open_group(
-        self, definition: GroupDefinition, shm: Path | None, *, bypass: bool = False
+        self,
+        definition: GroupDefinition,
+        shm: Path | None,
+        *,
+        bypass: bool = False,
+        handover: bool = False,
     ) -> Group:
         options = definition.options
         disks = [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks]
@@ -265,7 +292,14 @@ class FilterHost:
                 bit_bytes=options.bit_bytes,
                 threads=options.threads,
                 resync_bytes_per_s=options.rate_bytes_per_s,
+                handover=handover,
             )
+        except GoneError:
+            if not handover:
+                raise
+            raise StateError(
+                f"no VM holds the image locks of {uris}: is it running, with locks?"
+            ) from None
         except LockedError:
             raise LockedError(f"a VM, or another filter, has {uris} open") from None
         except StoreFullError as error:
@@ -421,6 +455,81 @@ class FilterHost:
             elif not params["paused"] and hosted.server is None:
                 hosted.server = self._serve(hosted.definition, hosted.group)
                 log.info("guest is served again", group=hosted.definition.name)
+        return {}
+
+    # ---- hand-over -----------------------------------------------------------------
+
+    def _handover_begin(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Open a group beside the VM that has its disks open, for the VM to switch to."""
+        name = str(params["group"])
+        definition = self._groups.load(name)
+        if pauses_guest(definition):
+            raise FencedError(f"another site took {name!r} over")
+        with self._scanning:
+            if self._bypass_why:
+                raise StateError(self._bypass_why)
+            if not self._end_bypass(name):
+                raise BusyError(f"{name!r} is passed through, to somebody who uses it")
+            until = time.monotonic() + HANDOVER_S
+            hosted = self._hosted.get(name)
+            if hosted is not None:
+                if hosted.group.status()["handover"] != "in":
+                    raise BusyError(f"{name!r} is served: no other VM has its disks open")
+                hosted.handover_until = until
+                return {}
+            hosted = self._open(definition, handover=True)
+            hosted.handover_until = until
+            with self._lock:
+                self._failed.pop(name, None)
+                self._hosted[name] = hosted
+        log.info("group waits for its VM", group=name)
+        return {}
+
+    def _handover_cancel(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The VM did not switch: its disks are its own again."""
+        with self._scanning:
+            hosted = self._host(params)
+            if hosted.group.status()["handover"] == "in":
+                self._give_up(hosted)
+        return {}
+
+    def _end_late_handovers(self) -> None:
+        """Called with `_scanning` held. A VM that waits for an answer has switched, and is not
+        left alone: its locks will show that it did."""
+        for hosted in list(self._hosted.values()):
+            if hosted.handover_until and time.monotonic() > hosted.handover_until:
+                status = hosted.group.status()
+                if status["handover"] != "in":
+                    hosted.handover_until = 0.0
+                elif not status["handover_waiting"]:
+                    log.warning("no VM switched to the group", group=hosted.definition.name)
+                    self._give_up(hosted)
+
+    def _give_up(self, hosted: _Hosted) -> None:
+        with self._lock:
+            self._hosted.pop(hosted.definition.name, None)
+        self._try_close(hosted)
+
+    def _let_go(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.let_go()
+        return {}
+
+    def _take_back(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.take_back()
+        return {}
+
+    def _release(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Serve a group no more that was detached; its files say that it is."""
+        name = str(params["group"])
+        if not self._groups.load(name).detached:
+            raise StateError(f"{name!r} is not detached")
+        with self._scanning:
+            hosted = self._hosted.get(name)
+            if hosted is not None:
+                self._give_up(hosted)
+            with self._lock:
+                self._failed.pop(name, None)
+            self._try_open(name)  # it is refused, and the status says why
         return {}
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Running VMs: the filter is put under their disks, and taken away."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import typer
+
+from vrep.app.cli_common import Directory, Group, Json, not_yet, site_of
+from vrep.app.cli_output import emit
+
+if TYPE_CHECKING:
+    from vrep.hypervisor.attach import Result
+
+app = typer.Typer()
+
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the commands for the VM's QEMU; change nothing.")
+]
+MIRROR = (
+    "copying a VM's writes without standing in their way needs a filter that does not write the "
+    "disk itself, which is not built in this release"
+)
+
+
+@app.command("attach")
+def attach(
+    group: Group,
+    vm: Annotated[
+        str | None,
+        typer.Option(
+            "--vm",
+            metavar="VM",
+            help="qmp:SOCKET or libvirt:NAME; without it a detached group is served again.",
+        ),
+    ] = None,
+    dry_run: DryRun = False,
+    reconnect_delay: Annotated[
+        int,
+        typer.Option(
+            "--reconnect-delay",
+            metavar="SECONDS",
+            min=0,
+            max=86400,
+            help="The VM waits so long for a filter that restarts.",
+        ),
+    ] = 60,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Not yet.")] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Put the filter under the disks of a running VM, all in one step. A block graph that has no
+    recipe is refused, and left as it is."""
+    not_yet("--mirror", mirror, MIRROR)
+    result = site_of(directory).attach(group, vm, dry_run=dry_run, reconnect_s=reconnect_delay)
+    if result is None:
+        emit({"group": group, "detached": False}, as_json, f"{group}: served again")
+        return
+    _show(group, result, as_json, f"{group}: attached to {result.vm}")
+
+
+@app.command("detach")
+def detach(
+    group: Group, dry_run: DryRun = False, directory: Directory = None, as_json: Json = False
+) -> None:
+    """Put the disks of an attached VM back as they were. Its history stays; what it writes from
+    then on is not replicated."""
+    result = site_of(directory).detach(group, dry_run=dry_run)
+    _show(group, result, as_json, f"{group}: detached")
+
+
+def _show(group: str, result: Result, as_json: bool, done: str) -> None:
+    answer = {"group": group, **msgspec.to_builtins(result)}
+    lines = []
+    if result.dry_run:
+        for disk in result.disks:
+            lines.append(f"# {disk.name}: {disk.topology}, {disk.below} under {disk.top}")
+        lines += [msgspec.json.encode(command).decode() for command in result.commands]
+    else:
+        took = f" in {result.switch_ms:.1f} ms" if result.switch_ms else ""
+        lines.append(done + took)
+    emit(answer, as_json, "\n".join(lines))
+
+
+__all__ = ["app"]

@@ -1,0 +1,153 @@
+"""A VM's monitor: QMP over a Unix socket, or through libvirt, as `execute`.
+
+Addresses: ``qmp:SOCKET`` and ``libvirt:NAME`` (of the daemon that ``LIBVIRT_DEFAULT_URI`` names,
+else of the system's). Times in seconds. A QMP socket serves one client at a time. A monitor
+belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from vrep import errors
+
+CONNECT_S: Final = 5.0
+EXECUTE_S: Final = 30.0
+SYSTEM_URI: Final = "qemu:///system"
+
+
+class Monitor(Protocol):
+    """What a running QEMU is asked through."""
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """The answer. `HypervisorError`: QEMU refused, and nothing was done. `TimeLimitError`,
+        `UnreachableError`: whether it was done is not known."""
+
+    def close(self) -> None: ...
+
+
+class SocketMonitor:
+    """QMP over the Unix socket of a QEMU (its ``-qmp unix:PATH,server=on,wait=off``)."""
+
+    def __init__(self, path: Path) -> None:
+        from qemu.qmp import QMPClient, QMPError
+
+        self._path = path
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("vrep")
+        self._client.logger.setLevel("CRITICAL")  # what goes wrong is raised
+        try:
+            self._run(self._client.connect(str(path)), CONNECT_S)
+        except (TimeoutError, asyncio.CancelledError):
+            self._loop.close()
+            raise errors.TimeLimitError(
+                f"the monitor {path} does not greet: another program may be connected to it"
+            ) from None
+        except (QMPError, OSError) as error:
+            self._loop.close()
+            raise errors.UnreachableError(f"the monitor {path}: {error}") from None
+
+    def _run(self, work: Coroutine[Any, Any, Any], limit_s: float) -> Any:
+        return self._loop.run_until_complete(asyncio.wait_for(work, limit_s))
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        from qemu.qmp import ExecuteError, QMPError
+
+        given = dict(arguments) if arguments else None
+        try:
+            return self._run(self._client.execute(command, given), EXECUTE_S)
+        except ExecuteError as error:
+            raise errors.HypervisorError(f"{command}: {error}") from None
+        except TimeoutError:
+            raise errors.TimeLimitError(f"{command} at {self._path}") from None
+        except (QMPError, OSError, EOFError) as error:
+            raise errors.UnreachableError(f"{command} at {self._path}: {error}") from None
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        with contextlib.suppress(Exception):  # it is gone either way
+            self._run(self._client.disconnect(), CONNECT_S)
+        self._loop.close()
+
+
+class LibvirtMonitor:
+    """QMP through libvirt, which holds a domain's monitor itself. libvirt marks the domain as
+    tainted (custom-monitor)."""
+
+    def __init__(self, name: str) -> None:
+        self._libvirt, self._qemu = libvirt_modules()
+        self._connection, self._domain = open_domain(name)
+        self._name = name
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        request: dict[str, Any] = {"execute": command}
+        if arguments:
+            request["arguments"] = dict(arguments)
+        try:
+            text = self._qemu.qemuMonitorCommand(self._domain, json.dumps(request), 0)
+        except self._libvirt.libvirtError as error:
+            raise errors.UnreachableError(f"{command} at domain {self._name!r}: {error}") from None
+        answer = json.loads(text)
+        if "error" in answer:
+            raise errors.HypervisorError(f"{command}: {answer['error'].get('desc', answer)}")
+        return answer.get("return")
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def libvirt_modules() -> tuple[Any, Any]:
+    """libvirt-python; UnsupportedError where it is not installed."""
+    try:
+        import libvirt  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        import libvirt_qemu  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError as error:
+        raise errors.UnsupportedError(
+            f"libvirt-python is not installed ({error}): pip install 'vrep[libvirt]'"
+        ) from None
+    libvirt.registerErrorHandler(lambda _context, _error: None, None)  # they are raised as well
+    return libvirt, libvirt_qemu
+
+
+def open_domain(name: str) -> tuple[Any, Any]:
+    """A connection to libvirt and a running domain of it."""
+    libvirt, _ = libvirt_modules()
+    uri = os.environ.get("LIBVIRT_DEFAULT_URI", SYSTEM_URI)
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        raise errors.UnreachableError(f"libvirt at {uri}: {error}") from None
+    try:
+        domain = connection.lookupByName(name)
+        running = bool(domain.isActive())
+    except libvirt.libvirtError as error:
+        connection.close()
+        raise errors.NotFoundError(f"libvirt domain {name!r} at {uri}: {error}") from None
+    if not running:
+        connection.close()
+        raise errors.UnreachableError(f"libvirt domain {name!r} does not run")
+    return connection, domain
+
+
+def check_vm(vm: str) -> str:
+    """The address of a VM, when it is one; a relative socket becomes absolute."""
+    scheme, _, where = vm.partition(":")
+    if not where or scheme not in ("qmp", "libvirt"):
+        raise errors.UsageError(f"the VM {vm!r}: write qmp:SOCKET or libvirt:NAME")
+    return f"qmp:{Path(where).absolute()}" if scheme == "qmp" else vm
+
+
+def open_monitor(vm: str) -> Monitor:
+    """The monitor of a running VM. UnreachableError, NotFoundError: it does not run."""
+    scheme, _, where = check_vm(vm).partition(":")
+    return SocketMonitor(Path(where)) if scheme == "qmp" else LibvirtMonitor(where)
+
+
+__all__ = ["LibvirtMonitor", "Monitor", "SocketMonitor", "check_vm", "open_domain", "open_monitor"]
