@@ -119,6 +119,23 @@ class VerifyConfig(_Section, frozen=True, kw_only=True):
     """of each e2fsck, and of the command"""
 
 
+class QuiesceConfig(_Section, frozen=True, kw_only=True):
+    """`vrep checkpoint --quiesce`."""
+
+    agent: str = ""
+    """guest agent where neither the command nor an attached libvirt domain names one:
+    unix:SOCKET or libvirt:NAME; `{group}` in it stands for the group's name"""
+    limit_s: Annotated[float, Meta(ge=0.1, le=600)] = 10.0
+    """how long a guest may be frozen; Windows thaws by itself after 10 seconds"""
+    before: str = ""
+    """run by the shell before the guest is frozen, with VREP_GROUP and VREP_LABEL; when it fails,
+    nothing is marked"""
+    after: str = ""
+    """the same after the guest was thawed, also when something failed"""
+    hook_limit_s: Seconds = 60.0
+    """of each of these commands"""
+
+
 class StatusConfig(_Section, frozen=True, kw_only=True):
     """When `vrep status --check` and `vrep_verdict` find that a target is too late."""
 
@@ -153,6 +170,7 @@ class Config(_Section, frozen=True, kw_only=True):
     target: TargetConfig = TargetConfig()
     recovery: RecoveryConfig = RecoveryConfig()
     verify: VerifyConfig = VerifyConfig()
+    quiesce: QuiesceConfig = QuiesceConfig()
     status: StatusConfig = StatusConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()

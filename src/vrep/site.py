@@ -18,6 +18,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -341,14 +342,32 @@ class Site:
 
         return Attacher(self.groups, self._filter(), group, self.paths.nbd_socket(group))
 
-    def checkpoint(self, group: str, label: str, *, wait_s: float = 0.0) -> dict[str, Any]:
+    def checkpoint(
+        self,
+        group: str,
+        label: str,
+        *,
+        wait_s: float = 0.0,
+        quiesce: bool = False,
+        agent: str = "",
+    ) -> dict[str, Any]:
         """Name the present instant: {"seq", "wall_ns"} of the mark, ordered after every write
         that was acknowledged before, and whether it is "durable" at the target, which it must
-        be before it can be recovered. With `wait_s` it is, or `TimeLimitError` is raised."""
-        from vrep.recovery.point import check_label
-        from vrep.waits import checkpoint
+        be before it can be recovered. With `wait_s` it is, or `TimeLimitError` is raised.
 
-        return checkpoint(self.groups, self._filter(), group, check_label(label), wait_s)
+        With `quiesce` the guest's file systems are frozen meanwhile, by its guest agent
+        (``unix:SOCKET`` or ``libvirt:NAME``; default: the settings'), between the commands of the
+        settings; it is thawed whatever happens, and an error says that it was not frozen."""
+        from vrep.hypervisor.quiesce import mark_quiesced
+        from vrep.recovery.point import check_label
+        from vrep.waits import durable, mark
+
+        check_label(label)
+        control, make = self._filter(), mark
+        if quiesce:
+            make = partial(mark_quiesced, self.config.quiesce, agent)
+        made = make(self.groups, control, group, label, wait_s)
+        return {**durable(self.groups, control, group, made, wait_s), "quiesced": quiesce}
 
     def nbd_uri(self, group: str, disk: str | None = None) -> str:
         """Where a VM finds a disk of a protected group (default: the first)."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -46,25 +46,46 @@ def replicating(
         time.sleep(ASK_EVERY_S)
 
 
-def checkpoint(
-    groups: GroupDirectory, control: ControlClient, group: str, label: str, wait_s: float
-) -> dict[str, Any]:
-    """Mark the present instant, and wait at most so long until the mark is durable at the
-    target: it is no recovery point before. `control` is the filter's."""
+class Mark(NamedTuple):
+    """A checkpoint that was set."""
+
+    label: str
+    mark: dict[str, Any]
+    gaps: int
+    """that had begun before"""
+
+
+def mark(
+    groups: GroupDirectory,
+    control: ControlClient,
+    group: str,
+    label: str,
+    wait_s: float,
+    limit_s: float | None = None,
+) -> Mark:
+    """Mark the present instant. `control` is the filter's, which has `limit_s` to answer. Refused
+    where `wait_s`, for which it is to be waited for afterwards, would be in vain."""
     if _own(groups, group).paused and wait_s > 0:
         raise errors.StateError(f"{group!r} is paused: nothing becomes durable until it is resumed")
     # A gap that begins behind the mark may take it along, and then a later durable position
     # proves nothing about it.
-    gaps = control.call("status", group=group)["gaps"]
-    mark: dict[str, Any] = control.call("mark", group=group, label=label)
-    name = f"checkpoint {label!r} (position {mark['seq']})"
+    gaps = control.call("status", timeout=limit_s, group=group)["gaps"]
+    return Mark(label, control.call("mark", timeout=limit_s, group=group, label=label), gaps)
+
+
+def durable(
+    groups: GroupDirectory, control: ControlClient, group: str, made: Mark, wait_s: float
+) -> dict[str, Any]:
+    """Wait at most so long until a mark is durable at the target: it is no recovery point
+    before."""
+    name = f"checkpoint {made.label!r} (position {made.mark['seq']})"
     deadline = time.monotonic() + wait_s
     while True:
         status = control.call("status", group=group)
-        durable = status["durable"] >= mark["seq"] and status["gaps"] == gaps
+        durable = status["durable"] >= made.mark["seq"] and status["gaps"] == made.gaps
         if durable or wait_s <= 0:
-            return {**mark, "durable": durable}
-        if status["gaps"] != gaps:
+            return {**made.mark, "durable": durable}
+        if status["gaps"] != made.gaps:
             raise errors.GapError(
                 f"a gap began before {name} was known to be durable: 'vrep points' at the target "
                 "shows whether it is there"
@@ -88,4 +109,4 @@ def _own(groups: GroupDirectory, group: str) -> GroupDefinition:
     return definition
 
 
-__all__ = ["checkpoint", "replicating"]
+__all__ = ["Mark", "durable", "mark", "replicating"]

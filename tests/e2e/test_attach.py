@@ -33,7 +33,9 @@ def blockdev(**options: Any) -> list[str]:
 def raw_over_file(image: Path, device: str) -> list[str]:
     """Topology `format`, as `-blockdev` builds it by hand."""
     return [
-        *blockdev(driver="file", **{"node-name": "image-file"}, filename=str(image), discard="unmap"),
+        *blockdev(
+            driver="file", **{"node-name": "image-file"}, filename=str(image), discard="unmap"
+        ),
         *blockdev(driver="raw", **{"node-name": "araw"}, file="image-file", discard="unmap"),
         *shlex.split(device),
     ]
@@ -130,7 +132,7 @@ def test_no_write_is_missed_at_the_start_of_an_attach_under_load(
         uri = vm.export(node, "load")
         writers = [Writer(uri, i * BLOCKS // 4, BLOCKS // 4, i + 1) for i in range(4)]
         before = vm.graph()
-        for _round in range(3):
+        for _round in range(2):
             for writer in writers:
                 writer.goes_on()
                 writer.latest_ms = 0.0
@@ -143,7 +145,7 @@ def test_no_write_is_missed_at_the_start_of_an_attach_under_load(
             for writer in writers:
                 writer.goes_on()
                 writer.latest_ms = 0.0
-            if _round < 2:
+            if _round == 0:
                 result = pair.a.detach(GROUP)
                 for writer in writers:
                     writer.goes_on()

@@ -51,7 +51,6 @@ LATER = (
     ["move", "web"],
     ["reverse", "web"],
     ["failback", "web"],
-    ["checkpoint", "web", "now", "--quiesce"],
 )
 
 

@@ -75,6 +75,7 @@ def test_a_checkpoint_says_whether_it_is_durable(
     assert cli.run([*line, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "group": "web", "label": "nightly", "seq": SEQ, "wall_ns": 1, "durable": False,
+        "quiesced": False,
     }  # fmt: skip
     rig.answers = [{"durable": SEQ, "gaps": 1}]
     assert cli.run(line) == 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_duration, parse_size, site_of
+from vrep.app.cli_common import Directory, Group, Json, parse_duration, parse_size, site_of
 from vrep.app.cli_output import Progress, emit, time_text
 from vrep.errors import UsageError
 
@@ -225,18 +225,30 @@ def checkpoint(
     wait: Annotated[
         bool, typer.Option("--wait", help="Until it is durable at the target, at most a minute.")
     ] = False,
-    quiesce: Annotated[bool, typer.Option("--quiesce", help="Not yet.")] = False,
+    quiesce: Annotated[
+        bool,
+        typer.Option("--quiesce", help="Freeze the guest's file systems meanwhile, by its agent."),
+    ] = False,
+    agent: Annotated[
+        str,
+        typer.Option(
+            "--agent",
+            metavar="AGENT",
+            help="unix:SOCKET or libvirt:NAME; else the attached domain's, or quiesce.agent.",
+        ),
+    ] = "",
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Name the present instant: after every write that the VM knows to be done. It can be
     recovered once it is durable at the target."""
-    not_yet("--quiesce", quiesce, "freezing the guest's file systems is not built in this release")
     wait_s = CHECKPOINT_WAIT_S if wait else 0.0
-    mark = site_of(directory).checkpoint(group, label, wait_s=wait_s)
+    mark = site_of(directory).checkpoint(group, label, wait_s=wait_s, quiesce=quiesce, agent=agent)
     text = f"{label}: position {mark['seq']}, {time_text(mark['wall_ns'])}"
     if not mark["durable"]:
         text += "; not durable at the target yet"
+    if quiesce:
+        text += "; the guest's file systems were frozen"
     emit({"group": group, "label": label, **mark}, as_json, text)
 
 

@@ -36,6 +36,7 @@ WANTED_MODULES = (
     "scsi_mod",
     "virtio_scsi",
     "virtio_blk",
+    "virtio_console",
     "sd_mod",
     "crc32c_generic",
     "ext4",
