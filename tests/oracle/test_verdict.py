@@ -356,6 +356,30 @@ def test_a_running_site_verifies_by_itself_and_stops_at_once(lab: Any, tmp_path:
     no_view(lab)
 
 
+def test_vrep_run_verifies_on_its_schedule(
+    tmp_path: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab_module, "START_NS", 1)
+    lab = lab_module.Lab(tmp_path / "site", [DiskEntry("root", DISK, 0)], rng, level=0)
+    point = fill(lab, b"x" * 65536)
+    lab.close()
+    lab.paths.config.write_text("[verify]\nevery_h = 0.0003\nsamples = 0\n")
+    command = [sys.executable, "-m", "vrep.app.cli", "run", "--role", "target", "--dir", lab.root]
+    process = subprocess.Popen(command)
+    try:
+        site = rig.site_of(lab)
+        wait(lambda: site.status("web")["groups"]["web"]["verdict"])
+        told = site.status("web")["groups"]["web"]
+        assert (told["verdict"]["state"], told["verdict"]["point"]) == ("good", f"pos:{point}")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+    no_view(lab)
+    assert not alone.under_way(lab.paths)
+
+
 # ---- folds -------------------------------------------------------------------------------------
 
 

@@ -377,3 +377,37 @@ def test_files_are_read_again_although_their_stamps_are_the_same(
     assert list_points(long.paths, "web").verdict.whole
     report = verify(long.paths, "web", options=QUICK)
     assert [d.object for d in report.verdicts[0].damages] == [f"seg-{number:08x}"]
+
+
+def test_what_a_disk_cannot_read_is_named(long: Any) -> None:
+    """A real read that fails, on a FUSE file whose middle is bad, in the place of a segment."""
+    directory = long.paths.store / long.group_id.hex()
+    entry = load_newest(directory, long.group_id).segments[30]
+    path = segment_path(directory, int(entry["segment"]))
+    data = path.with_name("data")
+    path.rename(data)
+    path.touch()
+    script = long.root / "bad.sh"
+    script.write_text(
+        '#!/bin/sh\ncase "$1" in\n'
+        f"get_size) stat -c %s {data} ;;\n"
+        f'pread) if test "$4" -lt 4096 && test "$(($4 + $3))" -gt 1024; then echo EIO >&2; exit 1; '
+        f'fi; dd if={data} iflag=skip_bytes,count_bytes skip="$4" count="$3" 2>/dev/null ;;\n'
+        "*) exit 2 ;;\nesac\n"
+    )
+    script.chmod(0o700)
+    fuse = subprocess.Popen(
+        ["nbdfuse", path, "--command", "nbdkit", "-s", "sh", script], stderr=subprocess.DEVNULL
+    )
+    try:
+        wait(lambda: path.stat().st_size == data.stat().st_size)
+        with pytest.raises(OSError, match="Input/output"):
+            path.read_bytes()
+        report = verify(long.paths, "web", options=QUICK)
+    finally:
+        fuse.terminate()
+        fuse.wait(30)
+    assert report.result == "bad"
+    (damage,) = report.verdicts[0].damages
+    assert (damage.object, damage.first) == (path.name, f"pos:{Position.of(entry['first'])}")
+    assert "cannot be read: Input/output error" in damage.text

@@ -25,9 +25,10 @@ from vrep.target.reader import StoreReader
 from vrep.target.runs import check_file
 from vrep.target.segment import entry_path, run_path, scan_tail, segment_path
 
-__all__ = ["check_manifests", "check_runs", "damage_of", "survey"]
+__all__ = ["ReadFirst", "check_manifests", "check_runs", "damage_of", "survey"]
 
 MERGED_AT_ONCE: Final = 512
+READ_BYTES: Final = 1 << 20
 _NAMED: Final = re.compile(r"(seg|run|manifest)-([0-9a-f]{8,16})|segment ([0-9a-f]{8})")
 _TRAILER_BYTES: Final = layout.INDEX_TRAILER.itemsize
 
@@ -39,6 +40,28 @@ def _damage(name: str, first: Position | None, last: Position | None, text: str)
         last=f"pos:{last}" if last is not None else "",
         text=text[:TEXT_LETTERS_MAX],
     )
+
+
+class ReadFirst(StoreReader):
+    """Reads the file of each segment before it maps it: what a disk cannot read is named. Through
+    a mapping the kernel would kill the process. The check that follows finds it in memory."""
+
+    def _map(self, segment: int) -> memoryview:
+        _read_through(self.path(segment))
+        return super()._map(segment)
+
+
+def _read_through(path: Path) -> None:
+    """Read a whole file."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            room = bytearray(READ_BYTES)
+            while file.readinto(room):
+                continue
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing") from None
+    except OSError as error:
+        raise CorruptError(f"{path}: it cannot be read: {error.strerror or error}") from None
 
 
 def check_manifests(directory: Path, group_id: bytes) -> tuple[int, list[Damage]]:
@@ -83,6 +106,7 @@ def check_runs(reader: StoreReader, scratch: Path) -> tuple[int, list[Damage]]:
 
 def _check_run(reader: StoreReader, entry: Any, path: Path, scratch: Path) -> None:
     check_file(path, int(entry["file_bytes"]))
+    _read_through(path)
     run = Index.open(path, verify=True)
     if run.digest != entry["index_digest"].tobytes():
         raise CorruptError("it is not the one that the manifest names")
@@ -162,6 +186,7 @@ def _text(path: Path, error: Exception) -> str:
 
 def _read_segment(path: Path, group_id: bytes, entry: Any) -> None:
     check_file(path, int(entry["file_bytes"]))
+    _read_through(path)
     index = Index.open(path, verify=True)
     if index.digest != entry["index_digest"].tobytes():
         raise CorruptError("its index is not the one that the manifest names")

@@ -66,7 +66,7 @@ class VerifySchedule:
             for position in book.positions():
                 with contextlib.suppress(FileNotFoundError):
                     times.append(book.path(position).stat().st_mtime)
-            last = max(times)
+            last = max((t for t in times if t <= now), default=0.0)  # a clock may have gone back
             tried = self._tried.get(group_id, float("-inf"))
             if now - last >= self._every_s and now - tried >= min(AGAIN_S, self._every_s):
                 waiting.append((last, group_id))
@@ -75,6 +75,7 @@ class VerifySchedule:
     def run(self, stopping: threading.Event, every_s: float = LOOK_EVERY_S) -> None:
         """Verify what is due, one after another, until told to stop; then what runs is ended, and
         takes its view down."""
+        every_s = min(every_s, max(self._every_s, 1.0))
         while not stopping.wait(every_s):
             try:
                 group_id = self.due()

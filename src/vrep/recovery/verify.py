@@ -36,7 +36,7 @@ from vrep.recovery.fetch import Fetcher
 from vrep.recovery.filesystems import find_file_systems, run_command, run_e2fsck
 from vrep.recovery.held import HeldGroup, find_group
 from vrep.recovery.history import Found, History, resolve
-from vrep.recovery.objects import check_manifests, check_runs, damage_of, survey
+from vrep.recovery.objects import ReadFirst, check_manifests, check_runs, damage_of, survey
 from vrep.recovery.point import kind_of, parse_position
 from vrep.recovery.verdict import (
     Check,
@@ -130,7 +130,7 @@ def verify(
                 discard(view)  # of a verification that died
         work = _Verification(paths, held, options or VerifyOptions(), progress)
         try:
-            reader = StoreReader(paths.store, held.group_id)
+            reader = ReadFirst(paths.store, held.group_id)
         except errors.IntegrityError as error:
             return work.unreadable(at, error)
         with reader:
