@@ -422,7 +422,9 @@ class GroupStore:
             room = self._files.free_bytes(self.directory)
             need = sum(len(batch.buffer) for batch in batches)
             quota = self.manifest.quota_bytes
-            if quota and need and self.used_bytes() + need > quota:
+            if quota and need and self.used_bytes() > quota:
+                # Judged before a commit, whatever it holds: one that is refused is one for which
+                # the window becomes shorter.
                 self._upkeep.wake()
                 raise StoreFullError(f"the group's quota of {quota} bytes is used up")
             if room < need + self.options.reserve_bytes:
