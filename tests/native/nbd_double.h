@@ -225,6 +225,20 @@ uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk)
     return DOUBLE_BYTES >> disk;
 }
 
+/* A double has no base. */
+const char *vrep_group_since_name(const struct vrep_group *group)
+{
+    (void)group;
+    return NULL;
+}
+
+const struct vrep_since *vrep_group_since(const struct vrep_group *group, uint32_t disk)
+{
+    (void)group;
+    (void)disk;
+    return NULL;
+}
+
 struct vrep_map *vrep_group_map(struct vrep_group *group)
 {
     return group->map;
