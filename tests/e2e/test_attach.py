@@ -70,7 +70,7 @@ def proxmox(image: Path) -> list[str]:
 
 
 def libvirt_storage(image: Path) -> list[str]:
-    """As libvirt 9 and newer build a raw disk: the device stands on the storage node."""
+    """As libvirts newer than 9.0 build a raw disk: the device stands on the storage node."""
     return [
         *blockdev(
             driver="file", filename=str(image), **{"node-name": "libvirt-1-storage"},
