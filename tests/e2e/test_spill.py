@@ -81,7 +81,7 @@ def test_no_write_is_missing_after_a_long_cut(make_pair: Make, rng: random.Rando
     pair.cable.cut(down=True)
     labels = write_past_the_ring(pair, rng)
     during = spill(pair)
-    assert during["spill_bytes"] > RING
+    assert during["spill_bytes"] > RING // 4  # sealed; the ring keeps the newest
     assert during["rpo_ms"] > 0
     pair.cable.repair()
     whole(pair, labels, before)
