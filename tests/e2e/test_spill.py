@@ -60,6 +60,10 @@ def write_past_the_ring(
     return labels
 
 
+def free_bytes(pair: Pair) -> int:
+    return int(pair.a.status(GROUP)["groups"][GROUP]["filter"]["ring_free_bytes"])
+
+
 def ring_has_room(pair: Pair) -> bool:
     status = pair.a.status(GROUP)["groups"][GROUP]["filter"]
     return bool(status["ring_free_bytes"] > 0.3 * status["ring_bytes"])
@@ -183,7 +187,12 @@ def test_a_slow_target_makes_it_spill_and_catches_up(make_pair: Make, rng: rando
     pair = make_pair(ring_bytes=RING).up()
     before = gaps(pair)
     pair.cable.bytes_per_s = 2 * MIB
-    labels = write_past_the_ring(pair, rng, 2 * RING)
+    with pair.client() as client:
+        for _ in range(2 * RING // MIB):
+            client.write(rng.randrange(0, client.bytes - MIB, 512), rng.randbytes(MIB))
+            wait_until("the ring has room", lambda: free_bytes(pair) > 3 * MIB, every_s=0.02)
+    pair.a.checkpoint(GROUP, "slow")
+    labels = {"slow": pair.images["root"].read_bytes()}
     status = wait_until(
         "it shows", lambda: pair.status() if pair.status()["state"] == "spilling" else None
     )

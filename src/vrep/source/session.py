@@ -268,6 +268,8 @@ class GroupSession:
                 self._failed(error)
             finally:
                 self.view.connected = False
+                if self._spiller is not None:
+                    self._spiller.connected = False
                 self.view.conditions = []  # of the target, which says nothing now
                 self._drop_hold_unless_alive()
             backoff = BACKOFF_FIRST_S if self._replicated else min(backoff * 2, BACKOFF_MAX_S)
@@ -577,6 +579,8 @@ class GroupSession:
         self.view.conditions = list(opened.conditions)
         self.view.show_points(opened.lanes[0].points)
         self.view.connected, self.view.error = True, ""
+        if self._spiller is not None:
+            self._spiller.connected = True
         hold.resync(True, definition.options.rate_bytes_per_s)
         log.info("replicating", group=self.name, resume_seq=durable, epoch=definition.epoch)
         failure: list[BaseException] = []

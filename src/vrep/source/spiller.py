@@ -24,6 +24,10 @@ from vrep.source.spill import Spill, SpillKeys
 
 __all__ = ["Spiller", "Work"]
 
+HIGH_CONNECTED: Final = 7 / 8
+LOW_CONNECTED: Final = 3 / 4
+"""the same while a target takes records: sealing and syncing them here would slow down the shipping
+that empties the ring"""
 HIGH: Final = 5 / 8
 """of the ring's memory or descriptors; above the half that resync copies leave to the guest"""
 LOW: Final = 1 / 2
@@ -58,6 +62,8 @@ class Spiller:
         self.spill = spill
         self.full = ""
         """why nothing more is spilled; empty: it is not full"""
+        self.connected = False
+        """whether a target takes records"""
         self.draining = False
         """whether the ring is above the level to which it is drained"""
         self.durable = 0
@@ -120,7 +126,8 @@ class Spiller:
             except VrepError as error:  # the filter is gone; whoever attaches again says so
                 log.debug("filter not reached", group=self.group, error=str(error))
                 return
-            self.draining = level >= (LOW if self.draining else HIGH)
+            low, high = (LOW_CONNECTED, HIGH_CONNECTED) if self.connected else (LOW, HIGH)
+            self.draining = level >= (low if self.draining else high)
             if not self.draining:
                 self._look_for_room()
                 return
