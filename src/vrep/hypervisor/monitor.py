@@ -8,18 +8,21 @@ belongs to one thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import structlog
+
 from vrep import errors
 
 CONNECT_S: Final = 5.0
 EXECUTE_S: Final = 30.0
 SYSTEM_URI: Final = "qemu:///system"
+
+log = structlog.get_logger("vrep.hypervisor")
 
 
 class Monitor(Protocol):
@@ -72,9 +75,14 @@ class SocketMonitor:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        with contextlib.suppress(Exception):  # it is gone either way
+        from qemu.qmp import QMPError
+
+        try:
             self._run(self._client.disconnect(), CONNECT_S)
-        self._loop.close()
+        except (QMPError, OSError, EOFError, TimeoutError, asyncio.CancelledError) as error:
+            log.debug("monitor not closed in order", path=str(self._path), error=str(error))
+        finally:
+            self._loop.close()
 
 
 class LibvirtMonitor:

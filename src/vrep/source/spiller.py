@@ -24,13 +24,13 @@ from vrep.source.spill import Spill, SpillKeys
 
 __all__ = ["Spiller", "Work"]
 
-HIGH_CONNECTED: Final = 7 / 8
-LOW_CONNECTED: Final = 3 / 4
-"""the same while a target takes records: sealing and syncing them here would slow down the shipping
-that empties the ring"""
 HIGH: Final = 5 / 8
 """of the ring's memory or descriptors; above the half that resync copies leave to the guest"""
 LOW: Final = 1 / 2
+HIGH_CONNECTED: Final = 7 / 8
+LOW_CONNECTED: Final = 3 / 4
+"""the same while a target takes records: sealing and syncing them here slows down the shipping
+that empties the ring"""
 POLL_S: Final = 0.05
 BATCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
@@ -131,8 +131,7 @@ class Spiller:
             if not self.draining:
                 self._look_for_room()
                 return
-            if not self.spill.last:
-                log.warning("spilling begins: the target is slow or gone", group=self.group)
+            begins = not self.spill.last
             try:
                 self.spill.check_room(BATCH_BYTES)
                 if not self._drain(work):
@@ -141,6 +140,8 @@ class Spiller:
                 self._note_full(error.detail)
                 return
             self.full = ""
+            if begins:
+                log.warning("spilling begins: the target is slow or gone", group=self.group)
 
     @staticmethod
     def _level(work: Work) -> float:
