@@ -257,6 +257,13 @@ static void acknowledged_survives(void)
         CHECK_EQ(rig_status(&rig).acknowledged, known);
         CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
         CHECK_EQ(rig_status(&rig).acknowledged, 0);
+        for (int i = 0; i < 50; i++) { /* until it is stored */
+            usleep(2000);
+            vrep_group_poll(rig.group);
+        }
+        rig_kill(&rig);
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).acknowledged, 0);
         rig_free(&rig);
     }
 }
