@@ -17,7 +17,8 @@ from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
 from vrep.source.bandwidth import Bandwidth
-from vrep.source.session import GroupSession, spill_view
+from vrep.source.session import GroupSession
+from vrep.source.session_view import spill_view
 from vrep.source.spill import Spill, is_spilled
 from vrep.source.spiller import Spiller
 from vrep.wire.peers import PeerRegistry

@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -39,6 +38,7 @@ from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
 from vrep.source.bandwidth import Bandwidth
 from vrep.source.feed import Feed
+from vrep.source.session_view import Backlog, SessionView, spill_view
 from vrep.source.ship import Shipper
 from vrep.source.spill import SpillKeys
 from vrep.source.spiller import Spiller, Work
@@ -68,85 +68,6 @@ class RefusedError(PeerError):
     def __init__(self, code: str, text: str) -> None:
         super().__init__(f"{text} ({code})")
         self.code = code
-
-
-@dataclass
-class SessionView:
-    """What a session shows in the status; replaced field by field, read by any thread."""
-
-    connected: bool = False
-    paused: bool = False
-    fenced: bool = False
-    error: str = ""
-    received_seq: int = 0
-    durable_seq: int = 0
-    oldest_point: dict[str, Any] | None = None
-    newest_point: dict[str, Any] | None = None
-    bytes_sent: int = 0
-    records_sent: int = 0
-    conditions: list[str] = field(default_factory=list)
-    round_trip_s: float | None = None
-    attempts: int = 0
-    history_lost: bool = False
-    """the target lost what it had acknowledged, and does not hold it again yet"""
-    spill: dict[str, Any] = field(default_factory=dict)
-    """empty without one; see `spill_view`"""
-
-    def show_points(self, points: m.MaybePoints) -> None:
-        """What the target can recover; nothing when it does not say."""
-        self.oldest_point = _point(points.oldest) if points else None
-        self.newest_point = _point(points.newest) if points else None
-
-
-def _point(point: m.Point) -> dict[str, Any]:
-    at = point.position
-    return {"point": f"pos:{at.epoch}/{at.lane}/{at.seq}", "wall_ns": point.time_ns}
-
-
-def spill_view(
-    quota_bytes: int,
-    *,
-    held: int = 0,
-    last_seq: int = 0,
-    oldest_ns: int = 0,
-    full: str = "",
-    whole_in_s: float | None = None,
-) -> dict[str, Any]:
-    """What the status says of a spill: bytes held and allowed, its last record, when its oldest
-    was written, why it takes no more, and in how many seconds all is durable."""
-    return {
-        "bytes": held,
-        "quota_bytes": quota_bytes,
-        "last_seq": last_seq,
-        "oldest_ns": oldest_ns,
-        "full": full,
-        "whole_in_s": whole_in_s,
-    }
-
-
-class Progress:
-    """How fast a backlog shrinks, as a mean over some seconds."""
-
-    MEAN_S: Final = 10.0
-
-    def __init__(self) -> None:
-        self._at_s = 0.0
-        self._bytes = 0
-        self._rate: float | None = None
-
-    def left_s(self, now_s: float, backlog_bytes: int) -> float | None:
-        """Seconds until it is empty; None when it does not shrink, or is just being looked at."""
-        passed_s = now_s - self._at_s
-        if self._at_s and 0 < passed_s < self.MEAN_S:
-            rate = (self._bytes - backlog_bytes) / passed_s
-            share = min(1.0, passed_s / self.MEAN_S) if self._rate is not None else 1.0
-            self._rate = rate * share + (self._rate or 0.0) * (1 - share)
-        else:
-            self._rate = None
-        self._at_s, self._bytes = now_s, backlog_bytes
-        if not backlog_bytes:
-            return 0.0
-        return round(backlog_bytes / self._rate, 1) if self._rate and self._rate > 0 else None
 
 
 class GroupSession:
@@ -183,7 +104,7 @@ class GroupSession:
         self._bandwidth = bandwidth
         self._hold: RingHold | None = None
         self._feed: Feed | None = None
-        self._catching_up = Progress()
+        self._catching_up = Backlog()
         self._transport: FrameTransport | None = None
         self._sent_keys: tuple[str, ...] | None = None
         self._replicated = False
@@ -715,4 +636,4 @@ class GroupSession:
         )
 
 
-__all__ = ["GroupSession", "RefusedError", "SessionView", "spill_view"]
+__all__ = ["GroupSession", "RefusedError"]
