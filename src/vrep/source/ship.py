@@ -18,7 +18,7 @@ from vrep.wire.frames import PAYLOAD_BYTES_MAX
 from vrep.wire.stream import Clock
 from vrep.wire.transport import FrameTransport
 
-BATCH_BYTES: Final = 1 << 20
+BATCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 """the largest record sealed: 32 MiB in 256 pieces, their hashes, tags and words"""
 TALLY_BYTES: Final = 256

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
 import structlog
 
 from vrep.control import ControlServer
@@ -26,6 +25,7 @@ from vrep.settings import Config
 from vrep.target.epochs import plain, wire_epoch
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
+from vrep.target.rooms import Rooms
 from vrep.target.session import Session
 from vrep.target.store import StoreOptions
 from vrep.wire import messages as m
@@ -41,11 +41,6 @@ RECEIVE_S: Final = 1.0
 _GROUP: Final = re.compile(r"[0-9a-f]{32}")
 
 log = structlog.get_logger("vrep.target")
-
-
-def _room(_channel: int, length: int) -> memoryview:
-    """Memory for received records; not cleared first."""
-    return np.empty(length, np.uint8).data
 
 
 def _report_of(params: Mapping[str, Any]) -> m.Status:
@@ -106,7 +101,7 @@ class Target:
                 self._serve,
                 advertised_address=self._config.network.advertise or listen,
                 timeouts=self._timeouts,
-                allocate=_room,
+                allocate=Rooms().room,
             )
             self._listener.start()
             log.info("listening", address=self._listener.address)
