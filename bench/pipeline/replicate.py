@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def peer_load(directory: Path, size: int, seconds: float, tuning: int) -> float:
         )
 
 
+def least_pipeline(directory: Path, size: int) -> Callable[[float], float]:
+    """The least pipeline in C, to be loaded for some seconds at a time: writes a second."""
+    server = limits.program("least_pipeline", directory, "-lssl", "-lcrypto", "-lpthread")
+    socket, pem, journal = directory / "l", directory / "least.pem", directory / "least.journal"
+    limits.certificate(pem)
+
+    def load_it(seconds: float) -> float:
+        command = [server, socket, size, directory / "peer.img", journal, pem]
+        with running([str(part) for part in command], socket):
+            found = nbd.fio(socket, rw="randwrite", bs="4k", depth=32, size=size, seconds=seconds)
+        journal.unlink()
+        return float(found["iops"])
+
+    return load_it
+
+
 def best_tuning(directory: Path, size: int) -> int:
     trial = [peer_load(directory, size, 1.0, tuning) for tuning in range(3)]
     return trial.index(max(trial))
@@ -186,10 +203,12 @@ def write_rows(site: Lab, directory: Path, plan: Plan, pages: str) -> tuple[list
     size, name = plan.disk_bytes, f"pipeline, {pages}: 4 KiB random write qd32"
     tuning = best_tuning(directory, size)
     rate = sustained(site, size, plan.burst_s)
-    bursts, peers = [], []
+    bursts, peers, leasts = [], [], []
+    load_least = least_pipeline(directory, size)
     for _ in range(plan.runs):
         bursts.append(burst(site, size, plan.burst_s, rate))
         peers.append(peer_load(directory, size, plan.peer_s, tuning))
+        leasts.append(load_least(plan.burst_s))
     memory = [site.memory()]
     over = threading.Event()
 
@@ -229,6 +248,14 @@ def write_rows(site: Lab, directory: Path, plan: Plan, pages: str) -> tuple[list
             lag_mid_mib=long.lag_mid >> 20,
             lag_end_mib=long.lag_end >> 20,
             drain_s=round(long.drain_s, 2),
+        ),
+        row(
+            name,
+            "IOPS",
+            "least pipeline",
+            [each.iops for each in bursts],
+            leasts,
+            void=void,
         ),
         plain(
             f"pipeline, {pages}: CPU of all stages per 4 KiB write",
