@@ -52,6 +52,18 @@ struct vrep_io {
 
 struct vrep_engine;
 int vrep_engine_create(uint32_t threads, struct vrep_engine **out);
+/* Without threads, for simulators: a request waits until its owner runs it, in whatever order. */
+int vrep_engine_create_stepped(struct vrep_engine **out);
+/* The index-th request that waits, the oldest is 0; NULL past the last, and of an engine that is
+ * not stepped. */
+const struct vrep_io *vrep_engine_waiting(const struct vrep_engine *engine, uint32_t index);
+/* Runs it; `reap` tells. */
+void vrep_engine_step(struct vrep_engine *engine, uint32_t index);
+/* What waits is never run: the machine lost its power. */
+void vrep_engine_forget(struct vrep_engine *engine);
+/* Waits up to timeout_ms (-1: for ever) until something completed, and reaps. A stepped one runs
+ * all that waits. */
+void vrep_engine_wait(struct vrep_engine *engine, int timeout_ms);
 /* Waits for everything in flight. */
 void vrep_engine_destroy(struct vrep_engine *engine);
 int vrep_engine_fd(const struct vrep_engine *engine); /* readable: call reap */

@@ -13,6 +13,7 @@
 #define THREADS_MAX 64u
 #define BOUNCE_BYTES (1u << 20) /* a multiple of every logical block size */
 #define BOUNCE_ALIGN (64u << 10)
+#define STEP_BYTES (64u << 10)
 #define RING_ENTRIES 256u
 #define RING_INFLIGHT_MAX (2 * RING_ENTRIES) /* as many completions have room */
 
@@ -25,6 +26,7 @@ struct vrep_engine {
     pthread_cond_t work;
     struct list queue, done; /* under lock */
     bool stop;
+    bool stepped; /* no threads: `queue` waits for vrep_engine_step */
     int event_fd;
     uint32_t threads, started; /* started: under lock, numbers the threads */
     pthread_t thread[THREADS_MAX];
@@ -98,10 +100,8 @@ static void *worker(void *argument)
     return NULL;
 }
 
-int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
+static int create(struct vrep_engine **out)
 {
-    if (threads == 0 || threads > THREADS_MAX)
-        return VREP_E_INVALID;
     struct vrep_engine *engine = calloc(1, sizeof *engine);
     if (engine == NULL)
         return VREP_E_NOMEM;
@@ -115,6 +115,18 @@ int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
         free(engine);
         return status;
     }
+    *out = engine;
+    return VREP_OK;
+}
+
+int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
+{
+    if (threads == 0 || threads > THREADS_MAX)
+        return VREP_E_INVALID;
+    struct vrep_engine *engine;
+    int status = create(&engine);
+    if (status != VREP_OK)
+        return status;
     /* Without io_uring (an old kernel, a seccomp profile) the pool does its work. */
     if (io_uring_queue_init(RING_ENTRIES, &engine->ring, 0) == 0) {
         engine->ring_ready = true;
@@ -133,16 +145,32 @@ int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
     return VREP_OK;
 }
 
+int vrep_engine_create_stepped(struct vrep_engine **out)
+{
+    int status = create(out);
+    if (status == VREP_OK)
+        (*out)->stepped = true;
+    return status;
+}
+
+void vrep_engine_wait(struct vrep_engine *engine, int timeout_ms)
+{
+    while (engine->stepped && engine->queue.first != NULL)
+        vrep_engine_step(engine, 0);
+    if (!engine->stepped) {
+        struct pollfd event = {.fd = engine->event_fd, .events = POLLIN};
+        (void)poll(&event, 1, timeout_ms); /* a failure, EINTR, only makes the loop turn */
+    }
+    vrep_engine_reap(engine);
+}
+
 void vrep_engine_destroy(struct vrep_engine *engine)
 {
     if (engine == NULL)
         return;
     /* Completions may submit again: until nothing is left. */
-    while (engine->ring_inflight > 0 || engine->pool_inflight > 0) {
-        struct pollfd event = {.fd = engine->event_fd, .events = POLLIN};
-        (void)poll(&event, 1, -1); /* a failure, EINTR, only makes the loop turn */
-        vrep_engine_reap(engine);
-    }
+    while (engine->ring_inflight > 0 || engine->pool_inflight > 0)
+        vrep_engine_wait(engine, -1);
     pthread_mutex_lock(&engine->lock);
     engine->stop = true;
     pthread_cond_broadcast(&engine->work);
@@ -159,7 +187,12 @@ void vrep_engine_destroy(struct vrep_engine *engine)
 
 uint32_t vrep_engine_threads(const struct vrep_engine *engine)
 {
-    return engine->threads;
+    return engine->stepped ? 1 : engine->threads;
+}
+
+bool vrep_engine_is_stepped(const struct vrep_engine *engine)
+{
+    return engine->stepped;
 }
 
 int vrep_engine_fd(const struct vrep_engine *engine)
@@ -175,6 +208,50 @@ void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
     pthread_mutex_unlock(&engine->lock);
     /* Who wakes up finds the lock free. */
     pthread_cond_signal(&engine->work);
+}
+
+/* ---- stepped -------------------------------------------------------------- */
+
+const struct vrep_io *vrep_engine_waiting(const struct vrep_engine *engine, uint32_t index)
+{
+    const struct vrep_io *io = engine->stepped ? engine->queue.first : NULL;
+    while (io != NULL && index-- > 0)
+        io = io->next;
+    return io;
+}
+
+static struct vrep_io *take(struct list *list, uint32_t index)
+{
+    struct vrep_io *before = NULL, *io = list->first;
+    for (; io != NULL && index > 0; index--) {
+        before = io;
+        io = io->next;
+    }
+    if (io == NULL)
+        return NULL;
+    if (before != NULL)
+        before->next = io->next;
+    else
+        list->first = io->next;
+    if (list->last == io)
+        list->last = before;
+    return io;
+}
+
+void vrep_engine_step(struct vrep_engine *engine, uint32_t index)
+{
+    struct vrep_io *io = engine->stepped ? take(&engine->queue, index) : NULL;
+    if (io == NULL)
+        return;
+    static _Thread_local uint8_t bounce[STEP_BYTES] __attribute__((aligned(BOUNCE_ALIGN)));
+    vrep_disk_run(io, 0, bounce, sizeof bounce);
+    list_push(&engine->done, io);
+}
+
+void vrep_engine_forget(struct vrep_engine *engine)
+{
+    while (engine->stepped && list_pop(&engine->queue) != NULL)
+        engine->pool_inflight--;
 }
 
 bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io)

@@ -37,6 +37,7 @@ void vrep_overlay_free(struct vrep_disk *disk);
 /* engine.c */
 void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io);
 uint32_t vrep_engine_threads(const struct vrep_engine *engine);
+bool vrep_engine_is_stepped(const struct vrep_engine *engine);
 /* True when io_uring took the request. */
 bool vrep_engine_ring(struct vrep_engine *engine, struct vrep_io *io);
 

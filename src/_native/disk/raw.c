@@ -573,7 +573,8 @@ void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io)
         finish(io, VREP_OK);
         return;
     }
-    bool small = io->length <= INLINE_BYTES && !disk->direct;
+    bool small =
+        io->length <= INLINE_BYTES && !disk->direct && !vrep_engine_is_stepped(disk->engine);
     if (io->op == VREP_IO_READ && small && read_now(disk, io))
         return;
     if (io->op == VREP_IO_WRITE && small && !(io->flags & VREP_IO_FUA) && write_now(disk, io))

@@ -48,7 +48,7 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
     if (vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
         return VREP_E_FULL;
     struct vrep_mark mark = {
-        .wall_ns = vrep_clock_ns(CLOCK_REALTIME), .version = 1, .label_bytes = label_bytes};
+        .wall_ns = vrep_clock_ns(group, CLOCK_REALTIME), .version = 1, .label_bytes = label_bytes};
     uint32_t bytes = (uint32_t)sizeof mark + label_bytes;
     struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, bytes);
     if (slot == NULL)

@@ -30,8 +30,8 @@ static uint64_t put(struct vrep_group *group, struct vrep_ring_slot *slot, uint8
                     uint16_t flags)
 {
     fill_slot(slot, kind, flags);
-    uint64_t wall = vrep_clock_ns(CLOCK_REALTIME);
-    uint64_t seq = vrep_ring_stage(group->ring, slot, wall, vrep_clock_ns(CLOCK_MONOTONIC));
+    uint64_t wall = vrep_clock_ns(group, CLOCK_REALTIME);
+    uint64_t seq = vrep_ring_stage(group->ring, slot, wall, vrep_clock_ns(group, CLOCK_MONOTONIC));
     vrep_fault("gap.after_stage");
     vrep_ring_commit(group->ring, slot);
     vrep_fault("gap.after_commit");

@@ -134,20 +134,28 @@ static void tear_down(struct vrep_group *group, bool clean)
     free(group);
 }
 
+static int create_worker(struct vrep_group *group, struct vrep_worker **out)
+{
+    return vrep_group_stepped(group) ? vrep_worker_create_stepped(out)
+                                     : vrep_worker_create(group->notify_fd, out);
+}
+
 static int open_all(struct vrep_group *group)
 {
     const struct vrep_group_config *config = &group->config;
-    int status = vrep_engine_create(config->threads, &group->engine);
+    bool stepped = vrep_group_stepped(group);
+    int status = stepped ? vrep_engine_create_stepped(&group->engine)
+                         : vrep_engine_create(config->threads, &group->engine);
     for (uint32_t i = 0; status == VREP_OK && i < config->disks_count; i++)
         status = open_disk(group, i, &config->disks[i]);
     if (status == VREP_OK)
         status = open_loop(group);
     if (status == VREP_OK)
-        status = vrep_worker_create(group->notify_fd, &group->quick);
+        status = create_worker(group, &group->quick);
     if (status == VREP_OK)
-        status = vrep_worker_create(group->notify_fd, &group->slow);
+        status = create_worker(group, &group->slow);
     if (status == VREP_OK)
-        status = vrep_worker_create(group->notify_fd, &group->prober);
+        status = create_worker(group, &group->prober);
     if (status == VREP_OK)
         status = vrep_pool_create(group);
     if (status == VREP_OK)
@@ -164,7 +172,7 @@ static int open_all(struct vrep_group *group)
     if (status != VREP_OK)
         return status;
     vrep_chain_build(group);
-    group->now_ns = vrep_clock_ns(CLOCK_MONOTONIC);
+    group->now_ns = vrep_clock_ns(group, CLOCK_MONOTONIC);
     group->resync_filled_ns = group->now_ns;
     if ((config->flags & VREP_GROUP_BYPASS) != 0)
         return vrep_bypass_begin(group);
@@ -272,7 +280,7 @@ void vrep_group_poll(struct vrep_group *group)
     struct epoll_event events[EVENTS];
     while (epoll_wait(group->epoll_fd, events, EVENTS, 0) < 0 && errno == EINTR)
         continue;
-    group->now_ns = vrep_clock_ns(CLOCK_MONOTONIC);
+    group->now_ns = vrep_clock_ns(group, CLOCK_MONOTONIC);
     vrep_engine_reap(group->engine);
     vrep_worker_collect(group->quick);
     vrep_worker_collect(group->slow);
@@ -307,6 +315,10 @@ void vrep_group_wait(struct vrep_group *group, int timeout_ms)
     int timers = vrep_group_timeout_ms(group);
     if (timers >= 0 && (timeout_ms < 0 || timers < timeout_ms))
         timeout_ms = timers;
+    if (vrep_group_stepped(group)) {
+        vrep_group_step_all(group);
+        timeout_ms = 0;
+    }
     struct epoll_event events[EVENTS];
     /* An edge that is consumed here is looked at by poll anyway, whatever woke it. */
     while (epoll_wait(group->epoll_fd, events, EVENTS, timeout_ms) < 0 && errno == EINTR)
@@ -480,5 +492,6 @@ void vrep_group_abandon(struct vrep_group *group)
 {
     fail_mail(group);
     group->abandoned = true;
+    vrep_engine_forget(group->engine);
     tear_down(group, false);
 }

@@ -29,6 +29,8 @@ struct vrep_group_disk {
 #define VREP_GROUP_BYPASS 8u /* no tap: in the place of a filter that cannot start */
 /* A running VM still writes the disks, and is about to switch to this group: see "hand-over". */
 #define VREP_GROUP_HANDOVER 16u
+/* No threads and no clock of its own, for simulators: see "stepped". */
+#define VREP_GROUP_STEPPED 32u
 struct vrep_group_config {
     uint8_t group_id[16];
     uint8_t target_id[16];
@@ -48,6 +50,7 @@ struct vrep_group_config {
     uint64_t private_bytes;      /* reserve for unrecorded payloads, default 64 MiB */
     uint64_t resync_bytes_per_s; /* 0: unlimited */
     uint64_t checkpoint_ns;      /* period of map checkpoints, default 5 s */
+    uint64_t mono_ns, wall_ns;   /* of a stepped group: what time it is when it opens */
 };
 
 /* Opens disks and locks; decides from durable state, stamps, ring and map what happened since
@@ -125,6 +128,30 @@ enum vrep_handover {
 int vrep_group_let_go(struct vrep_group *group);
 /* Takes the locks back, when the VM did not switch after all.  LOCKED: another has a disk. */
 int vrep_group_take_back(struct vrep_group *group);
+
+/* ---- stepped: whoever drives the group says what happens when ---------------------------------
+ *
+ * Requests to the disks and jobs of the workers wait until they are stepped, each by itself and in
+ * any order but that of one worker's jobs; `poll` sees what they did.  A close steps all that it
+ * waits for; vrep_group_abandon forgets what was not stepped. */
+enum vrep_step_kind {
+    VREP_STEP_DISK = 1, /* a request to a backing disk */
+    VREP_STEP_QUICK,    /* write-intent or state */
+    VREP_STEP_SLOW,     /* checkpoint */
+    VREP_STEP_PROBER
+};
+struct vrep_group_step {
+    uint8_t kind;
+    uint8_t op, flags; /* enum vrep_io_op and its flags, of a disk's */
+    uint16_t disk;
+    uint64_t offset, length;
+};
+/* The index-th of what waits; false past the last. */
+bool vrep_group_waiting(const struct vrep_group *group, uint32_t index,
+                        struct vrep_group_step *out);
+void vrep_group_step(struct vrep_group *group, uint32_t index);
+/* What time it is from now on. */
+void vrep_group_set_time(struct vrep_group *group, uint64_t mono_ns, uint64_t wall_ns);
 
 struct vrep_group_status {
     uint64_t head, released, durable, received, read;

@@ -261,7 +261,14 @@ static inline struct disk *disk_of(struct vrep_group *group, const struct comman
     return &group->disks[command->base.disk];
 }
 
-uint64_t vrep_clock_ns(int clock);
+/* CLOCK_MONOTONIC or CLOCK_REALTIME, of the system or of who steps the group. */
+uint64_t vrep_clock_ns(const struct vrep_group *group, int clock);
+static inline bool vrep_group_stepped(const struct vrep_group *group)
+{
+    return (group->config.flags & VREP_GROUP_STEPPED) != 0;
+}
+/* step.c: all that waits. */
+void vrep_group_step_all(struct vrep_group *group);
 
 /* command.c */
 int vrep_pool_create(struct vrep_group *group);

@@ -270,6 +270,6 @@ int vrep_maintain_timeout_ms(const struct vrep_group *group)
                 group->cold.first == NULL;
     if (idle)
         next = group->checkpoint_ns;
-    uint64_t now = vrep_clock_ns(CLOCK_MONOTONIC);
+    uint64_t now = vrep_clock_ns(group, CLOCK_MONOTONIC);
     return next <= now ? 0 : (int)((next - now) / NS_PER_MS) + 1;
 }

@@ -15,7 +15,6 @@
  * that is still there, else UNEXPLAINED. */
 #include <errno.h>
 #include <limits.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -147,7 +146,7 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
         memset(&group->state, 0, sizeof group->state);
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_STATE;
-        found->first_seq = vrep_clock_ns(CLOCK_REALTIME) / NS_PER_S << 24;
+        found->first_seq = vrep_clock_ns(group, CLOCK_REALTIME) / NS_PER_S << 24;
         return VREP_OK;
     }
     found->first_seq = group->state.seq_limit;
@@ -320,11 +319,8 @@ int vrep_backing_sync_io(struct vrep_group *group, uint32_t disk, struct vrep_io
     io->done = waited_done;
     io->owner = &waited;
     vrep_disk_submit(group->disks[disk].disk, io);
-    while (!io->inline_done && !waited.done) {
-        struct pollfd engine = {.fd = vrep_engine_fd(group->engine), .events = POLLIN};
-        poll(&engine, 1, 1000);
-        vrep_engine_reap(group->engine);
-    }
+    while (!io->inline_done && !waited.done)
+        vrep_engine_wait(group->engine, 1000);
     return io->status;
 }
 

@@ -7,8 +7,10 @@
 #include "filter/fault.h"
 #include "filter/internal.h"
 
-uint64_t vrep_clock_ns(int clock)
+uint64_t vrep_clock_ns(const struct vrep_group *group, int clock)
 {
+    if (vrep_group_stepped(group))
+        return clock == CLOCK_REALTIME ? group->config.wall_ns : group->config.mono_ns;
     struct timespec now;
     clock_gettime(clock, &now);
     return (uint64_t)now.tv_sec * NS_PER_S + (uint64_t)now.tv_nsec;
@@ -19,8 +21,8 @@ uint64_t vrep_tap_publish(struct vrep_group *group, struct vrep_ring_slot *slot)
     if (vrep_map_gap(group->map) && vrep_map_header(group->map)->gap_open == 0)
         vrep_gap_enter(group);
     uint8_t generation = slot->generation;
-    uint64_t seq = vrep_ring_stage(group->ring, slot, vrep_clock_ns(CLOCK_REALTIME),
-                                   vrep_clock_ns(CLOCK_MONOTONIC));
+    uint64_t seq = vrep_ring_stage(group->ring, slot, vrep_clock_ns(group, CLOCK_REALTIME),
+                                   vrep_clock_ns(group, CLOCK_MONOTONIC));
     vrep_fault("tap.after_stage");
     if (generation < VREP_GENERATIONS)
         vrep_map_raise(group->map, generation, seq);

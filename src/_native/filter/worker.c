@@ -15,9 +15,29 @@ struct vrep_worker {
     struct vrep_job *finished, **finished_last;
     uint32_t finished_count; /* atomic: lets collect look without the lock */
     bool stop;
+    bool stepped;
     int notify_fd;
     pthread_t thread;
 };
+
+/* Runs the first job, if there is one, with the lock let go of meanwhile. */
+static bool run_first(struct vrep_worker *worker)
+{
+    struct vrep_job *job = worker->first;
+    if (job == NULL)
+        return false;
+    worker->first = job->next;
+    if (worker->first == NULL)
+        worker->last = &worker->first;
+    pthread_mutex_unlock(&worker->lock);
+    job->status = job->run(job);
+    pthread_mutex_lock(&worker->lock);
+    job->next = NULL;
+    *worker->finished_last = job;
+    worker->finished_last = &job->next;
+    vrep_fetch_add_u32(&worker->finished_count, 1);
+    return true;
+}
 
 static void *work(void *argument)
 {
@@ -26,19 +46,8 @@ static void *work(void *argument)
     for (;;) {
         while (worker->first == NULL && !worker->stop)
             pthread_cond_wait(&worker->wake, &worker->lock);
-        struct vrep_job *job = worker->first;
-        if (job == NULL)
+        if (!run_first(worker))
             break;
-        worker->first = job->next;
-        if (worker->first == NULL)
-            worker->last = &worker->first;
-        pthread_mutex_unlock(&worker->lock);
-        job->status = job->run(job);
-        pthread_mutex_lock(&worker->lock);
-        job->next = NULL;
-        *worker->finished_last = job;
-        worker->finished_last = &job->next;
-        vrep_fetch_add_u32(&worker->finished_count, 1);
         pthread_mutex_unlock(&worker->lock);
         uint64_t one = 1;
         /* The counter cannot overflow, and the flag above is what collect reads. */
@@ -50,16 +59,46 @@ static void *work(void *argument)
     return NULL;
 }
 
-int vrep_worker_create(int notify_fd, struct vrep_worker **out)
+static struct vrep_worker *create(int notify_fd)
 {
     struct vrep_worker *worker = calloc(1, sizeof *worker);
     if (worker == NULL)
-        return VREP_E_NOMEM;
+        return NULL;
     worker->last = &worker->first;
     worker->finished_last = &worker->finished;
     worker->notify_fd = notify_fd;
     pthread_mutex_init(&worker->lock, NULL);
     pthread_cond_init(&worker->wake, NULL);
+    return worker;
+}
+
+int vrep_worker_create_stepped(struct vrep_worker **out)
+{
+    *out = create(-1);
+    if (*out == NULL)
+        return VREP_E_NOMEM;
+    (*out)->stepped = true;
+    return VREP_OK;
+}
+
+const struct vrep_job *vrep_worker_waiting(const struct vrep_worker *worker)
+{
+    return worker->stepped ? worker->first : NULL;
+}
+
+void vrep_worker_step(struct vrep_worker *worker)
+{
+    pthread_mutex_lock(&worker->lock);
+    if (worker->stepped)
+        (void)run_first(worker);
+    pthread_mutex_unlock(&worker->lock);
+}
+
+int vrep_worker_create(int notify_fd, struct vrep_worker **out)
+{
+    struct vrep_worker *worker = create(notify_fd);
+    if (worker == NULL)
+        return VREP_E_NOMEM;
     /* Signals belong to the process's main thread. */
     sigset_t all, old;
     sigfillset(&all);
@@ -84,7 +123,8 @@ void vrep_worker_destroy(struct vrep_worker *worker)
     worker->stop = true;
     pthread_cond_signal(&worker->wake);
     pthread_mutex_unlock(&worker->lock);
-    pthread_join(worker->thread, NULL);
+    if (!worker->stepped)
+        pthread_join(worker->thread, NULL);
     pthread_cond_destroy(&worker->wake);
     pthread_mutex_destroy(&worker->lock);
     free(worker);

@@ -23,8 +23,13 @@ struct vrep_job {
 struct vrep_worker;
 /* notify_fd: an eventfd of the owner, written when a job finished. */
 int vrep_worker_create(int notify_fd, struct vrep_worker **out);
-/* Finishes what was posted, then ends the thread; done() of what was not collected is not called.
- */
+/* Without a thread, for simulators: a job waits until vrep_worker_step runs it. */
+int vrep_worker_create_stepped(struct vrep_worker **out);
+/* The next job, NULL when none is posted or the worker has a thread. */
+const struct vrep_job *vrep_worker_waiting(const struct vrep_worker *worker);
+void vrep_worker_step(struct vrep_worker *worker);
+/* Finishes what was posted, but for a stepped one, then ends the thread; done() of what was not
+ * collected is not called. */
 void vrep_worker_destroy(struct vrep_worker *worker);
 /* The job must not be busy. */
 void vrep_worker_post(struct vrep_worker *worker, struct vrep_job *job);

@@ -43,6 +43,11 @@ cdef extern from "filter/group.h" nogil:
         VREP_GROUP_DIRECT
         VREP_GROUP_BYPASS
         VREP_GROUP_HANDOVER
+        VREP_GROUP_STEPPED
+        VREP_STEP_DISK
+        VREP_STEP_QUICK
+        VREP_STEP_SLOW
+        VREP_STEP_PROBER
     struct vrep_group:
         pass
     struct vrep_map:
@@ -69,6 +74,15 @@ cdef extern from "filter/group.h" nogil:
         uint64_t private_bytes
         uint64_t resync_bytes_per_s
         uint64_t checkpoint_ns
+        uint64_t mono_ns
+        uint64_t wall_ns
+    struct vrep_group_step:
+        uint8_t kind
+        uint8_t op
+        uint8_t flags
+        uint16_t disk
+        uint64_t offset
+        uint64_t length
     struct vrep_group_status:
         uint64_t head
         uint64_t released
@@ -114,6 +128,9 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_open(const vrep_group_config *config, vrep_group **out)
     void vrep_group_close(vrep_group *group, bint clean)
     void vrep_group_abandon(vrep_group *group)
+    bint vrep_group_waiting(const vrep_group *group, uint32_t index, vrep_group_step *out)
+    void vrep_group_step_at "vrep_group_step"(vrep_group *group, uint32_t index)
+    void vrep_group_set_time(vrep_group *group, uint64_t mono_ns, uint64_t wall_ns)
     void vrep_group_disown(vrep_group *group)
     int vrep_group_fd(const vrep_group *group)
     void vrep_group_poll(vrep_group *group)

@@ -86,6 +86,7 @@ class Group:
         private_bytes: int = ...,
         resync_bytes_per_s: int = 0,
         checkpoint_ms: int = 5000,
+        stepped: tuple[int, int] | None = None,
     ) -> None: ...
     @property
     def disks(self) -> list[tuple[str, int]]: ...

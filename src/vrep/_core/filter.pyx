@@ -131,6 +131,7 @@ cdef class Group:
 
     With ``bypass`` instead of ``tap`` nothing is recorded: a pass-through for a filter that
     cannot start. It needs ``state_dir``; without ``shm_dir`` every block is copied again later.
+    ``stepped`` (monotonic and wall time, ns) leaves threads and clocks to a ``GroupDriver``.
     """
 
     def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
@@ -140,7 +141,7 @@ cdef class Group:
                   uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
                   uint32_t slots=256, uint32_t bit_bytes=65536, uint32_t threads=4,
                   uint64_t private_bytes=64 << 20, uint64_t resync_bytes_per_s=0,
-                  uint32_t checkpoint_ms=5000):
+                  uint32_t checkpoint_ms=5000, stepped=None):
         cdef vrep_group_config config
         cdef vrep_group_disk *array
         cdef int status
@@ -169,7 +170,9 @@ cdef class Group:
             config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
                             | (VREP_GROUP_READ_ONLY if read_only else 0)
                             | (VREP_GROUP_BYPASS if bypass else 0)
-                            | (VREP_GROUP_HANDOVER if handover else 0))
+                            | (VREP_GROUP_HANDOVER if handover else 0)
+                            | (VREP_GROUP_STEPPED if stepped is not None else 0))
+            config.mono_ns, config.wall_ns = stepped or (0, 0)
             config.disks = array
             config.disks_count = <uint32_t>len(disks)
             config.shm_dir = NULL if shm is None else <const char *>shm

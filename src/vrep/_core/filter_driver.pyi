@@ -18,6 +18,14 @@ class Record(NamedTuple):
     length: int
     payload: bytes | None
 
+class Step(NamedTuple):
+    kind: str
+    op: int
+    flags: int
+    disk: int
+    offset: int
+    length: int
+
 class Pending:
     buffer: bytes | None
     @property
@@ -51,6 +59,9 @@ class GroupDriver(Group):
         fast: bool = False,
     ) -> bytes | None: ...
     def dirty(self, disk: int) -> bytes: ...
+    def steps(self) -> list[Step]: ...
+    def step(self, index: int = 0) -> None: ...
+    def set_time(self, mono_ns: int, wall_ns: int) -> None: ...
     def kill(self) -> None: ...
 
 class Follower:

@@ -15,9 +15,11 @@ from typing import NamedTuple
 from vrep._core._status cimport check
 from vrep._core.filter cimport (
     VREP_COMMAND_FAST, VREP_COMMAND_FUA, VREP_COMMAND_NO_HOLE, VREP_OP_DISCARD, VREP_OP_FLUSH,
-    VREP_OP_READ, VREP_OP_WRITE, VREP_OP_ZERO, Group, iovec, vrep_command, vrep_command_get,
+    VREP_OP_READ, VREP_OP_WRITE, VREP_OP_ZERO, VREP_STEP_DISK, VREP_STEP_PROBER, VREP_STEP_QUICK,
+    VREP_STEP_SLOW, Group, iovec, vrep_command, vrep_command_get,
     vrep_command_prepare, vrep_command_put, vrep_command_submit, vrep_group, vrep_group_abandon,
-    vrep_group_map, vrep_group_poll, vrep_map)
+    vrep_group_map, vrep_group_poll, vrep_group_set_time, vrep_group_step, vrep_group_step_at,
+    vrep_group_waiting, vrep_map)
 from vrep.errors import AgainError, InvalidError
 
 cdef extern from "format/layout.h" nogil:
@@ -60,7 +62,21 @@ cdef extern from "ring/ring.h" nogil:
 
 OPS = {"read": VREP_OP_READ, "write": VREP_OP_WRITE, "flush": VREP_OP_FLUSH,
        "discard": VREP_OP_DISCARD, "zero": VREP_OP_ZERO}
+STEPS = {VREP_STEP_DISK: "disk", VREP_STEP_QUICK: "quick", VREP_STEP_SLOW: "slow",
+         VREP_STEP_PROBER: "prober"}
 cdef int IOV_MOST = (32 << 20) // 4096 + 2
+
+
+class Step(NamedTuple):
+    """Something that a stepped group waits for: a job of a worker, or a request to a disk, whose
+    ``op`` is a number of enum vrep_io_op."""
+
+    kind: str
+    op: int
+    flags: int
+    disk: int
+    offset: int
+    length: int
 
 
 class Record(NamedTuple):
@@ -196,6 +212,29 @@ cdef class GroupDriver(Group):
             return result
         finally:
             self.leave()
+
+    def steps(self):
+        """What a stepped group waits for: jobs, then requests to the disks, the oldest first."""
+        cdef vrep_group *group = self.enter()
+        cdef vrep_group_step step
+        cdef uint32_t index = 0
+        found = []
+        while vrep_group_waiting(group, index, &step):
+            found.append(Step(STEPS[step.kind], step.op, step.flags, step.disk, step.offset,
+                              step.length))
+            index += 1
+        self.leave()
+        return found
+
+    def step(self, uint32_t index=0):
+        """Run one of them; ``poll`` sees what it did."""
+        vrep_group_step_at(self.enter(), index)
+        self.leave()
+
+    def set_time(self, uint64_t mono_ns, uint64_t wall_ns):
+        """What time it is for a stepped group."""
+        vrep_group_set_time(self.enter(), mono_ns, wall_ns)
+        self.leave()
 
     def kill(self):
         """End as a killed process does: nothing is drained or stored."""
