@@ -1,8 +1,8 @@
 """A pair of sites on one host: real processes, a real network, and a cable that can be cut.
 
 `Pair` owns everything that it makes: directories, processes, shared memory, sockets. The
-connection from site `a` (source) to site `b` (target) runs through a `Cable`, which records
-what it carries and can be cut, slowed and made to flip a bit.
+connection from site `a` (source) to site `b` (target) runs through a `Cable` (cable.py), which
+records what it carries and can be spoiled in many ways.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cable import Cable
+from packets import ADDRESSES, PacketLink
 
 from vrep import errors
 from vrep._core import layout, record
@@ -40,7 +41,6 @@ TRIM, WRITE_ZEROES = 4, 6
 GONE_S = TargetConfig().source_gone_s
 """silence after which the target counts the source as gone"""
 FUA, NO_HOLE, FAST_ZERO = 1, 2, 16
-CHUNK = 1 << 16
 
 
 class Client(NbdClient):
@@ -81,94 +81,6 @@ def wait_until(
         time.sleep(every_s)
 
 
-class Cable:
-    """A TCP proxy in this process. Threads: one that accepts, two for each connection."""
-
-    def __init__(self) -> None:
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.target = ("127.0.0.1", 0)
-        self.up = True
-        """false: new connections are closed at once"""
-        self.recorded: list[bytes] = []
-        self.recording = False
-        self.bytes_per_s = 0
-        self.connections = 0
-        self.corrupted = 0
-        self._corrupt = False
-        self._open: set[socket.socket] = set()
-        self._lock = threading.Lock()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            if not self.up:
-                near.close()
-                continue
-            try:
-                far = socket.create_connection(self.target, 5)
-            except OSError:
-                near.close()  # nobody listens there now
-                continue
-            with self._lock:
-                self._open |= {near, far}
-                self.connections += 1
-            for source, sink, forward in ((near, far, True), (far, near, False)):
-                threading.Thread(
-                    target=self._pump, args=(source, sink, forward), daemon=True
-                ).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, forward: bool) -> None:
-        try:
-            while data := source.recv(CHUNK):
-                if self.recording:
-                    with self._lock:
-                        self.recorded.append(data)
-                if forward and self._corrupt and len(data) > 64:
-                    self._corrupt = False
-                    self.corrupted += 1
-                    data = data[:40] + bytes([data[40] ^ 1]) + data[41:]
-                sink.sendall(data)
-                if self.bytes_per_s:
-                    time.sleep(len(data) / self.bytes_per_s)
-        except OSError:
-            return  # one end is gone: the other follows below
-        finally:
-            self._drop(source, sink)
-
-    def _drop(self, *ends: socket.socket) -> None:
-        with self._lock:
-            self._open -= set(ends)
-        for end in ends:
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-
-    def cut(self, *, down: bool = False) -> None:
-        """End every connection; with `down` no new one comes about until `repair`."""
-        self.up = not down
-        with self._lock:
-            ends = list(self._open)
-        self._drop(*ends)
-
-    def repair(self) -> None:
-        self.up = True
-
-    def corrupt(self) -> None:
-        """Flip one bit of what the source sends next."""
-        self._corrupt = True
-
-    def close(self) -> None:
-        self.cut(down=True)
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
 class Pair:
     """Sites `a` and `b`. Nothing runs until `start`."""
 
@@ -181,18 +93,26 @@ class Pair:
         target_settings: str = "",
         source_settings: str = "",
         on_fence: str = "go-on",
+        dead_after_s: float = 5.0,
+        seed: int = 0,
+        packets: PacketLink | None = None,
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
-        self.cable = Cable()
+        self.cable = Cable(seed)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.cable.target = ("127.0.0.1", probe.getsockname()[1])
+        listen, advertise = f"127.0.0.1:{self.cable.target[1]}", self.cable.address
+        self._enter: dict[str, list[str]] = {}
+        if packets is not None:
+            listen = advertise = f"{ADDRESSES[1]}:{self.cable.target[1]}"
+            self._enter = dict(zip(("a", "b"), (s.enter for s in packets.sides), strict=True))
         self.a = Site.init(self.root / "a", name="alpha")
         self.b = Site.init(self.root / "b", name="beta")
-        quick = "connect_s = 5.0\nping_after_s = 1.0\ndead_after_s = 5.0\n"
+        self.dead_after_s = dead_after_s
+        quick = f"connect_s = 5.0\nping_after_s = 1.0\ndead_after_s = {dead_after_s}\n"
         self.a.paths.config.write_text(f"[network]\n{quick}[source]\n{source_settings}\n")
         self.b.paths.config.write_text(
-            f'[network]\n{quick}listen = "127.0.0.1:{self.cable.target[1]}"\n'
-            f'advertise = "{self.cable.address}"\n'
+            f'[network]\n{quick}listen = "{listen}"\nadvertise = "{advertise}"\n'
             f"[target]\n{target_settings}\n"
         )
         self.options = self.a.group_options(
@@ -217,7 +137,11 @@ class Pair:
             assert role not in self.processes
             with (self.root / f"{role}.log").open("ab") as log:
                 self.processes[role] = subprocess.Popen(
-                    [sys.executable, "-m", "vrep.app.daemon", role, self._site(role).paths.root],
+                    [
+                        *self._enter.get(self._site(role).paths.root.name, []),
+                        *(sys.executable, "-m", "vrep.app.daemon"),
+                        *(role, self._site(role).paths.root),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -248,7 +172,12 @@ class Pair:
     def join(self) -> None:
         """Needs the target."""
         self.listening()
-        self.a.join(self.b.invite())
+        if not self._enter:
+            self.a.join(self.b.invite())
+            return
+        script = "import sys, vrep; vrep.Site(sys.argv[1]).join(sys.argv[2])"
+        words = [sys.executable, "-c", script, self.a.paths.root, self.b.invite()]
+        subprocess.run([*self._enter["a"], *words], check=True)
 
     def make_key(self) -> None:
         self.a.key_create(KEY)

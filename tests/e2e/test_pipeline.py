@@ -46,6 +46,8 @@ class Load:
     witness: Witness
     seed: int
     pause_s: float = 0.002
+    big: float = 0.003
+    """share of writes that are large"""
     reconnects: int = 0
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class Load:
     def _command(self, rng: random.Random, client: Client, disk: int) -> None:
         size = self.witness.sizes[disk]
         length = rng.choice(LENGTHS)
-        if rng.random() < 0.003:
+        if rng.random() < self.big:
             length = rng.choice([1, 4, 8, 32]) * MIB
         length = min(length, size)
         # Half of it falls into a narrow zone, so that commands overlap.

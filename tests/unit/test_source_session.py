@@ -6,21 +6,23 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
 
 from vrep import status
 from vrep.control import ControlClient
-from vrep.errors import ConfigError, FencedError, NotFoundError, StorageError
+from vrep.errors import ConfigError, FencedError, NotFoundError, PeerError, StorageError
 from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig, load_config
-from vrep.source import daemon, session
+from vrep.source import daemon, session, spiller
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
+from vrep.source.spill import Spill
+from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
 from vrep.wire.peers import PeerRegistry
 
@@ -211,6 +213,119 @@ def test_a_source_counts_as_gone_after_its_longest_pause(tmp_path: Path) -> None
     file.write_text(f"[target]\nsource_gone_s = {BACKOFF_MAX_S}\n")
     with pytest.raises(ConfigError, match="source_gone_s"):
         load_config(file)
+
+
+def pauses(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch, attempts: list[tuple[bool, bool]]
+) -> list[float]:
+    """How long a session waits after each of the attempts, of which is told whether the target
+    opened the group and whether it then held more than before."""
+    monkeypatch.setattr(session, "BACKOFF_FIRST_S", 0.2)
+    monkeypatch.setattr(session, "BACKOFF_MAX_S", 15.0)
+    monkeypatch.setattr(session.random, "uniform", lambda _low, high: high)
+    one, waits = make_session(paths), []
+    left = list(attempts)
+
+    def attempt(_definition: GroupDefinition) -> None:
+        one._opened, one._replicated = left.pop(0)
+        raise PeerError("cut")
+
+    def wait_s(limit_s: float) -> bool:
+        waits.append(limit_s)
+        if not left:
+            one._stopping.set()
+        return True
+
+    monkeypatch.setattr(one, "_attempt", attempt)
+    monkeypatch.setattr(one._nudge, "wait", wait_s)
+    one._loop()
+    return waits
+
+
+def test_pauses_grow_while_nobody_is_reached_and_end_with_what_was_reached(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody, opened, went_on = (False, False), (True, False), (True, True)
+    assert pauses(paths, monkeypatch, [nobody] * 9) == pytest.approx(
+        [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 15.0, 15.0]
+    )
+    # The pause after a session that got somewhere is not that of the failures before it.
+    assert pauses(paths, monkeypatch, [*[nobody] * 9, went_on, nobody])[-2:] == [0.2, 0.4]
+    # A target that can be reached at moments is tried often enough to be met in the next one.
+    assert pauses(paths, monkeypatch, [*[nobody] * 9, opened, opened, nobody])[-3:] == [1, 1, 2]
+
+
+class Hold:
+    """A ring of a filter that may end."""
+
+    made: ClassVar[list[Hold]] = []
+
+    def __init__(self, *_args: Any) -> None:
+        self.reader = mock.Mock(released=0)
+        self.is_alive = True
+        self.made.append(self)
+
+    def alive(self) -> bool:
+        return self.is_alive
+
+    def jumps(self, _after: int) -> bool:
+        return False
+
+    def status(self) -> dict[str, int]:
+        return {"acknowledged": 0, "ring_free_bytes": 1, "ring_bytes": 1}
+
+    def close(self) -> None:
+        self.is_alive = False
+
+
+def test_a_filter_that_restarts_while_the_source_connects_is_held_at_once(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch, done: list[Any]
+) -> None:
+    """To connect may take long, and so may the pause after it: what the new ring cannot keep is
+    spilled all the same, and the session then goes on with that ring."""
+    connecting, go_on, used = threading.Event(), threading.Event(), []
+
+    def connect(*_args: Any, **_options: Any) -> Link:
+        connecting.set()
+        go_on.wait(WAIT_S)
+        return Link(done)
+
+    def open_group(_one: Any, _transport: Any, hold: Hold, *_args: Any) -> None:
+        used.append(hold)
+        raise PeerError("that is all")
+
+    monkeypatch.setattr(Hold, "made", [])
+    monkeypatch.setattr(session, "RingHold", Hold)
+    monkeypatch.setattr(
+        session,
+        "Feed",
+        mock.Mock(
+            side_effect=lambda ring, *_: mock.Mock(
+                ring=mock.Mock(head=0, released=0), floor=0, keys=mock.Mock()
+            )
+        ),
+    )
+    monkeypatch.setattr(spiller, "RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr(GroupSession, "_open_key", lambda *_: mock.Mock(generation=1))
+    monkeypatch.setattr(GroupSession, "_open", open_group)
+    monkeypatch.setattr(PeerRegistry, "get", lambda *_: mock.Mock(site_id="22" * 16))
+    spill = Spill(paths.spill("web"), b"g" * 16, quota_bytes=1 << 20, reserve_bytes=0)
+    one = make_session(paths, connect_peer=connect, spiller=Spiller("web", spill))
+    one.start()
+    try:
+        assert connecting.wait(WAIT_S)
+        assert len(Hold.made) == 1
+        Hold.made[0].is_alive = False
+        wait(lambda: len(Hold.made) == 2)
+        spilled_from = one._spiller._work.hold if one._spiller and one._spiller._work else None
+        go_on.set()
+        wait(lambda: used)
+        assert used[0] is Hold.made[1]
+        assert spilled_from in (None, Hold.made[1])
+    finally:
+        go_on.set()
+        one.stop()
+    assert not one.alive
 
 
 def test_a_session_that_died_is_begun_again(

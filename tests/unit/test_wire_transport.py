@@ -12,6 +12,7 @@ from vrep.wire.memory import MemoryStream, memory_pair
 from vrep.wire.protocol import Connection, Event, Role
 from vrep.wire.stream import ConnectionLostError
 from vrep.wire.transport import (
+    PINGS_WAITING_MAX,
     POSTED_MAX,
     TLS_RECORD_BYTES,
     FrameTransport,
@@ -111,6 +112,33 @@ def test_a_busy_owner_is_not_a_silent_peer() -> None:
     for _ in range(10):
         clock.now_s += 1000  # between calls nobody listens
         assert client.receive(1.0) is None
+
+
+def test_a_peer_that_sends_for_long_hears_that_it_is_heard() -> None:
+    """One frame takes minutes on a slow link: until it is whole there is nothing to answer. The
+    answers of the peer stand behind it, so the questions are bounded."""
+    clock = ManualClock()
+    stream = Recorder(clock)
+    client, server = ready(stream, clock)
+    frame = server.send(m.Ping(id=1, time_ns=0))
+    for part in (frame[:10], frame[10:20]):
+        stream.incoming += part
+        clock.now_s += 6
+        assert client.receive(0.1) is None
+        assert [type(each) for each in frames(server, stream)] == [m.Ping]
+        assert client.receive(0.1) is None
+        assert stream.writes == []  # and not more often than that
+    asked = 0
+    for byte in range(20, len(frame) - 1):
+        stream.incoming += frame[byte : byte + 1]
+        clock.now_s += 6
+        assert client.receive(0.1) is None
+        asked += len(frames(server, stream))
+    assert 10 < asked <= PINGS_WAITING_MAX - 2
+    for _ in range(2 * PINGS_WAITING_MAX):
+        client._spoke_s -= 6
+        client._be_heard()
+    assert asked + len(frames(server, stream)) == PINGS_WAITING_MAX - 2
 
 
 def test_pings_are_answered_and_measured() -> None:

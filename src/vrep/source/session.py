@@ -50,6 +50,8 @@ from vrep.wire.transport import FrameTransport, Timeouts
 
 BACKOFF_FIRST_S: Final = 0.2
 BACKOFF_MAX_S: Final = 15.0
+BACKOFF_OPENED_S: Final = 1.0
+"""the longest pause after a session that the target opened"""
 FENCED_RETRY_S: Final = 5.0
 STATUS_EVERY_S: Final = 1.0
 STOP_S: Final = 5.0
@@ -102,18 +104,26 @@ class GroupSession:
         self._nudge = threading.Event()
         self._spiller = spiller
         self._bandwidth = bandwidth
+        # The hold is taken by this session's thread, and by the spiller's when the filter
+        # restarted while this one waits or connects.
+        self._holding = threading.RLock()
+        self._claimed = False
         self._hold: RingHold | None = None
         self._feed: Feed | None = None
         self._catching_up = Backlog()
         self._transport: FrameTransport | None = None
         self._sent_keys: tuple[str, ...] | None = None
+        self._opened = False
+        """by the target, in this attempt"""
         self._replicated = False
+        """and then it held more than before"""
         self._bytes_before = 0
         self._records_before = 0
         self._thread = threading.Thread(target=self._run, name=f"source:{name}", daemon=True)
 
     def start(self) -> None:
         if self._spiller is not None:
+            self._spiller.renew = self._renew_hold
             self._spiller.start()
         self._thread.start()
 
@@ -165,8 +175,8 @@ class GroupSession:
         backoff = BACKOFF_FIRST_S
         while not self._stopping.is_set():
             self._nudge.clear()
-            self._replicated = False
-            wait_s = backoff * random.uniform(0.5, 1.0)
+            self._opened = self._replicated = False
+            wait_s = 0.0
             try:
                 definition = self._groups.load(self.name)
                 self.view.paused = definition.paused
@@ -193,9 +203,15 @@ class GroupSession:
                     self._spiller.connected = False
                 self.view.conditions = []  # of the target, which says nothing now
                 self._drop_hold_unless_alive()
-            backoff = BACKOFF_FIRST_S if self._replicated else min(backoff * 2, BACKOFF_MAX_S)
+            # What was reached may soon be reached again: a link that is up for moments only is
+            # not to be met by chance.
+            if self._replicated:
+                backoff = BACKOFF_FIRST_S
+            elif self._opened:
+                backoff = min(backoff, BACKOFF_OPENED_S)
             if not self._stopping.is_set():
-                self._nudge.wait(wait_s)
+                self._nudge.wait(wait_s or backoff * random.uniform(0.5, 1.0))
+            backoff = min(backoff * 2, BACKOFF_MAX_S)
 
     def _failed(self, error: BaseException) -> None:
         text = str(error) or type(error).__name__
@@ -222,19 +238,53 @@ class GroupSession:
             log.warning("fenced, and not all is done", group=self.name, error=str(failed))
 
     def _drop_hold_unless_alive(self) -> None:
-        if self._hold is not None and not self._hold.alive():
-            self._drop_hold()
+        with self._holding:
+            if self._hold is not None and not self._hold.alive():
+                self._drop_hold()
 
     def _drop_hold(self) -> None:
-        if self._spiller is not None:
-            self._spiller.take(None)
-        if self._hold is not None:
-            self._hold.close()
-            self._hold = self._feed = None
+        with self._holding:
+            if self._spiller is not None:
+                self._spiller.take(None)
+            if self._hold is not None:
+                self._hold.close()
+                self._hold = self._feed = None
+
+    def _renew_hold(self) -> None:
+        """The filter restarted while this session waits or connects, which may take long: its
+        ring is held at once, so that spilling goes on. For the spiller's thread."""
+        with self._holding:
+            if self._claimed or self._stopping.is_set():
+                return
+            try:
+                definition = self._groups.load(self.name)
+                self._take_hold(definition, self._open_key(definition))
+            except (VrepError, OSError) as error:
+                log.debug("the ring is not held", group=self.name, error=str(error))
+
+    @contextlib.contextmanager
+    def _claim(
+        self, definition: GroupDefinition, data_key: DataKey
+    ) -> Iterator[tuple[RingHold, Feed]]:
+        """The hold, which nobody else renews meanwhile."""
+        with self._holding:
+            hold, feed = self._take_hold(definition, data_key)
+            self._claimed = True
+        try:
+            yield hold, feed
+        finally:
+            self._claimed = False
 
     def _take_hold(self, definition: GroupDefinition, data_key: DataKey) -> tuple[RingHold, Feed]:
         """The hold on the ring, which stands until the filter or the session ends, and from
         then on what the ring cannot keep is spilled."""
+        with self._holding:
+            self._drop_hold_unless_alive()
+            return self._take_hold_locked(definition, data_key)
+
+    def _take_hold_locked(
+        self, definition: GroupDefinition, data_key: DataKey
+    ) -> tuple[RingHold, Feed]:
         if self._hold is None or self._feed is None:
             peer = self._peers.get(definition.to_site)
             self._hold = RingHold(self._filter, self.name, peer.site_id)
@@ -281,22 +331,26 @@ class GroupSession:
         try:
             data_key = self._open_key(definition)
             peer = self._peers.get(definition.to_site)
-            hold, feed = self._take_hold(definition, data_key)
+            self._take_hold(definition, data_key)
         except Exception:
             self._report_idle(definition, "error")  # its VM may write all the same
             raise
         self._show_spill()
-        with self._link(peer) as transport:
+        with (
+            self._link(peer) as transport,
+            self._claim(definition, data_key) as (hold, feed),
+        ):
             if self._wants_end():
                 return
             opened = self._open(transport, hold, feed, definition)
+            self._opened = True
             self._note_keys(definition)  # as it was sent: what comes next may read it anew
             adopted = self._adopt_epoch(definition, opened.epoch)
             if self._wants_end():
                 self._nudge.set()  # at once
                 return
             if adopted is not definition:
-                self._take_hold(adopted, data_key)
+                hold, feed = self._take_hold(adopted, data_key)
             self._replicate(transport, hold, feed, adopted, data_key, opened)
 
     @contextlib.contextmanager
@@ -604,7 +658,8 @@ class GroupSession:
     def _take(self, message: object, feed: Feed, shipper: Shipper) -> bool:
         match message:
             case m.Ack():
-                self._replicated = True
+                progress = message.durable_seq > self.view.durable_seq
+                self._replicated = self._replicated or progress
                 self.view.received_seq = message.received_seq
                 self.view.durable_seq = message.durable_seq
                 self.view.conditions = list(message.conditions)
@@ -613,7 +668,7 @@ class GroupSession:
                 if message.received_seq > head:
                     raise StateError(f"the target acknowledged {message.received_seq}, past {head}")
                 self._acknowledged(feed, message.received_seq, message.durable_seq)
-                shipper.credits_changed()
+                shipper.acknowledged(progress=progress)
             case m.Refused():
                 self._refused(message)
             case m.Error():

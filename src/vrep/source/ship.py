@@ -19,6 +19,9 @@ from vrep.wire.stream import Clock
 from vrep.wire.transport import FrameTransport
 
 BATCH_BYTES: Final = 4 << 20
+BATCH_FIRST_BYTES: Final = 64 << 10
+"""of a stream: doubled each time that the target holds more, so that on a link which stays up for
+moments only something arrives whole each time"""
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 """the largest record sealed: 32 MiB in 256 pieces, their hashes, tags and words"""
 TALLY_BYTES: Final = 256
@@ -51,6 +54,7 @@ class Shipper:
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._credit = threading.Condition()
         self._stopping = False
+        self._batch_bytes = BATCH_FIRST_BYTES
         self.bytes_sent = 0
         self.records_sent = 0
 
@@ -60,9 +64,11 @@ class Shipper:
             self._stopping = True
             self._credit.notify_all()
 
-    def credits_changed(self) -> None:
-        """The peer granted more, or the channel ended."""
+    def acknowledged(self, *, progress: bool) -> None:
+        """The peer granted more; whether it holds more than before."""
         with self._credit:
+            if progress:
+                self._batch_bytes = min(2 * self._batch_bytes, BATCH_BYTES)
             self._credit.notify_all()
 
     def open_stream(self, stream: object) -> None:
@@ -88,12 +94,16 @@ class Shipper:
 
     def _ship(self, last: int) -> None:
         """Seal and send one batch."""
-        try:
-            room = self._buffer[: BATCH_BYTES - TALLY_BYTES]
-            written, done = self._feed.seal(self._sealer, last, room)
-        except FullError:  # one record larger than a batch
-            room = self._buffer[: BUFFER_BYTES - TALLY_BYTES]
-            written, done = self._feed.seal(self._sealer, last, room)
+        size = self._batch_bytes
+        while True:
+            try:
+                room = self._buffer[: size - TALLY_BYTES]
+                written, done = self._feed.seal(self._sealer, last, room)
+                break
+            except FullError:  # one record larger than a batch
+                if size == BUFFER_BYTES:
+                    raise
+                size = min(2 * size, BUFFER_BYTES)
         written += self._sealer.tally(self._buffer[written:], wall_ns=self._clock.time_ns())
         self.records_sent += done
         self._send(written)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +37,7 @@ BATCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 """the largest record, sealed"""
 PAUSE_FULL_S: Final = 1.0
+RENEW_EVERY_S: Final = 0.5
 STOP_S: Final = 5.0
 
 log = structlog.get_logger("vrep.source")
@@ -68,6 +70,9 @@ class Spiller:
         """whether the ring is above the level to which it is drained"""
         self.durable = 0
         """what the target holds: its files are not needed any more"""
+        self.renew: Callable[[], None] = lambda: None
+        """asked for another ring when there is none, or its filter is gone: gives it by `take`"""
+        self._renewed_s = 0.0
         self._work: Work | None = None
         self._gate = threading.Lock()
         self._stopping = threading.Event()
@@ -103,6 +108,7 @@ class Spiller:
         pause_s = POLL_S
         while not self._stopping.wait(pause_s):
             try:
+                self._find_ring()
                 with self._gate:
                     self.step()
                 pause_s = PAUSE_FULL_S if self.full else POLL_S
@@ -113,6 +119,16 @@ class Spiller:
                 log.exception("spilling failed", group=self.group)
                 self._note_full(str(error) or type(error).__name__)
                 pause_s = PAUSE_FULL_S
+
+    def _find_ring(self) -> None:
+        now = time.monotonic()
+        if now - self._renewed_s < RENEW_EVERY_S:
+            return
+        self._renewed_s = now
+        with self._gate:
+            held = self._work is not None and self._work.hold.alive()
+        if not held:  # not behind the gate: who gives another ring wants it still
+            self.renew()
 
     def step(self) -> None:
         """Drain as much as there is to drain now; for the thread, and for tests."""

@@ -3,8 +3,10 @@
 A `FrameTransport` joins a `ByteStream` and a `Connection`.  One thread calls
 `receive` in a loop; any thread may `send`.  `receive` answers pings, sends its
 own when the peer is silent, and raises TimeLimitError when a peer stays so:
-a hung peer is noticed as surely as a dead one.  The reading thread never waits
-for the writing direction, so two ends cannot block each other.
+a hung peer is noticed as surely as a dead one.  It also pings when this end has
+long said nothing: a peer whose frame takes minutes on a slow link hears that it
+is heard.  The reading thread never waits for the writing direction, so two ends
+cannot block each other.
 
 No call waits without a bound; times are seconds.  After any exception the
 transport is of no more use and must be closed.
@@ -38,6 +40,9 @@ TLS_RECORD_BYTES: Final = 16384
 # AES-GCM keys wear out (RFC 8446, 5.5: 2^24.5 full records); renew well before.
 RENEW_AFTER_BYTES: Final = 200 << 30
 POSTED_MAX: Final = 1024
+# Of ours, unanswered, while the peer sends: its answers wait behind what it sends. Far below
+# what the protocol allows.
+PINGS_WAITING_MAX: Final = 128
 CLOSE_WAIT_S: Final = 0.2
 LINGER_S: Final = 1.0
 
@@ -90,6 +95,7 @@ class FrameTransport:
         self._failure: VrepError | None = None
         self._closed = False
         self._silent_s = 0.0
+        self._spoke_s = self._clock.monotonic()
         self._pinged_at_s = 0.0
         self._ping_id = 0
         self._request_id = 0
@@ -190,7 +196,7 @@ class FrameTransport:
             except VrepError as error:
                 self._failure = error
                 raise
-            self.bytes_sent += count
+            self._sent(count)
             self._unfinished = self._unfinished[count:] or None
             if self._unfinished:
                 return False
@@ -225,7 +231,12 @@ class FrameTransport:
             # A frame may be half written: nothing may follow it.
             self._failure = error
             raise
-        self.bytes_sent += len(data)
+        self._sent(len(data))
+
+    def _sent(self, count: int) -> None:
+        self.bytes_sent += count
+        if count:
+            self._spoke_s = self._clock.monotonic()
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -258,6 +269,7 @@ class FrameTransport:
                 raise ConnectionLostError(f"{self.name} ended it without a word")
             self._silent_s = 0.0
             self.bytes_received += count
+            self._be_heard()
             event = self.connection.bytes_received(count)
             if event is not None and not self._handle(event):
                 return event
@@ -274,6 +286,15 @@ class FrameTransport:
         if self._silent_s - self._pinged_at_s >= self.timeouts.ping_after_s:
             self._pinged_at_s = self._silent_s
             self.ping()
+
+    def _be_heard(self) -> None:
+        """Say something to a peer that sends, and waits for our word on what is not whole yet."""
+        ready = self.connection.state is ConnectionState.READY
+        quiet_s = self._clock.monotonic() - self._spoke_s
+        if ready and quiet_s >= self.timeouts.ping_after_s:
+            self._spoke_s += quiet_s  # also when there is no room for it now
+            if len(self._ping_sent) < PINGS_WAITING_MAX:
+                self.ping()
 
     def ping(self) -> None:
         """Ask for a sign of life; the answer sets `round_trip_s`."""
