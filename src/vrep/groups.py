@@ -84,6 +84,12 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fenced: bool = False
     detached: bool = False
     """its VM runs without the filter, which leaves the disks alone"""
+    yielded: bool = False
+    """the site that took the group over protects it back to here: the filter leaves the disks
+    alone, nothing is shipped, and history comes in"""
+    left: ParentPosition | None = None
+    """the position of this writer where the site that took over goes on, once that is known: what
+    was written here behind it was not taken"""
     options: GroupOptions = GroupOptions()
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
@@ -92,6 +98,11 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def keys_digest(self) -> str:
         """What stands for the wrapped keys."""
         return hashlib.sha256("\n".join(self.wrapped_keys).encode()).hexdigest()
+
+
+def gives_way(definition: GroupDefinition) -> bool:
+    """Whether the filter is to leave the group's disks alone."""
+    return definition.detached or definition.yielded
 
 
 def pauses_guest(definition: GroupDefinition) -> bool:
@@ -180,6 +191,10 @@ class GroupDirectory:
         except OSError as error:
             raise errors.StorageError(f"{path}: {error.strerror or error}") from None
 
+    def of_id(self, group_id: str) -> GroupDefinition | None:
+        """The definition of a group by its id, if there is one that can be read."""
+        return next((one for one in self.readable() if one.group_id == group_id), None)
+
     def forget(self, name: str) -> None:
         """Delete a definition; what `update` writes meanwhile does not bring it back."""
         path = self.path(name)
@@ -210,5 +225,6 @@ __all__ = [
     "GroupOptions",
     "ParentPosition",
     "check_name",
+    "gives_way",
     "pauses_guest",
 ]

@@ -468,6 +468,17 @@ class Site:
 
         rollback(self.paths, group)
 
+    def reverse(
+        self, group: str, *, progress: Callable[[int, int], None] | None = None
+    ) -> GroupDefinition:
+        """Protect a recovered VM back to its old site, once its failover is committed: its disks
+        become those of a protected group of this site. Its VM sees a pause, and finds its disks on
+        the same sockets. `progress` hears the bytes of its disks that are here, so far and in
+        all: they must all be."""
+        from vrep.recovery.reverse import reverse
+
+        return reverse(self.paths, group, self.group_options(), progress=progress)
+
     def export(
         self,
         group: str,
@@ -655,13 +666,17 @@ class Site:
         """Delete the history of a group that its source gave up, through the target process,
         which has it open."""
         from vrep.recovery.held import find_group
-        from vrep.recovery.view import view_directories
+        from vrep.recovery.view import PROTECTED, view_directories
 
         held = find_group(self.paths, group)
         if held.manifest.current_epoch.writer.hex() == self.identity.site_id:
             raise errors.StateError(f"this site took {group!r} over: its history is in use")
         # Also one that does not run now: what it has not fetched yet stands in the history alone.
-        views = [v.id for v in view_directories(self.paths) if v.load().group_id == held.hex]
+        views = [
+            view.id
+            for view in view_directories(self.paths)
+            if (record := view.load()).group_id == held.hex and record.state != PROTECTED
+        ]
         if views:
             raise errors.BusyError(
                 f"view {', '.join(views)} reads the history of {group!r}: end it first, with "

@@ -67,6 +67,7 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
         "groups": {},
     }
     names = {peer.site_id: peer.name for peer in site.peers.list()}
+    written: dict[str, tuple[str, GroupDefinition]] = {}
     for name in site.groups.names():
         if group not in (None, name):
             continue
@@ -78,6 +79,7 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
         except errors.VrepError as error:
             answer["groups"][name] = _unreadable(error, filtered)
             continue
+        written[definition.group_id] = (name, definition)
         answer["groups"][name] = _protected(
             definition,
             names.get(definition.to_site, definition.to_site),
@@ -89,7 +91,14 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
     for key, store in (_held(site) if targets is None else targets["groups"]).items():
         name = str(store.get("name", key))
         if group in (None, name, key):
+            own, mine = written.get(key, (name, None))
+            if mine is not None and not mine.yielded and store["state"] != "error":
+                # Sites took turns: what this one kept while the other wrote the group.
+                answer["groups"][own]["history"] = {**_points(store), "bytes": store.get("bytes")}
+                continue
             shown = name if name not in answer["groups"] else key
+            if mine is not None and mine.yielded:
+                shown = own
             verified = _verified(site, key, store)
             failed = verified is not None and verified["state"] in ("bad", "damaged")
             also = {"verify-failed"} if failed else set()

@@ -401,7 +401,7 @@ def test_a_rollback_that_is_cut_off_goes_on(
     lab.close()
     failover.start(lab.paths, "web", force=True)
     owner, name = {
-        "end": (failover._Failover, "provisional"),
+        "end": (failover.Failover, "provisional"),
         "roll_back": (EpochDoor, "roll_back"),
     }[step]
     real = getattr(owner, name)

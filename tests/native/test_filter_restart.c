@@ -379,6 +379,24 @@ static void another_epoch_of_the_same_number_begins_anew(void)
     rig_free(&rig);
 }
 
+/* A site that took a group over begins behind what its epoch left: no position is used again. */
+static void a_group_without_state_begins_where_it_is_told(void)
+{
+    rig_init(&rig);
+    rig.config.first_seq = 1000;
+    rig_open(&rig);
+    struct vrep_group_status status = rig_status(&rig);
+    CHECK_EQ(status.opened_as, VREP_OPENED_NEW);
+    CHECK_EQ(status.head, 1001);
+    CHECK_EQ(status.gap_seq, 1001);
+    CHECK_EQ(status.unshipped_bytes, status.total_bytes);
+    rig_close(&rig, true);
+    rig_open(&rig); /* what it counted itself counts more */
+    CHECK(rig_status(&rig).opened_as != VREP_OPENED_NEW);
+    CHECK(rig_status(&rig).head > 1000);
+    rig_free(&rig);
+}
+
 /* A failover was rolled back while this site's filter was down: what is dirty is known. */
 static void newer_epoch_goes_on(void)
 {
@@ -499,6 +517,7 @@ int main(void)
     RUN(spilled_frees_the_ring_and_clears_no_bit);
     RUN(older_epoch_is_fenced);
     RUN(another_epoch_of_the_same_number_begins_anew);
+    RUN(a_group_without_state_begins_where_it_is_told);
     RUN(newer_epoch_goes_on);
     RUN(kills_at_every_point_lose_nothing);
     return check_report();

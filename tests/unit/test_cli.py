@@ -49,7 +49,6 @@ demo
 LATER = (
     ["attach", "web", "--vm", "qmp:/run/vm.sock", "--mirror"],
     ["move", "web"],
-    ["reverse", "web"],
     ["failback", "web"],
 )
 
@@ -93,7 +92,7 @@ def test_every_command_takes_the_directory_and_json() -> None:
         if missing := {"--dir", "--json"} - options:
             without[name] = missing
     # What is not built takes anything; the demonstration makes its own sites.
-    later = {"move", "reverse", "failback"}
+    later = {"move", "failback"}
     assert set(without) == later | {"demo"}
 
 

@@ -37,6 +37,8 @@ struct vrep_group_config {
     uint8_t epoch_id[16];
     uint32_t epoch;
     uint32_t flags;
+    uint64_t
+        first_seq; /* a group without state begins behind it: where its epoch left its parent */
     const struct vrep_group_disk *disks;
     uint32_t disks_count;
     const char *shm_dir;   /* ring and map: "<shm_dir>/ring", "<shm_dir>/map"; NULL: a bypass that

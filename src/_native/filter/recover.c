@@ -136,6 +136,8 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     if (status == VREP_E_NOT_FOUND || other_epoch) {
         found->how = VREP_OPENED_NEW;
         found->first_seq = other_epoch ? group->state.seq_limit : 0;
+        if (found->first_seq < config->first_seq)
+            found->first_seq = config->first_seq;
         if (!other_epoch)
             memset(&group->state, 0, sizeof group->state);
         return VREP_OK;

@@ -62,6 +62,7 @@ cdef extern from "filter/group.h" nogil:
         uint8_t epoch_id[16]
         uint32_t epoch
         uint32_t flags
+        uint64_t first_seq
         const vrep_group_disk *disks
         uint32_t disks_count
         const char *shm_dir

@@ -71,6 +71,7 @@ class Group:
         target_id: bytes = ...,
         epoch_id: bytes = ...,
         epoch: int = 1,
+        first_seq: int = 0,
         shm_dir: str | PathLike[str] | None = None,
         state_dir: str | PathLike[str] | None = None,
         tap: bool = True,

@@ -135,7 +135,8 @@ cdef class Group:
     """
 
     def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
-                  bytes epoch_id=bytes(16), uint32_t epoch=1, shm_dir=None, state_dir=None,
+                  bytes epoch_id=bytes(16), uint32_t epoch=1, uint64_t first_seq=0,
+                  shm_dir=None, state_dir=None,
                   bint tap=True, bint bypass=False, bint read_only=False, bint direct=False,
                   bint handover=False,
                   uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
@@ -167,6 +168,7 @@ cdef class Group:
             memcpy(config.target_id, <const char *>target_id, 16)
             memcpy(config.epoch_id, <const char *>epoch_id, 16)
             config.epoch = epoch
+            config.first_seq = first_seq
             config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
                             | (VREP_GROUP_READ_ONLY if read_only else 0)
                             | (VREP_GROUP_BYPASS if bypass else 0)

@@ -25,12 +25,6 @@ def move(rest: Rest = None) -> None:
     )
 
 
-@app.command("reverse", context_settings=ANY)
-def reverse(rest: Rest = None) -> None:
-    """Protect the recovered VM back to its old site (not yet)."""
-    raise NotYetError(f"reverse: {REVERSE}")
-
-
 @app.command("failback", context_settings=ANY)
 def failback(rest: Rest = None) -> None:
     """Return to the old site (not yet)."""

@@ -108,6 +108,18 @@ def failover_rollback(group: Group, directory: Directory = None, as_json: Json =
     emit({"group": group}, as_json, f"{group}: rolled back")
 
 
+@app.command("reverse")
+def reverse(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+    """Protect the recovered VM back to its old site, once its failover is committed."""
+    with Progress("filling the disks", as_json) as progress:
+        made = site_of(directory).reverse(group, progress=progress)
+    emit(
+        {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
+        as_json,
+        f"{made.name}: protected back to its old site, in epoch {made.epoch}",
+    )
+
+
 @app.command("export")
 def export(
     group: Group,

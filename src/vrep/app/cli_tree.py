@@ -34,7 +34,7 @@ COMMANDS: Final = {
     "test": "cli_recover",
     "failover": "cli_recover",
     "move": "cli_later",
-    "reverse": "cli_later",
+    "reverse": "cli_recover",
     "failback": "cli_later",
     "export": "cli_recover",
     "verify": "cli_verify",

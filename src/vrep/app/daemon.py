@@ -71,6 +71,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
 
         return Source(paths, config.source, timeouts=timeouts(config))
     if role == "target":
+        from vrep.recovery.old_site import give_way
         from vrep.recovery.view import points_in_use
         from vrep.target.daemon import Target
 
@@ -80,6 +81,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
             config,
             timeouts=timeouts(config),
             held=lambda group_id: points_in_use(paths, group_id),
+            gives_way=lambda site_id, told: give_way(paths, site_id, told),
         )
     raise UsageError(f"no role {role!r}")
 

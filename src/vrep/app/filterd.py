@@ -33,7 +33,7 @@ from vrep.errors import (
     StoreFullError,
     VrepError,
 )
-from vrep.groups import GroupDefinition, GroupDirectory, pauses_guest
+from vrep.groups import GroupDefinition, GroupDirectory, gives_way, pauses_guest
 from vrep.paths import SitePaths, socket_gid
 from vrep.settings import Config
 from vrep.wire.address import parse_address
@@ -191,6 +191,11 @@ class FilterHost:
                 raise DetachedError(
                     f"{name!r} is detached: its VM runs without the filter; 'vrep attach' ends that"
                 )
+            if definition.yielded:
+                raise DetachedError(
+                    f"another site took {name!r} over, and protects it back to here: its disks "
+                    "are left alone"
+                )
             if self._bypass_why:
                 raise StateError(self._bypass_why)
             hosted = self._open(definition)
@@ -283,6 +288,7 @@ class FilterHost:
                 target_id=bytes.fromhex(definition.to_site),
                 epoch_id=bytes.fromhex(definition.epoch_id),
                 epoch=definition.epoch,
+                first_seq=definition.parent.seq,
                 shm_dir=shm,
                 state_dir=self._groups.path(definition.name),
                 direct=options.direct,
@@ -519,9 +525,9 @@ class FilterHost:
         return {}
 
     def _release(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Serve a group no more that was detached; its files say that it is."""
+        """Serve a group no more that was detached or given up; its files say that it is."""
         name = str(params["group"])
-        if not self._groups.load(name).detached:
+        if not gives_way(self._groups.load(name)):
             raise StateError(f"{name!r} is not detached")
         with self._scanning:
             hosted = self._hosted.get(name)
@@ -529,6 +535,9 @@ class FilterHost:
                 self._give_up(hosted)
             with self._lock:
                 self._failed.pop(name, None)
+                passed = self._passed.pop(name, None)
+            if passed is not None:
+                self._try_close(passed)
             self._try_open(name)  # it is refused, and the status says why
         return {}
 

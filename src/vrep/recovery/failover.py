@@ -28,6 +28,7 @@ from vrep.recovery.fetch import Fetcher
 from vrep.recovery.held import HeldGroup, find_group
 from vrep.recovery.history import History, resolve
 from vrep.recovery.view import (
+    PROTECTED,
     ViewDirectory,
     ViewInfo,
     ViewProcess,
@@ -41,14 +42,14 @@ from vrep.target.epochs import EpochDoor, entry_of
 from vrep.target.manifest import EpochEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["commit", "rollback", "start"]
+__all__ = ["Failover", "commit", "rollback", "start"]
 
 REPORT_WAIT_S: Final = 3.0
 IDLE_REPORT_WAIT_S: Final = 16.0
 """longer than the pauses between two reports of a source that sends nothing"""
 
 
-class _Failover:
+class Failover:
     """The parts of every command here."""
 
     def __init__(self, paths: SitePaths, group: str) -> None:
@@ -61,9 +62,15 @@ class _Failover:
         """The failover's view, if one was begun and is not over."""
         for view in view_directories(self.paths):
             record = view.load()
-            if record.kind == "failover" and record.group_id == self.held.hex:
+            mine = record.kind == "failover" and record.group_id == self.held.hex
+            if mine and record.state != PROTECTED:
                 return view
         return None
+
+    def protected_views(self) -> list[ViewDirectory]:
+        """Views whose disks this site protects, or did before another took the group over."""
+        found = [(view, view.load()) for view in view_directories(self.paths)]
+        return [v for v, r in found if r.group_id == self.held.hex and r.state == PROTECTED]
 
     def epochs(self) -> list[EpochEntry]:
         return [entry_of(raw) for raw in self.door.state()["epochs"]]
@@ -76,7 +83,7 @@ class _Failover:
         return None
 
 
-def _require_no_writer(failover: _Failover) -> None:
+def _require_no_writer(failover: Failover) -> None:
     """SourceAliveError unless the source's VM is known not to run, or the source was silent for
     so long that it counts as gone. Every doubt refuses: two writers cannot be undone.
 
@@ -139,7 +146,7 @@ def start(
 
     SourceAliveError while the source's VM runs or may run, unless `force`.
     """
-    failover = _Failover(paths, group)
+    failover = Failover(paths, group)
     paths.make_run()
     process = ViewProcess(paths)
     try:
@@ -181,7 +188,7 @@ def _check_resumed(record: ViewRecord, at: str, since: str | None) -> None:
         )
 
 
-def _begin(failover: _Failover, at: str, *, force: bool, since: str | None) -> ViewDirectory:
+def _begin(failover: Failover, at: str, *, force: bool, since: str | None) -> ViewDirectory:
     """Step 1: everything that can be wrong without a trace is found wrong here."""
     held, paths = failover.held, failover.paths
     state = failover.door.state()
@@ -213,7 +220,7 @@ def _begin(failover: _Failover, at: str, *, force: bool, since: str | None) -> V
     return view
 
 
-def _raise(failover: _Failover, view: ViewDirectory, record: ViewRecord) -> ViewRecord:
+def _raise(failover: Failover, view: ViewDirectory, record: ViewRecord) -> ViewRecord:
     """Step 2. An epoch that was raised, and whose number did not reach the record, is found."""
     entry = failover.provisional()
     if entry is None:
@@ -225,7 +232,7 @@ def _raise(failover: _Failover, view: ViewDirectory, record: ViewRecord) -> View
     return view.change(epoch=entry.epoch, epoch_id=entry.epoch_id.hex())
 
 
-def _raise_at(failover: _Failover, record: ViewRecord) -> EpochEntry:
+def _raise_at(failover: Failover, record: ViewRecord) -> EpochEntry:
     point = Position(*record.point)
     if record.asked != "latest" or not _is_end(failover, point):
         return failover.door.raise_epoch(writer=failover.site_id, parent=point)
@@ -242,7 +249,7 @@ def _raise_at(failover: _Failover, record: ViewRecord) -> EpochEntry:
     return failover.door.raise_epoch(writer=failover.site_id, parent=point)
 
 
-def _is_end(failover: _Failover, point: Position) -> bool:
+def _is_end(failover: Failover, point: Position) -> bool:
     """Whether a point is the last durable position, and no gap has begun behind it."""
     with StoreReader(failover.paths.store, failover.held.group_id) as reader:
         history = History(reader)
@@ -250,7 +257,7 @@ def _is_end(failover: _Failover, point: Position) -> bool:
 
 
 def _moved(
-    failover: _Failover, view: ViewDirectory, record: ViewRecord, parent: Position
+    failover: Failover, view: ViewDirectory, record: ViewRecord, parent: Position
 ) -> ViewRecord:
     with StoreReader(failover.paths.store, failover.held.group_id) as reader:
         found = resolve(reader, f"pos:{parent}", None, 0)
@@ -263,7 +270,7 @@ def _moved(
 
 def commit(paths: SitePaths, group: str) -> ViewInfo:
     """Keep what was taken over. The old writer stays fenced."""
-    failover = _Failover(paths, group)
+    failover = Failover(paths, group)
     view = failover.view()
     if view is None:
         raise errors.NotFoundError(f"no failover of {group!r} is under way")
@@ -287,7 +294,7 @@ def commit(paths: SitePaths, group: str) -> ViewInfo:
 
 def rollback(paths: SitePaths, group: str) -> None:
     """Give the group back to its old writer, and delete what was written here."""
-    failover = _Failover(paths, group)
+    failover = Failover(paths, group)
     view = failover.view()
     if view is None:
         entry = failover.provisional()

@@ -40,6 +40,7 @@ _HEADER: Final = layout.RECORD.itemsize
 _FIELDS: Final = struct.Struct("<IBBHIHHQQIIQQHHI")
 _ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
 _CANDIDATES_MAX: Final = 16
+_ALL: Final = (1 << 64) - 1
 
 
 def format_time(wall_ns: int) -> str:
@@ -114,15 +115,21 @@ def _walk(reader: StoreReader, segment: int, start: int = 128) -> Iterator[Found
 
 
 def _end_of(reader: StoreReader, epoch: int) -> Position:
-    """The last durable position of an epoch; where it left its parent while it has none."""
-    if reader.durable.epoch == epoch:
-        return reader.durable
-    first, last = Position(epoch), Position(epoch, 0, (1 << 64) - 1)
-    for segment in reversed(reader.numbers(first, last)):
-        found = [each.position for each in _walk(reader, segment) if each.position.epoch == epoch]
-        if found:
-            return found[-1]
-    return reader.manifest.epoch(epoch).parent
+    """The last durable position of an epoch's line that this store holds: its own; of an epoch that
+    has none here, as it wrote nothing or another site holds what it wrote, that of its parent."""
+    for number, reach in reader.ancestry(Position(epoch, 0, _ALL)):
+        if reader.durable.epoch == number and reader.durable.seq <= reach:
+            return reader.durable
+        first, last = Position(number), Position(number, 0, reach)
+        for segment in reversed(reader.numbers(first, last)):
+            found = [
+                each.position
+                for each in _walk(reader, segment)
+                if each.position.epoch == number and each.position.seq <= reach
+            ]
+            if found:
+                return found[-1]
+    return Position()
 
 
 class History:

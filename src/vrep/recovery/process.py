@@ -38,6 +38,7 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.changes import changes_between
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.view import (
+    PROTECTED,
     TOLD_TO_END,
     ViewDirectory,
     ViewInfo,
@@ -80,6 +81,8 @@ class View:
             self._record = self._directory.load()
             if self._record.state == "rolling-back":
                 raise errors.StateError(f"view {view_id} is being rolled back")
+            if self._record.state == PROTECTED:
+                raise errors.StateError(f"the disks of view {view_id} are a group's")
             self._reader = stack.enter_context(
                 reader
                 or StoreReader(paths.store, bytes.fromhex(self._record.group_id), scattered=True)

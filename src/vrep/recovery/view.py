@@ -57,6 +57,8 @@ START_S: Final = 60.0
 STOP_S: Final = 20.0
 LOCK_S: Final = 0.5
 TOLD_TO_END: Final = "told to end"
+PROTECTED: Final = "protected"
+"""the state of a view whose disks are those of a protected group: the filter serves them"""
 
 
 class ViewDisk(msgspec.Struct, frozen=True):
@@ -80,7 +82,7 @@ class ViewInfo(msgspec.Struct, frozen=True):
     time: str
     """of the point, by the source's clock"""
     state: str
-    """starting, serving, committed, rolling-back"""
+    """starting, serving, committed, rolling-back, protected"""
     running: bool
     pid: int | None
     socket: str
@@ -161,6 +163,14 @@ class ViewDirectory:
 
     def overlay(self, disk: str) -> Path:
         return self.root / f"{disk}.overlay"
+
+    def data_path(self, disk: RecordedDisk) -> Path:
+        """Where the bytes of a disk are."""
+        return self.overlay(disk.name)
+
+    def disk_uri(self, disk: RecordedDisk) -> str:
+        """A disk whose blocks are all present, as the disk of a group."""
+        return f"file:{self.data_path(disk)}"
 
     def load(self) -> ViewRecord:
         try:
@@ -286,7 +296,7 @@ def points_in_use(paths: SitePaths, group_id: bytes) -> list[Position]:
             record = view.load()
         except errors.NotFoundError:
             continue  # it ended since the listing
-        if record.group_id == group_id.hex():
+        if record.group_id == group_id.hex() and record.state != PROTECTED:
             found.append(Position(*record.point))
     return found
 
@@ -493,7 +503,7 @@ def info_of(
     from vrep.recovery.history import format_time
 
     conditions = list(status.get("conditions", []))
-    if holder is None and record.state != "starting":
+    if holder is None and record.state not in ("starting", PROTECTED):
         conditions.append("not-running")
     return ViewInfo(
         id=record.id,

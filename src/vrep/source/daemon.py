@@ -85,7 +85,7 @@ class Source:
             self._control.close()
 
     def _scan(self) -> None:
-        names = set(self._groups.names())
+        names = {name for name in self._groups.names() if not self._yielded(name)}
         with self._lock:
             if self._stopping.is_set():
                 return
@@ -99,6 +99,13 @@ class Source:
         for session in gone:
             session.stop()
             log.info("group removed", group=session.name)
+
+    def _yielded(self, name: str) -> bool:
+        """Whether another site writes the group, and this one is its target."""
+        try:
+            return self._groups.load(name).yielded
+        except VrepError:
+            return False  # its session says what is wrong
 
     def _begin(self, name: str) -> GroupSession:
         spiller, problem = self._spiller(name)

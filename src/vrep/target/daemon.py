@@ -22,7 +22,7 @@ from vrep.errors import (
 from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config
-from vrep.target.epochs import plain, wire_epoch
+from vrep.target.epochs import entry_of, plain, wire_epoch
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
 from vrep.target.rooms import Rooms
@@ -62,11 +62,14 @@ class Target:
         *,
         timeouts: Timeouts | None = None,
         held: Callable[[bytes], Sequence[Position]] = lambda _group_id: (),
+        gives_way: Callable[[str, Mapping[str, Any]], object] = lambda _site, _told: None,
     ) -> None:
-        """`held` names the points of a group that are in use: no fold takes what they need."""
+        """`held` names the points of a group that are in use: no fold takes what they need.
+        `gives_way` lets go of a group that this site wrote, for the site that took it over."""
         self._paths = paths
         self._config = config
         self._timeouts = timeouts or Timeouts()
+        self._gives_way = gives_way
         self._identity = SiteIdentity.load(paths.root)
         self._peers = PeerRegistry(paths.root)
         self._invites = InviteBook(paths.root)
@@ -294,6 +297,10 @@ class Target:
                 self._of(request.params).keep(site_id, window_s, quota)
             case "group.unprotect":
                 self._of(request.params).unprotect(site_id)
+            case "group.follow":
+                epochs = [entry_of(raw) for raw in request.params["epochs"]]
+                self._gives_way(transport.peer.site_id, request.params)
+                self._host(bytes.fromhex(request.params["group_id"])).follow(epochs)
             case "group.delete":
                 self._delete(transport, request, site_id)
             case method:

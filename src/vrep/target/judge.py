@@ -12,8 +12,11 @@ from vrep.target.manifest import Manifest
 __all__ = ["judge_records"]
 
 
-def judge_records(manifest: Manifest, headers: NDArray[np.void], *, begun: bool) -> None:
-    """Raise what is wrong with records that come next. `begun`: the history has a stream."""
+def judge_records(
+    manifest: Manifest, headers: NDArray[np.void], *, begun: bool, follows: bool = True
+) -> None:
+    """Raise what is wrong with records that come next. `begun`: the history has a stream. Unless
+    it `follows`, an epoch begins whose parent position is not held here."""
     if not begun and headers[0]["kind"] != layout.KIND_STREAM:
         raise CorruptError("a history begins with a STREAM record")
     accepted = manifest.current_epoch
@@ -26,6 +29,15 @@ def judge_records(manifest: Manifest, headers: NDArray[np.void], *, begun: bool)
     if (headers["lane"] != 0).any():
         raise UnsupportedError("records of another lane than 0")
     kinds = headers["kind"]
+    if not follows:
+        # What lies between was written to another site: nothing in it is a point here, and the
+        # blocks that it changed come with the sync that this gap is for.
+        first = headers[~np.isin(kinds, (layout.KIND_STREAM, layout.KIND_TALLY))][:1]
+        if len(first) and first[0]["kind"] != layout.KIND_GAP_BEGIN:
+            raise CorruptError(
+                f"epoch {accepted.epoch} begins at {accepted.parent}, which is not held here: a "
+                "gap comes first"
+            )
     if (kinds == layout.KIND_RESIZE).any():
         raise UnsupportedError("disks that change their size")
     sizes = np.zeros(layout.DISKS_MAX, np.uint64)

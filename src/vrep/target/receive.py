@@ -12,7 +12,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -317,6 +317,18 @@ class GroupHost:
             entry = self.require().roll_back_epoch(epoch)
             self._fence(self.require())
             return entry
+
+    def follow(self, epochs: Sequence[EpochEntry]) -> None:
+        """Another site took the group over, and protects it to here: its history goes on in the
+        epochs that it raised. Nothing is to be done while there is no store: the first session of
+        that site makes one."""
+        with self._lock:
+            store = self.load()
+            if store is None:
+                return
+            self._drain_for_failover(store)
+            store.follow(epochs)
+            self._fence(store)
 
     def _fence(self, store: GroupStore) -> None:
         session = self._session

@@ -13,7 +13,7 @@ from typing import Final
 from vrep.errors import InvalidError, StateError
 from vrep.target.manifest import EpochEntry, EpochState, Manifest, Position
 
-__all__ = ["check_horizon", "given_back", "successor", "undecided"]
+__all__ = ["check_horizon", "followed", "given_back", "successor", "undecided"]
 
 _ALL: Final = (1 << 64) - 1
 
@@ -88,6 +88,27 @@ def given_back(
         wall_ns=wall_ns,
     )
     return (*epochs, entry)
+
+
+def followed(known: tuple[EpochEntry, ...], told: Sequence[EpochEntry]) -> tuple[EpochEntry, ...]:
+    """Epochs of a store with those that another site raised after them. What that site tells must
+    go on from the newest that is known here, by number and id, and end with an accepted one:
+    StateError else, since its history would be another one."""
+    by_number = {entry.epoch: entry for entry in told}
+    newest = known[-1]
+    same = by_number.get(newest.epoch)
+    if same is None or same.epoch_id != newest.epoch_id or same.writer != newest.writer:
+        raise StateError(f"the other site's history does not go on from epoch {newest.epoch}")
+    fresh = tuple(entry for entry in told if entry.epoch > newest.epoch)
+    if [entry.epoch for entry in fresh] != sorted({entry.epoch for entry in fresh}):
+        raise InvalidError("epochs rise")
+    if any(entry.state is EpochState.PROVISIONAL for entry in told):
+        raise StateError("the other site's failover is not committed")
+    for entry in fresh:
+        if not (entry.parent.epoch < entry.epoch and entry.parent.epoch in by_number):
+            raise InvalidError(f"epoch {entry.epoch} begins at {entry.parent}, which is no parent")
+    # What was provisional here was decided there.
+    return (*known[:-1], replace(newest, state=same.state), *fresh)
 
 
 def check_horizon(manifest: Manifest, horizon: Position) -> None:

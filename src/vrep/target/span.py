@@ -129,6 +129,22 @@ class Span:
                 return None
             return self._oldest, self._before_gap or self._end(manifest)
 
+    def holds(self, manifest: Manifest, position: Position) -> bool:
+        """Whether the store has the record of a position, or that at which its epoch, which wrote
+        nothing before, left its parent. Where the indexes are damaged: that is not known."""
+        with self._lock:
+            if not position.epoch or position == manifest.horizon:
+                return True
+            if all(entry.epoch != position.epoch for entry in manifest.epochs):
+                return False
+            for epoch, reach in manifest.ancestry(position):
+                last = self._lasts.get(epoch)
+                if last is not None and last.position.seq >= position.seq:
+                    return True
+                if reach != position.seq or manifest.epoch(epoch).parent.seq != position.seq:
+                    return False
+            return False
+
     def recoverable(self, manifest: Manifest, position: Position) -> bool:
         """Whether a record of this position is a recovery point of the line."""
         with self._lock:
@@ -188,19 +204,16 @@ class Span:
 
     def _end(self, manifest: Manifest) -> Point:
         """The last durable record of the line."""
-        epoch = manifest.accepted_epoch.epoch
-        last = self._lasts.get(epoch)
-        return last or self._standing(manifest, manifest.epoch(epoch).parent)
+        return self._standing(manifest, Position(manifest.accepted_epoch.epoch, 0, _ALL))
 
     def _standing(self, manifest: Manifest, position: Position) -> Point:
-        """The record that an epoch's parent names: a position at the very beginning of an
-        epoch stands for the one where it left its own parent."""
-        parent = manifest.epoch(position.epoch).parent
-        while parent.epoch and position.seq <= parent.seq:
-            position = Position(parent.epoch, 0, position.seq)
-            parent = manifest.epoch(position.epoch).parent
-        last = self._lasts.get(position.epoch)
-        return last if last is not None and last.position == position else Point(position)
+        """The record that a position of the line stands for: of an epoch that has none here, as it
+        wrote nothing or another site holds what it wrote, the one where it left its parent."""
+        for epoch, reach in manifest.ancestry(position):
+            last = self._lasts.get(epoch)
+            if last is not None:
+                return last if last.position.seq <= reach else Point(Position(epoch, 0, reach))
+        return Point(position)
 
     def _before(self, manifest: Manifest, turn: _Turn) -> Point:
         """The record of the line before a gap-begin."""
@@ -210,8 +223,11 @@ class Span:
                 before = self._look_up(turn.point.position, turn.segment)
             except (VrepError, OSError) as error:
                 self._lose(error)
-        epoch = turn.point.position.epoch
-        return before or self._standing(manifest, manifest.epoch(epoch).parent)
+        if before is not None:
+            return before
+        parent = manifest.epoch(turn.point.position.epoch).parent
+        known = any(entry.epoch == parent.epoch for entry in manifest.epochs)
+        return self._standing(manifest, parent) if known else Point(parent)
 
     def _look_up(self, here: Position, number: int) -> Point | None:
         """The record of its epoch before a position, in the closed segments up to a number."""

@@ -76,6 +76,7 @@ __all__ = [
 ]
 
 Structs = NDArray[np.void]
+_ALL: Final = (1 << 64) - 1
 NO_SITE: Final = bytes(16)
 _LEFTOVER: Final = re.compile(r"\.(manifest|run)-.*\.tmp")
 
@@ -390,7 +391,8 @@ class GroupStore:
             found, consumed = record.scan(buffer, order=self._order)
             if consumed != len(buffer):
                 raise CorruptError(f"a batch ends inside a record, at byte {consumed}")
-            judge_records(self.manifest, found["header"], begun=self._has_stream)
+            follows = self._follows()
+            judge_records(self.manifest, found["header"], begun=self._has_stream, follows=follows)
             if check is not None:
                 check(found)
             self._appended_ticket += consumed
@@ -402,6 +404,14 @@ class GroupStore:
         self._has_stream = True
         self.received = batch.last
         return batch.ticket
+
+    def _follows(self) -> bool:
+        """Whether the next record goes on from one that is held here: not when the current epoch
+        has none yet, and left its parent at one that was written to another site."""
+        epoch, here = self.manifest.current_epoch, self.received
+        if here.epoch == epoch.epoch and here.seq > epoch.parent.seq:
+            return True
+        return here == epoch.parent or self._span.holds(self.manifest, epoch.parent)
 
     def _seed_order(self) -> None:
         self._order = record.Order()
@@ -534,6 +544,15 @@ class GroupStore:
             self._lease.publish(epochs=(*self.manifest.epochs, entry), unprotected=given_up)
             return entry
 
+    def _end_of_line(self) -> Position:
+        """The last durable position of the current epoch's line. Of an epoch that wrote to another
+        site only, the last record here may be one that its line left behind."""
+        manifest, durable = self.manifest, self.durable
+        line = dict(manifest.ancestry(Position(manifest.current_epoch.epoch, 0, _ALL)))
+        if durable.epoch and durable.epoch not in line:
+            raise StateError(f"{durable} does not lie on the line of the current epoch")
+        return durable._replace(seq=min(durable.seq, line.get(durable.epoch, 0)))
+
     def raise_epoch(
         self, *, writer: bytes, parent: Position | None, state: EpochState
     ) -> EpochEntry:
@@ -543,8 +562,16 @@ class GroupStore:
             known = reign.undecided(self.manifest, writer, parent, state)
             if known is not None:
                 return known
-            where = self.durable if parent is None else parent
+            where = self._end_of_line() if parent is None else parent
             return self.add_epoch(writer=writer, parent=where, state=state)
+
+    def follow(self, epochs: Sequence[EpochEntry]) -> None:
+        """Learn, durably, of epochs that were raised at the other site; see `reign.followed`."""
+        with self._lease.lock:
+            known = self.manifest.epochs
+            after = reign.followed(known, epochs)
+            if after != known:
+                self._lease.publish(epochs=after, unprotected=False)
 
     def set_epoch_state(self, epoch: int, state: EpochState) -> EpochEntry:
         """Change how an epoch stands, durably. The writer of one that is accepted has not given

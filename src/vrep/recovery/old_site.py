@@ -1,0 +1,99 @@
+"""The old site of a group: how it gives way to the site that took the group over.
+
+The new site asks for it (`group.follow` on the wire) before it protects the group back to here.
+From then on the filter leaves the disks alone, nothing is shipped from here, and the history of the
+group goes on in this site's store. The disks stay as they are. Each step can be repeated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
+from vrep.paths import SitePaths
+from vrep.target.epochs import entry_of
+from vrep.target.manifest import EpochEntry, Position, load_newest
+
+__all__ = ["give_way", "left_at"]
+
+RELEASE_S = 60.0
+"""the filter drains the group, and writes down that it did"""
+
+
+def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
+    """Where the line of the newest of some epochs left an older one, of which it may be that
+    nothing was written: its last position that others know. StateError when it never did."""
+    by_number = {entry.epoch: entry for entry in epochs}
+    at = epochs[-1].parent
+    seq = at.seq
+    while at.epoch > mine and at.epoch in by_number:
+        at = by_number[at.epoch].parent
+        seq = min(seq, at.seq)
+    if at.epoch != mine:
+        raise errors.StateError(f"epoch {epochs[-1].epoch} does not go on from epoch {mine}")
+    return Position(mine, 0, seq)
+
+
+def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
+    """Leave a group to the site that took it over; `told` has ``group_id`` and the ``epochs`` of
+    that site's history, oldest first. BusyError while a VM uses the disks here."""
+    epochs = [entry_of(raw) for raw in told["epochs"]]
+    if not epochs or epochs[-1].writer.hex() != site_id:
+        raise errors.InvalidError("the newest epoch belongs to another site")
+    groups = GroupDirectory(paths.root)
+    definition = groups.of_id(str(told["group_id"]))
+    if definition is None:
+        _require_writer(paths, site_id, str(told["group_id"]))
+        return
+    if definition.to_site != site_id:
+        raise errors.FencedError(f"{definition.name!r} is not protected to the site that asks")
+    known = next((entry for entry in epochs if entry.epoch == definition.epoch), None)
+    if known is None or known.epoch_id.hex() != definition.epoch_id:
+        raise errors.StateError(
+            f"the history of {definition.name!r} there does not go on from epoch {definition.epoch}"
+        )
+    if known is epochs[-1]:
+        raise errors.StateError(f"{definition.name!r} is written here: nobody took it over")
+    left = left_at(epochs, definition.epoch)
+    if not definition.yielded:
+        _require_unused(paths, definition)
+    groups.update(
+        definition.name,
+        fenced=True,
+        yielded=True,
+        left=ParentPosition(left.epoch, left.lane, left.seq),
+    )
+    _tell(paths, "source", "reload")
+    _tell(paths, "filter", "release", group=definition.name)
+
+
+def _require_writer(paths: SitePaths, site_id: str, group_id: str) -> None:
+    """FencedError unless a store that is here, of a group without a definition, knows the site."""
+    try:
+        manifest = load_newest(paths.store / group_id, bytes.fromhex(group_id))
+    except errors.NotFoundError:
+        return
+    if all(entry.writer.hex() != site_id for entry in manifest.epochs):
+        raise errors.FencedError(f"{manifest.name!r} belongs to another site")
+
+
+def _require_unused(paths: SitePaths, definition: GroupDefinition) -> None:
+    try:
+        known = ControlClient(paths.socket("filter")).call("status").get(definition.name, {})
+    except errors.UnreachableError:
+        return
+    if clients := int(known.get("clients", 0)):
+        raise errors.BusyError(
+            f"{clients} client(s) use the old disks of {definition.name!r} at the old site: shut "
+            "that VM down first; what it wrote was not taken over"
+        )
+
+
+def _tell(paths: SitePaths, role: str, method: str, **params: Any) -> None:
+    """A process that does not run reads the files when it starts."""
+    with contextlib.suppress(errors.UnreachableError):
+        ControlClient(paths.socket(role), timeout=RELEASE_S).call(method, **params)

@@ -1,0 +1,210 @@
+"""Reverse: the recovered VM is protected back to the site that it came from.
+
+The disks of a committed failover, once they are whole, become the disks of a protected group of
+this site, whose target is the old one. Each step is durable before the next begins, and the same
+command goes on where it was cut off:
+
+1. background filling ends, so that the disks need no history any more;
+2. the old site gives way (`vrep.recovery.old_site`), and its store learns of the epochs;
+3. the group's definition is written: this site writes it, in the epoch that the failover raised;
+4. the view's process ends and the filter opens the disks, under the sockets that there were: a VM
+   that reconnects sees a pause. From then on everything is recorded and shipped.
+
+The first record behind the fork is a gap-begin, so nothing is a recovery point at the old site
+before all that may differ there was sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.groups import (
+    VERSION,
+    DiskDefinition,
+    GroupDefinition,
+    GroupDirectory,
+    GroupOptions,
+    ParentPosition,
+)
+from vrep.keys.datakey import inspect_wrapped
+from vrep.keys.identity import SiteIdentity
+from vrep.keys.tenant import TenantKeyring
+from vrep.paths import SitePaths
+from vrep.recovery.failover import Failover
+from vrep.recovery.view import PROTECTED, ViewDirectory, ViewRecord, describe, ended
+from vrep.settings import load_config
+from vrep.target.epochs import plain
+from vrep.target.manifest import EpochEntry, EpochState
+from vrep.wire.peers import Peer, PeerRegistry
+from vrep.wire.site import connect
+
+__all__ = ["reverse"]
+
+ASK_EVERY_S: Final = 0.1
+FOLLOW_S: Final = 90.0
+"""the old site lets its filter go first"""
+STATE_FILES: Final = ("state", "intent", "map.0", "map.1")
+
+Progress = Callable[[int, int], None]
+
+
+def reverse(
+    paths: SitePaths,
+    group: str,
+    options: GroupOptions,
+    *,
+    progress: Progress | None = None,
+) -> GroupDefinition:
+    """Protect a group that this site took over, and committed, to the site that wrote it before.
+    `progress` hears the bytes of its disks that are here, so far and in all."""
+    failover = Failover(paths, group)
+    groups = GroupDirectory(paths.root)
+    view = failover.view()
+    epochs = failover.epochs()
+    current = epochs[-1]
+    if current.writer != failover.site_id:
+        raise errors.StateError(f"{failover.held.name!r} is written by another site")
+    mine = groups.of_id(failover.held.hex)
+    if view is None:
+        if mine is not None and not mine.yielded:
+            return mine  # it was done before
+        raise errors.NotFoundError(f"no failover of {group!r} is under way")
+    record = view.load()
+    if record.state != "committed" or current.state is not EpochState.ACCEPTED:
+        raise errors.StateError(f"the failover of {group!r} is not committed: do that first")
+    peer = _old_site(paths, record)
+    _require_name(groups, failover.held.name, failover.held.hex)
+    _wait_filled(view, record, progress)
+    _follow(paths, peer, failover.held.hex, epochs)
+    definition = _define(paths, failover, record, view, peer, current, options, mine)
+    _switch(paths, groups, definition, view)
+    return definition
+
+
+def _old_site(paths: SitePaths, record: ViewRecord) -> Peer:
+    peer = PeerRegistry(paths.root).get(record.old_writer)
+    if not peer.address:
+        raise errors.ConfigError(
+            f"site {peer.name!r} does not listen: set network.listen there, let it join once more, "
+            "and try again"
+        )
+    return peer
+
+
+def _require_name(groups: GroupDirectory, name: str, group_id: str) -> None:
+    if name in set(groups.names()) and groups.load(name).group_id != group_id:
+        raise errors.ExistsError(f"another group {name!r} is protected here")
+
+
+def _wait_filled(view: ViewDirectory, record: ViewRecord, progress: Progress | None) -> None:
+    """Until every block of the view's disks is here."""
+    total = sum(disk.bytes for disk in record.disks)
+    with contextlib.suppress(errors.VrepError):
+        ControlClient(view.control).call("fill", timeout=5.0)
+    while True:
+        info = describe(view)
+        if info.fill.get("done"):
+            return
+        if not info.running:
+            raise errors.StateError(
+                f"the recovered disks of {record.group!r} are not served: 'vrep run' serves them"
+            )
+        if info.conditions:
+            raise errors.RecoveryError(
+                f"the disks of {record.group!r} cannot be filled: {', '.join(info.conditions)}"
+            )
+        if progress is not None:
+            progress(sum(info.fill.get("filled_to", {}).values()), total)
+        time.sleep(ASK_EVERY_S)
+
+
+def _follow(paths: SitePaths, peer: Peer, group_id: str, epochs: Sequence[EpochEntry]) -> None:
+    """Let the old site give way. Its answer is asked for again when it was lost."""
+    params = {"group_id": group_id, "epochs": [plain(entry) for entry in epochs]}
+    with connect(SiteIdentity.load(paths.root), peer) as transport:
+        transport.ask("group.follow", params, timeout_s=FOLLOW_S)
+
+
+def _define(
+    paths: SitePaths,
+    failover: Failover,
+    record: ViewRecord,
+    view: ViewDirectory,
+    peer: Peer,
+    current: EpochEntry,
+    options: GroupOptions,
+    mine: GroupDefinition | None,
+) -> GroupDefinition:
+    """The definition, written. What the filter and the spill knew of an earlier reign of this site
+    goes first: it is of other disks, or of what they held before."""
+    name, manifest = failover.held.name, failover.held.manifest
+    groups = GroupDirectory(paths.root)
+    if mine is None or mine.yielded:
+        config = load_config(paths.config)
+        for state in STATE_FILES:
+            (groups.path(name) / state).unlink(missing_ok=True)
+        shutil.rmtree(paths.shm(config.filter.shm_dir) / name, ignore_errors=True)
+        shutil.rmtree(paths.spill(name, config.source.spill_dir), ignore_errors=True)
+    tenant = TenantKeyring(paths.root).find(
+        inspect_wrapped(manifest.wrapped_keys[-1]).tenant_key_id
+    )
+    parent = current.parent
+    definition = GroupDefinition(
+        version=VERSION,
+        group_id=failover.held.hex,
+        name=name,
+        disks=tuple(
+            DiskDefinition(disk.name, view.disk_uri(disk), disk.bytes, disk.index)
+            for disk in record.disks
+        ),
+        to_site=peer.site_id,
+        key=tenant.name,
+        tenant_key_id=tenant.key_id,
+        epoch=current.epoch,
+        epoch_id=current.epoch_id.hex(),
+        wrapped_keys=tuple(base64.b64encode(blob).decode() for blob in manifest.wrapped_keys),
+        created=mine.created if mine is not None else time.time(),
+        parent=ParentPosition(parent.epoch, parent.lane, parent.seq),
+        options=mine.options if mine is not None else options,
+    )
+    groups.store(definition)
+    return definition
+
+
+def _switch(
+    paths: SitePaths, groups: GroupDirectory, definition: GroupDefinition, view: ViewDirectory
+) -> None:
+    """From the view's process to the filter. Cut off in between, either serves the same bytes, and
+    never both: each holds the lock of the disks."""
+    record = view.load()
+    with ended(view):
+        for disk in record.disks:
+            _sync(view.data_path(disk))
+        view.change(state=PROTECTED)
+        view.nbd_socket.unlink(missing_ok=True)
+        view.nbd_socket.symlink_to(paths.nbd_socket(definition.name).name)
+    for role in ("filter", "source"):
+        with contextlib.suppress(errors.UnreachableError):
+            ControlClient(paths.socket(role)).call("reload")
+    used = {disk.uri for disk in definition.disks}
+    for other in Failover(paths, definition.group_id).protected_views():
+        if other.id != view.id and not used & {other.disk_uri(d) for d in other.load().disks}:
+            with ended(other):
+                other.remove()
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
