@@ -65,7 +65,7 @@ class SourceConfig(_Section, frozen=True, kw_only=True):
     bandwidth: Size = 0
     """bytes a second that all groups together may send, first syncs too; 0: unlimited"""
     compression: Annotated[int, Meta(ge=0, le=19)] = 1
-    """zstd level of new groups; 0: off"""
+    """zstd level of new groups; 0: off. Less is used while sealing is what holds shipping up"""
     spill_bytes: Size = 10 << 30
     """disk that each group may take for what its ring cannot keep while the target is slow or
     gone; 0: none, and a full ring is a gap at once"""

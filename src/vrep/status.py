@@ -284,6 +284,7 @@ def _target(
         "total_bytes": int(filtered["total_bytes"]) if filtered else 0,
         "bytes_sent": int(session["bytes_sent"]) if session else 0,
         "records_sent": int(session["records_sent"]) if session else 0,
+        "compression": session.get("compression") if session else None,
         "round_trip_ms": round(session["round_trip_s"] * 1000, 3)
         if session and session["round_trip_s"] is not None
         else None,

@@ -488,6 +488,34 @@ static void doubtful_data_are_tried_less_and_less(void)
     free(data);
 }
 
+static void the_level_changes_within_a_stream(void)
+{
+    const int levels[] = {1, 0, 9, 0, 0, 1};
+    struct vrep_sealer *sealer = new_sealer(0, true, 3);
+    struct vrep_opener *opener = new_opener();
+    uint8_t *data = room(65536), *sealed = room(2 * ROOM), *plain = room(ROOM);
+    size_t written, done, got;
+
+    memset(data, 'z', 65536);
+    for (size_t i = 0; i < sizeof levels / sizeof *levels; i++) {
+        struct iovec iov = {data, 65536};
+        struct vrep_seal_source source = write_of(i + 1, 0, &iov, 1);
+        CHECK_OK(vrep_sealer_set_level(sealer, levels[i]));
+        CHECK_OK(vrep_sealer_seal(sealer, &source, 1, sealed, 2 * ROOM, &written, &done));
+        CHECK((written > 65536) == (levels[i] == 0));
+        CHECK_OK(vrep_opener_record(opener, sealed, written, plain, ROOM, &got));
+        CHECK_EQ(got, 65536);
+        CHECK_MEM(plain, data, 65536);
+    }
+    CHECK_STATUS(vrep_sealer_set_level(sealer, -1), VREP_E_INVALID);
+    CHECK_STATUS(vrep_sealer_set_level(sealer, VREP_SEAL_LEVEL_MAX + 1), VREP_E_INVALID);
+    vrep_sealer_free(sealer);
+    vrep_opener_free(opener);
+    free(data);
+    free(sealed);
+    free(plain);
+}
+
 static void the_ring_is_sealed_in_place(void)
 {
     struct vrep_ring_config config = {
@@ -581,6 +609,7 @@ int main(void)
     RUN(marks_carry_their_label);
     RUN(random_looking_data_skip_zstd);
     RUN(doubtful_data_are_tried_less_and_less);
+    RUN(the_level_changes_within_a_stream);
     RUN(the_ring_is_sealed_in_place);
     return check_report();
 }

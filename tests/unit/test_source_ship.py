@@ -25,6 +25,9 @@ class Rig:
         self.connection = self
         self.ring = self
         self.bytes = 0
+        self.level = 1
+        self.clock: Clock | None = None
+        self.seal_s = self.send_s = 0.0
 
     def seal(self, _sealer: Any, last: int, room: memoryview) -> tuple[int, int]:
         self.rooms.append(len(room))
@@ -37,7 +40,12 @@ class Rig:
             raise FullError
         self.seq += done
         self.batches.append(written)
+        if self.clock:
+            self.clock.now_s += self.seal_s * (1 if self.level else 0.1)
         return written, done
+
+    def stats(self) -> dict[str, int]:
+        return {"bytes_plain": sum(self.batches)}
 
     def tally(self, _room: memoryview, *, wall_ns: int) -> int:
         return 0
@@ -47,11 +55,15 @@ class Rig:
 
     def send_data(self, _channel: int, buffers: list[memoryview], *, more: bool = False) -> None:
         self.bytes += sum(len(each) for each in buffers)
+        if self.clock:
+            self.clock.now_s += self.send_s
 
 
 class Clock:
+    now_s = 0.0
+
     def monotonic(self) -> float:
-        return 0.0
+        return self.now_s
 
     def time_ns(self) -> int:
         return 0
@@ -92,6 +104,20 @@ def test_the_largest_record_fits_and_a_larger_one_is_an_error() -> None:
     assert rig.seq == 1
     with pytest.raises(FullError):
         shipper(Rig([BUFFER_BYTES]))._ship(1)
+
+
+def test_compression_yields_where_sealing_holds_shipping_up() -> None:
+    """And comes back when the link is what it waits for."""
+    rig = Rig([MIB] * 2000)
+    rig.clock, rig.seal_s, rig.send_s = Clock(), 0.5, 0.01
+    one = Shipper(rig, rig, rig, 1, rig.clock)  # type: ignore[arg-type]
+    for _ in range(10):
+        one._ship(2000)
+    assert rig.level == 0
+    rig.send_s = 5.0
+    for _ in range(10):
+        one._ship(2000)
+    assert rig.level == 1
 
 
 def test_who_waits_for_credit_goes_on_when_there_is_some() -> None:

@@ -435,6 +435,14 @@ void vrep_sealer_free(struct vrep_sealer *sealer)
     free(sealer);
 }
 
+int vrep_sealer_set_level(struct vrep_sealer *sealer, int level)
+{
+    if (level < 0 || level > VREP_SEAL_LEVEL_MAX)
+        return VREP_E_INVALID;
+    vrep_squeeze_clear(&sealer->squeeze);
+    return level == 0 ? VREP_OK : vrep_squeeze_init(&sealer->squeeze, level);
+}
+
 uint64_t vrep_sealer_seq(const struct vrep_sealer *sealer)
 {
     return sealer->seq;

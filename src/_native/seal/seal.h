@@ -65,6 +65,10 @@ struct vrep_sealer;
 int vrep_sealer_new(const struct vrep_sealer_options *options, struct vrep_sealer **out);
 void vrep_sealer_free(struct vrep_sealer *sealer);
 
+/* Compress what is sealed from now on at another level, 0: not at all. INVALID; NOMEM, and
+ * then not at all. */
+int vrep_sealer_set_level(struct vrep_sealer *sealer, int level);
+
 /* Last seq sealed; resume_seq before the first. */
 uint64_t vrep_sealer_seq(const struct vrep_sealer *sealer);
 

@@ -77,6 +77,7 @@ cdef extern from "seal/seal.h":
     int vrep_stream_key(const uint8_t *data_key, const uint8_t *stream_id, uint8_t *out)
     int vrep_sealer_new(const vrep_sealer_options *options, vrep_sealer **out)
     void vrep_sealer_free(vrep_sealer *sealer)
+    int vrep_sealer_set_level(vrep_sealer *sealer, int level)
     uint64_t vrep_sealer_seq(const vrep_sealer *sealer)
     int vrep_sealer_stream(vrep_sealer *sealer, const vrep_stream *stream, uint8_t *out,
                            size_t cap, size_t *written)
@@ -226,7 +227,7 @@ cdef class Sealer:
     cdef vrep_sealer *sealer
     cdef bint busy
     cdef readonly bytes stream_id
-    cdef readonly int level
+    cdef int now_level
 
     def __cinit__(self, key, stream_id, *, uint32_t epoch, uint16_t lane=0,
                   uint64_t resume_seq=0, secret=None, int level=0):
@@ -248,7 +249,7 @@ cdef class Sealer:
             OPENSSL_cleanse(own_key, KEY_BYTES)
             OPENSSL_cleanse(own_secret, SECRET_BYTES)
         self.stream_id = bytes(stream_id)
-        self.level = level
+        self.now_level = level
 
     def __dealloc__(self):
         vrep_sealer_free(self.sealer)
@@ -261,6 +262,20 @@ cdef class Sealer:
             raise BusyError("the sealer is in use by another thread")
         self.busy = True
         return 0
+
+    @property
+    def level(self):
+        """The zstd level of what is sealed from now on; 0: no compression."""
+        return self.now_level
+
+    @level.setter
+    def level(self, int level):
+        self.enter()
+        try:
+            check(vrep_sealer_set_level(self.sealer, level))
+            self.now_level = level
+        finally:
+            self.busy = False
 
     @property
     def seq(self):

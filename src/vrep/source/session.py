@@ -37,6 +37,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
 from vrep.source.bandwidth import Bandwidth
+from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.source.session_view import Backlog, SessionView, spill_view
 from vrep.source.ship import Shipper
@@ -111,6 +112,7 @@ class GroupSession:
         self._hold: RingHold | None = None
         self._feed: Feed | None = None
         self._catching_up = Backlog()
+        self._effort: Effort | None = None
         self._transport: FrameTransport | None = None
         self._sent_keys: tuple[str, ...] | None = None
         self._opened = False
@@ -541,13 +543,17 @@ class GroupSession:
             secret=data_key.hash_secret(),
             level=definition.options.compression,
         )
+        if self._effort is None or self._effort.most != definition.options.compression:
+            self._effort = Effort(definition.options.compression)
         transport.send(
             m.StreamStart(
                 stream_id=stream_id, key_generation=data_key.generation, resume_seq=durable
             ),
             CHANNEL,
         )
-        shipper = Shipper(feed, sealer, transport, CHANNEL, self._clock, self._bandwidth)
+        shipper = Shipper(
+            feed, sealer, transport, CHANNEL, self._clock, self._bandwidth, self._effort
+        )
         shipper.open_stream(self._stream(definition, data_key))
         self._acknowledged(feed, durable, durable)
         self.view.durable_seq = self.view.received_seq = durable
@@ -640,6 +646,7 @@ class GroupSession:
             self.view.bytes_sent = self._bytes_before + shipper.bytes_sent
             self.view.records_sent = self._records_before + shipper.records_sent
             self.view.round_trip_s = transport.round_trip_s
+            self.view.compression = self._effort.level if self._effort is not None else None
             if event is not None and not self._take(event.message, feed, shipper):
                 return
             if transport.renewal_due:

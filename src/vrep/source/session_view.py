@@ -29,6 +29,8 @@ class SessionView:
     records_sent: int = 0
     conditions: list[str] = field(default_factory=list)
     round_trip_s: float | None = None
+    compression: int | None = None
+    """the level that is used now, which is at most the group's; None before the first session"""
     attempts: int = 0
     history_lost: bool = False
     """the target lost what it had acknowledged, and does not hold it again yet"""

@@ -13,6 +13,7 @@ from typing import Final
 from vrep._core.seal import Sealer
 from vrep.errors import FullError, StateError
 from vrep.source.bandwidth import Bandwidth
+from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.wire.frames import PAYLOAD_BYTES_MAX
 from vrep.wire.stream import Clock
@@ -44,6 +45,7 @@ class Shipper:
         channel: int,
         clock: Clock,
         bandwidth: Bandwidth | None = None,
+        effort: Effort | None = None,
     ) -> None:
         self._feed = feed
         self._sealer = sealer
@@ -51,6 +53,7 @@ class Shipper:
         self._channel = channel
         self._clock = clock
         self._bandwidth = bandwidth or Bandwidth(0)
+        self._effort = effort or Effort(sealer.level)
         self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._credit = threading.Condition()
         self._stopping = False
@@ -80,8 +83,10 @@ class Shipper:
         or the spill raise."""
         ring, sent_s, full = self._feed.ring, 0.0, False
         while not self._stopping:
-            seq = self._sealer.seq
-            if not ring.wait(seq, IDLE_WAIT_S):
+            seq, asked_s = self._sealer.seq, self._clock.monotonic()
+            ready = ring.wait(seq, IDLE_WAIT_S)
+            self._effort.note(idle_s=self._clock.monotonic() - asked_s)
+            if not ready:
                 continue
             busy = self._clock.monotonic() - sent_s < 2 * GATHER_S
             if busy and not full and ring.head - seq < GATHER_RECORDS:
@@ -95,6 +100,9 @@ class Shipper:
     def _ship(self, last: int) -> None:
         """Seal and send one batch."""
         size = self._batch_bytes
+        if self._sealer.level != self._effort.level:
+            self._sealer.level = self._effort.level
+        began_s, sealed = self._clock.monotonic(), self._sealer.stats()["bytes_plain"]
         while True:
             try:
                 room = self._buffer[: size - TALLY_BYTES]
@@ -106,7 +114,10 @@ class Shipper:
                 size = min(2 * size, BUFFER_BYTES)
         written += self._sealer.tally(self._buffer[written:], wall_ns=self._clock.time_ns())
         self.records_sent += done
+        sealed, done_s = self._sealer.stats()["bytes_plain"] - sealed, self._clock.monotonic()
         self._send(written)
+        waiting_s = self._clock.monotonic() - done_s
+        self._effort.note(sealing_s=done_s - began_s, count=sealed, waiting_s=waiting_s)
 
     def _send(self, length: int) -> None:
         """Send the head of the buffer in frames, each within the credit that there is."""
