@@ -4,7 +4,8 @@
 
 Each ``INVARIANT-NAME.patch`` here begins with lines ``# test: ID``, of which one at least must
 turn red (``test_map`` is a native test, ``tests/unit/test_x.py::test_y`` one of pytest), and one
-may say what it breaks. A mutant that makes its test hang says so by ``# timeout: kills``; any other
+may say what it breaks. A line ``# also: ID`` names a test that must turn red as well, whatever
+the others say. A mutant that makes its test hang says so by ``# timeout: kills``; any other
 test that does not end in time proves nothing. The patches are applied one after another to a copy
 of the work tree in ``build/mutants``, which is kept and built incrementally; a test that is red
 without any patch, with any of the seeds, proves nothing and is an error, and so are a patch that
@@ -40,6 +41,7 @@ SEEDS = ("1", "2", "3")  # a random test may miss once
 class Mutant:
     path: Path
     tests: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
     breaks: str = ""
     hangs: bool = False
     files: list[str] = field(default_factory=list)
@@ -70,6 +72,8 @@ def read(path: Path) -> Mutant:
     for line in path.read_text().splitlines():
         if line.startswith("# test:"):
             mutant.tests.append(line.removeprefix("# test:").strip().removeprefix("ctest:"))
+        elif line.startswith("# also:"):
+            mutant.also.append(line.removeprefix("# also:").strip())
         elif line.startswith("# timeout:"):
             mutant.hangs = line.removeprefix("# timeout:").strip() == "kills"
         elif line.startswith("# ") and not mutant.files:
@@ -187,6 +191,20 @@ def test_once(test: str, seed: str) -> None:
     raise Red(f"{test} (seed {seed})\n{done.stdout[-2000:]}")
 
 
+def turns_red(tests: list[str], *, sure: bool = False) -> bool:
+    """Whether one of some tests does with any of the seeds; `sure`: Red says so, with what it
+    said."""
+    try:
+        for seed in SEEDS:
+            for test in tests:
+                test_once(test, seed)
+    except Red:
+        if sure:
+            raise
+        return True
+    return False
+
+
 def judge(mutant: Mutant, good: dict[str, str]) -> tuple[str, str]:
     """The verdict on one mutant, and what speaks for it."""
     saved = {name: (TREE / name).read_bytes() for name in mutant.files if (TREE / name).exists()}
@@ -196,13 +214,14 @@ def judge(mutant: Mutant, good: dict[str, str]) -> tuple[str, str]:
             return "does not apply", applied.stdout
         if all((TREE / name).read_bytes() == data for name, data in saved.items()):
             return "does not apply", "it changes nothing"
-        for test in mutant.tests:
+        for test in [*mutant.tests, *mutant.also]:
             if good[test]:
                 return "red without it", good[test]
-        build(mutant.tests)
-        for seed in SEEDS:
-            for test in mutant.tests:
-                test_once(test, seed)
+        build([*mutant.tests, *mutant.also])
+        for test in mutant.also:
+            if not turns_red([test]):
+                return "survived", test
+        turns_red(mutant.tests, sure=True)
         return "survived", ""
     except Broken as error:
         return "error", str(error)
@@ -253,7 +272,8 @@ def main() -> int:
     for number in bare:
         print(f"invariant {number} has fewer than two mutants")
     prepare()
-    good = without_mutants(sorted({test for mutant in mutants for test in mutant.tests}))
+    named = {test for mutant in mutants for test in [*mutant.tests, *mutant.also]}
+    good = without_mutants(sorted(named))
     rows = []
     for mutant in mutants:
         begun = time.monotonic()
@@ -264,7 +284,7 @@ def main() -> int:
                 "patch": mutant.path.name,
                 "invariant": mutant.invariant,
                 "breaks": mutant.breaks,
-                "test": ", ".join(mutant.tests),
+                "test": ", ".join([*mutant.tests, *mutant.also]),
                 "verdict": verdict,
                 "seconds": seconds,
             }

@@ -87,3 +87,27 @@ def test_red_kills_and_green_survives(
     assert runner.judge(one, {TEST: "red before"})[0] == "red without it"
     monkeypatch.setattr(runner, "test_once", lambda _test, _seed: None)
     assert runner.judge(one, {TEST: ""})[0] == "survived"
+
+
+def test_what_must_turn_red_as_well_does(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = "tests/sim/test_x.py::test_z"
+    one = mutant(runner, tmp_path, f"also: {other}", "it is wrong")
+    assert (one.tests, one.also, one.breaks) == ([TEST], [other], "it is wrong")
+    good = {TEST: "", other: ""}
+
+    def red(*names: str) -> None:
+        def test_once(test: str, seed: str) -> None:
+            if test in names:
+                raise runner.Red(test)
+
+        monkeypatch.setattr(runner, "test_once", test_once)
+
+    red(TEST, other)
+    assert runner.judge(one, good)[0] == "killed"
+    red(TEST)
+    assert runner.judge(one, good) == ("survived", other)
+    red(other)
+    assert runner.judge(one, good)[0] == "survived"
+    assert runner.judge(one, {TEST: "", other: "red before"})[0] == "red without it"
