@@ -1,0 +1,284 @@
+"""Faults: all that breaks in a world, one after another, each a method named as in `plan.FAULTS`.
+
+A process is killed now, or at one of its next operations; what its site does afterwards, it does
+at a random moment later.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from guest import GUEST_S
+from kernel import NS, Kernel, Violation
+from net import Network
+from oracle import Oracle
+from plan import Plan
+from sites import EAST, GROUP, GROUP_ID, SourceSite, TargetSite
+
+from vrep.errors import StateError, VrepError
+from vrep.target.manifest import Position
+
+
+class Faults:
+    """What breaks in one world."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        plan: Plan,
+        oracle: Oracle,
+        network: Network,
+        west: SourceSite,
+        east: TargetSite,
+        verify: Callable[[], None],
+    ) -> None:
+        self._kernel = kernel
+        self._rng = kernel.rng
+        self._plan = plan
+        self._oracle = oracle
+        self._network = network
+        self._west = west
+        self._east = east
+        self._verify_store = verify
+        self.over = False
+        """all that was to break has"""
+        self.failed_over = False
+        """another site keeps the group"""
+        self._saved: tuple[Path, list[Any], int] | None = None
+
+    def run(self) -> None:
+        """All of them, and again what did not work."""
+        rng = self._rng
+        for fault in self._plan.faults:
+            self._kernel.sleep(
+                rng.expovariate(1 / (0.2 + self._plan.writes * self._plan.write_s / 12))
+            )
+            self._kernel.note(f"fault: {fault}")
+            self._kernel.event(f"fault {fault}")
+            getattr(self, "_" + fault.replace(" ", "_"))()
+        for what, again in (("torn write", self._power_target), ("cut", self._cut)):
+            tries = 0
+            while not self._kernel.events[what]:
+                tries += 1
+                if tries > 20:
+                    raise Violation(f"no {what} in {tries} attempts: the world is not what it was")
+                self._kernel.sleep(self._rng.random())
+                again()
+        if self._plan.failover_kept:
+            self._failover(keep=True)
+        self.over = True
+
+    def _soon(self, process: Any) -> None:
+        """Kill a process now, or at one of its next operations."""
+        if self._rng.random() < 0.5:
+            process.fuse = self._rng.randrange(40)
+            self._kernel.wait_until(lambda: process.dead, 2.0)
+        if not process.dead:
+            self._kernel.kill(process)
+        self._kernel.event("crash")
+
+    def _kill_source(self) -> None:
+        self._soon(self._west.source)
+        self._kernel.sleep(self._rng.random())
+        self._west.start_source()
+
+    def _kill_filter(self) -> None:
+        self._soon(self._west.filter)
+        self._oracle.source_came_back(False, self._west.content)
+        self._kernel.sleep(self._rng.random() * 0.2)
+        self._start_filter()
+
+    def _start_filter(self) -> None:
+        self._west.start_filter()
+        self._kernel.wait_until(lambda: self._west.group is not None, 10.0)
+        self._west.check_map()
+
+    def _close_filter(self) -> None:
+        west = self._west
+        if west.group is None:
+            return
+        # Who stops a filter has stopped the VM: nothing is in flight.
+        gate, west.gate = west.gate, None
+        if not self._kernel.wait_until(lambda: not self._oracle.flights, GUEST_S):
+            raise Violation("5: a command of the guest is never answered")
+        west.gate = gate
+        west.close_filter()
+        self._kernel.kill(west.filter)
+        self._oracle.source_came_back(False, self._west.content)
+        self._start_filter()
+
+    def _power_source(self) -> None:
+        if self._west.lose_power():
+            self._kernel.event("torn write")
+        self._kernel.event("crash")
+        self._oracle.source_came_back(True, self._west.content)
+        self._kernel.sleep(self._rng.random() * 2)
+        self._start_filter()
+        self._west.start_source()
+
+    def _kill_target(self) -> None:
+        self._soon(self._east.process)
+        self._restart_target()
+
+    def _power_target(self) -> None:
+        self._kernel.wait_until(self._target_is_busy, 1.0, look_s=0.001)
+        if self._east.lose_power():
+            self._kernel.event("torn write")
+        self._kernel.event("crash")
+        self._restart_target()
+
+    def _target_is_busy(self) -> bool:
+        files = self._east.files
+        return files is not None and any(c.pending for c in files.memory.contents.values())
+
+    def _restart_target(self) -> None:
+        self._kernel.sleep(self._rng.random())
+        self._east.start()
+        if self._rng.random() < 0.3:
+            self._kernel.wait_until(lambda: self._east.store is not None, 5.0)
+            self._verify_store()
+
+    def _cut(self) -> None:
+        self._kernel.wait_until(lambda: self._network.connected, 20.0)
+        self._kernel.sleep(self._rng.random() * 0.01)
+        self._network.cut()
+
+    def _hang(self) -> None:
+        self._kernel.event("hang")
+        self._network.hung_until_ns = self._kernel.now_ns + int(self._rng.random() * 12 * NS)
+
+    def _down(self) -> None:
+        self._network.down_until_ns = self._kernel.now_ns + int(self._rng.random() * 8 * NS)
+        self._network.cut()
+
+    def _full_target(self) -> None:
+        """Its disk takes nothing more, for a while."""
+        files = self._east.files
+        if files is None or self._east.process.dead:
+            return
+        files.room = self._rng.randrange(60_000)
+        self._kernel.sleep(self._rng.random() * 4)
+        files.room = 1 << 40
+        self._kernel.event("full disk")
+
+    def _failed_sync(self) -> None:
+        files = self._east.files
+        if files is not None:
+            files.sync_error = OSError(errno.EIO, "Input/output error")
+
+    def _failed_spill(self) -> None:
+        self._west.spill_disk.fail_syncs = 0.3
+        self._kernel.sleep(self._rng.random() * 3)
+        self._west.spill_disk.fail_syncs = 0.0
+
+    def _clock(self) -> None:
+        """The wall clocks of both sites jump."""
+        self._kernel.wall_ahead_ns += self._rng.randrange(-3600, 3600) * NS
+
+    def _old_target(self) -> None:
+        """The target's disks are those of an earlier day: what it acknowledged since is lost."""
+        directory, kernel = self._east.directory, self._kernel
+        if self.failed_over:
+            return
+        kernel.kill(self._east.process)
+        if self._saved is None:
+            kept = directory.with_name("kept")
+            if directory.is_dir():
+                shutil.copytree(directory, kept)
+                self._saved = (kept, list(self._oracle.ledger.taken), len(self._oracle.epochs))
+        elif self._saved[2] == len(self._oracle.epochs):
+            kept, taken, _epochs = self._saved
+            shutil.rmtree(directory)
+            shutil.copytree(kept, directory)
+            self._oracle.target_is_old(taken)
+            kernel.event("old target")
+        self._restart_target()
+
+    def _verify(self) -> None:
+        self._verify_store()
+
+    def _mark(self) -> None:
+        try:
+            self._west.ask("filter", "mark", group=GROUP, label=f"m{self._kernel.now_ns}")
+            self._kernel.event("mark")
+        except VrepError as error:
+            self._kernel.note(f"no mark: {error}")
+
+    def _pause(self) -> None:
+        self._west.groups.update(GROUP, paused=True)
+        self._reload()
+        self._kernel.sleep(self._rng.random() * 3)
+        self._west.groups.update(GROUP, paused=False)
+        self._reload()
+
+    def _reload(self) -> None:
+        try:
+            self._west.ask("source", "reload")
+        except VrepError as error:
+            self._kernel.note(f"not reloaded: {error}")
+
+    def _fold(self) -> None:
+        """Keep points from here on only."""
+        oracle, store = self._oracle, self._east.store
+        if store is None or self._east.process.dead or self.failed_over:
+            return
+        durable = store.durable
+        points = [p for p in oracle.recoverable(durable) if p > oracle.horizon]
+        if len(points) < 2 or store.manifest.current_epoch.epoch != oracle.current.number:
+            return
+        horizon = self._rng.choice(points)
+        try:
+            self._east.ask("fold", group_id=GROUP_ID.hex(), horizon=list(horizon))
+        except VrepError as error:
+            if not isinstance(error, StateError):
+                self._kernel.note(f"no fold: {error}")
+
+    def _failover(self, *, keep: bool = False) -> None:
+        """Another site takes the group over, and gives it back or keeps it."""
+        oracle, store = self._oracle, self._east.store
+        if self.failed_over or store is None or self._east.process.dead:
+            return
+        points = oracle.recoverable(store.durable)
+        points = [p for p in points if p >= store.manifest.horizon]
+        if not points:
+            return
+        point = None if self._rng.random() < 0.5 else self._rng.choice(points)
+        number = self._raise(point)
+        self._kernel.event("failover")
+        self._kernel.sleep(self._rng.random() * 8)
+        self._verify_store()
+        if keep:
+            self._until_done("epoch_accept", epoch=number)
+            self.failed_over = True
+            self._kernel.event("failover kept")
+            return
+        back = self._until_done("epoch_roll_back", epoch=number)
+        if int(back["epoch"]) <= number:
+            raise Violation(f"11: epoch {back['epoch']} came after {number}")
+        self._kernel.event("rollback")
+
+    def _raise(self, point: Position | None) -> int:
+        where = None if point is None else list(point)
+        answer = self._until_done(
+            "epoch_raise", writer=EAST.site_id, parent=where, state="provisional"
+        )
+        parent = Position(*answer["parent"])
+        if point is not None and parent != point:
+            raise Violation(f"11: an epoch was raised at {parent}, not at {point}")
+        return int(answer["epoch"])
+
+    def _until_done(self, method: str, **params: Any) -> dict[str, Any]:
+        """Ask the target until it answers: it may be killed meanwhile."""
+        self._oracle.deciding = True
+        while True:
+            try:
+                return dict(self._east.ask(method, group_id=GROUP_ID.hex(), **params))
+            except VrepError as error:
+                self._kernel.note(f"{method}: {error}")
+                if self._east.process.dead:
+                    self._east.start()
+                self._kernel.sleep(0.5)

@@ -1,0 +1,509 @@
+"""Oracle: what the guest was promised, what was recorded, and what the target must hold.
+
+Plain lists and byte arrays, built from outside: commands as the guest sent them, records as they
+appeared in the ring, what the target took, and what each side said. Nothing here asks the code
+under test what is right. `Violation` names the invariant (docs/internals and the design's list).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from kernel import Kernel, Violation
+
+from vrep._core import layout, record
+from vrep._core.ring import RingReader
+from vrep.errors import RangeError
+from vrep.keys.datakey import DataKey
+from vrep.target.manifest import EpochState, Position
+from vrep.wire import messages as m
+
+if TYPE_CHECKING:
+    from plan import Plan
+
+WRITES: Final = (layout.KIND_WRITE, layout.KIND_SYNC)
+ZEROES: Final = (layout.KIND_ZEROES, layout.KIND_SYNC_ZEROES)
+ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
+WEST: Final = b"\xaa" * 16
+SECTOR: Final = 512
+HASH_PIECE: Final = 0x80000000
+_HEADER: Final = layout.RECORD.itemsize
+
+
+@dataclass
+class Record:
+    """One record as it stood in the ring."""
+
+    seq: int
+    kind: int
+    flags: int
+    disk: int
+    offset: int
+    length: int
+    data: bytes
+
+
+@dataclass
+class Flight:
+    """A command of the guest that was not answered yet."""
+
+    op: str
+    disk: int
+    offset: int
+    length: int
+    data: bytes
+    fua: bool
+    pending: Any
+    after: int
+    """head when it was sent: its record comes later"""
+    stamp: int
+    seq: int = 0
+    """of its record; 0: none seen"""
+    lost: bool = False
+    sent_ns: int = 0
+
+
+@dataclass
+class Epoch:
+    """A reign, as this world decided it."""
+
+    number: int
+    writer: bytes
+    parent: Position
+    given_up: bool = False
+
+
+@dataclass
+class Ledger:
+    """What a target took, in order, and how much of it must be there after anything."""
+
+    taken: list[tuple[int, int, int]] = field(default_factory=list)
+    """(epoch, seq, kind)"""
+    told: int = 0
+    """the highest seq that it said was durable"""
+
+
+class Oracle:
+    """The truth of one simulated world."""
+
+    def __init__(self, kernel: Kernel, plan: Plan, key: DataKey) -> None:
+        self.kernel = kernel
+        self.plan = plan
+        self.key = key
+        self.records: dict[int, Record] = {}
+        self.head = 0
+        self.flights: list[Flight] = []
+        self.model = [bytearray(size) for size in plan.disk_bytes]
+        self.touched = [np.zeros(-(-size // SECTOR), np.int64) for size in plan.disk_bytes]
+        """when a sector was last written, as the guest knows it"""
+        self.stamp = 0
+        self.flushed = [0 for _ in plan.disk_bytes]
+        """writes that were answered before this stamp survive a power loss"""
+        self.gap = True
+        self.ledger = Ledger()
+        self.store: Any = None
+        self.epochs = [Epoch(1, WEST, Position())]
+        self.fenced = 1
+        """records of an older epoch are not written any more"""
+        self.amnesia = False
+        """the target lost what it had acknowledged, and the source does not know yet"""
+        self.deciding = False
+        """somebody asked for another epoch"""
+        self.horizon = Position()
+        self.streams: set[bytes] = set()
+        self.seals: dict[tuple[bytes, int, int], int] = {}
+        self._ciphers: dict[bytes, AESGCM] = {}
+        self._image_at = 0
+        self._image_of: list[tuple[int, int, int]] = []
+        self._image = self._empty()
+
+    def _empty(self) -> list[bytearray]:
+        return [bytearray(size) for size in self.plan.disk_bytes]
+
+    # ---- the guest ----------------------------------------------------------------------
+
+    def sent(self, flight: Flight) -> None:
+        self.flights.append(flight)
+        self._touch(flight)
+
+    def _touch(self, flight: Flight) -> None:
+        if flight.length:
+            self.stamp += 1
+            first, end = flight.offset // SECTOR, -(-(flight.offset + flight.length) // SECTOR)
+            self.touched[flight.disk][first:end] = self.stamp
+
+    def answered(self, flight: Flight, group: Any, source: Callable[[int], bytes]) -> None:
+        """A command was answered: invariants 1, 4 and 6."""
+        self.flights.remove(flight)
+        at, end = flight.offset, flight.offset + flight.length
+        if flight.op == "flush":
+            self.flushed[flight.disk] = max(self.flushed[flight.disk], flight.stamp)
+            return
+        if flight.op == "read":
+            got = group.result(flight.pending)
+            if got != self.model[flight.disk][at:end]:
+                raise Violation(f"4: a read of disk {flight.disk} at {at} shows other bytes")
+            return
+        if flight.op in ("write", "zero") and not flight.seq and not group.status()["gap"]:
+            raise Violation(
+                f"1: the {flight.op} of disk {flight.disk} at {at} was answered without a record"
+            )
+        if flight.op == "discard":
+            self.model[flight.disk][at:end] = source(flight.disk)[at:end]
+        else:
+            self.model[flight.disk][at:end] = flight.data
+        self._touch(flight)
+
+    def drop_guest(self) -> None:
+        """What was in flight is never answered."""
+        for flight in self.flights:
+            flight.lost = True
+
+    def busy(self, disk: int, offset: int, length: int) -> bool:
+        """Whether a command in flight changes a range."""
+        return any(
+            flight.disk == disk
+            and flight.op != "flush"
+            and flight.offset < offset + length
+            and offset < flight.offset + flight.length
+            for flight in self.flights
+        )
+
+    # ---- the ring -----------------------------------------------------------------------
+
+    def filter_opened(self, observer: RingReader, status: dict[str, Any]) -> None:
+        if status["unverified"]:
+            raise Violation(f"9: the group is unverified ({status['unverified']})")
+        if status["opened_as"] in ("power-loss", "new"):
+            self.head = max(self.head, observer.released)
+        self.harvest(observer)
+
+    def filter_killed(self) -> None:
+        self.drop_guest()
+
+    def harvest(self, observer: RingReader) -> bool:
+        """See the records that were published since; invariants 3 and 4."""
+        head = observer.head
+        if head <= self.head:
+            return False
+        try:
+            found = observer.descriptors(self.head + 1, head)
+        except RangeError:
+            raise Violation(f"5: records after {self.head} left the ring unseen") from None
+        for desc in found:
+            seq, kind, flags = int(desc["seq"]), int(desc["kind"]), int(desc["flags"])
+            data = b""
+            if kind in WRITES:
+                data = b"".join(observer.payload(desc))
+            self._published(
+                Record(
+                    seq,
+                    kind,
+                    flags,
+                    int(desc["disk"]),
+                    int(desc["offset"]),
+                    int(desc["length"]),
+                    data,
+                )
+            )
+        self.head = head
+        return True
+
+    def _published(self, one: Record) -> None:
+        self.kernel.event("record")
+        if one.seq in self.records:
+            raise Violation(f"8: seq {one.seq} is given twice")
+        self.records[one.seq] = one
+        if one.kind == layout.KIND_GAP_BEGIN:
+            self.kernel.event("gap")
+            self.gap = True
+        elif one.kind == layout.KIND_GAP_END:
+            self.kernel.event("gap end")
+            self.gap = False
+        elif one.kind in (layout.KIND_SYNC, layout.KIND_SYNC_ZEROES):
+            self.kernel.event("sync copy")
+        elif one.kind == layout.KIND_WRITE:
+            self._match(one)
+        elif one.kind == layout.KIND_ZEROES:
+            for flight in self.flights:
+                if flight.op == "zero" and not flight.seq and self._same_range(flight, one):
+                    flight.seq = one.seq
+                    break
+
+    @staticmethod
+    def _same_range(flight: Flight, one: Record) -> bool:
+        return (flight.disk, flight.offset, flight.length) == (one.disk, one.offset, one.length)
+
+    def _match(self, one: Record) -> None:
+        """A write in the ring is one of the guest's, byte for byte, and comes after all that was
+        answered before it was sent."""
+        for flight in self.flights:
+            if flight.op == "write" and not flight.seq and self._same_range(flight, one):
+                if flight.data != one.data:
+                    continue
+                if one.seq <= flight.after:
+                    raise Violation(f"4: the record {one.seq} stands before what was answered")
+                flight.seq = one.seq
+                return
+        raise Violation(f"3: record {one.seq} holds what nobody wrote")
+
+    # ---- what the source's disks hold -------------------------------------------------------
+
+    def source_came_back(self, power_lost: bool, source: Callable[[int], bytes]) -> None:
+        """After an end of the filter: what was answered, and with a power loss what was flushed,
+        is there, invariant 6. What was in flight is there or not."""
+        unsure = [np.zeros(len(touched), bool) for touched in self.touched]
+        for flight in self.flights:
+            if flight.op not in ("flush", "read"):
+                first = flight.offset // SECTOR
+                unsure[flight.disk][first : -(-(flight.offset + flight.length) // SECTOR)] = True
+        for disk, model in enumerate(self.model):
+            now = source(disk)
+            if power_lost:
+                unsure[disk] |= self.touched[disk] > self.flushed[disk]
+            for sector in np.flatnonzero(~unsure[disk]).tolist():
+                at = sector * SECTOR
+                if now[at : at + SECTOR] != model[at : at + SECTOR]:
+                    raise Violation(f"6: disk {disk} lost what was stable at {at}")
+            model[:] = now
+            if power_lost:
+                self.flushed[disk] = self.stamp
+        self.flights.clear()
+
+    # ---- the target: what it took ---------------------------------------------------------------
+
+    @property
+    def current(self) -> Epoch:
+        return next(epoch for epoch in reversed(self.epochs) if not epoch.given_up)
+
+    def epochs_are(self, entries: Any) -> None:
+        """What a manifest says, once it is durable: epochs only come, and only when somebody asked
+        for them; the writer before goes on from where the last one ended."""
+        known = {epoch.number: epoch for epoch in self.epochs}
+        if [entry.epoch for entry in entries][: len(known)] != list(known):
+            raise Violation("11: an epoch is gone")
+        for entry in entries:
+            given_up = entry.state == EpochState.ABANDONED
+            if entry.epoch not in known:
+                if not self.deciding:
+                    raise Violation(f"11: nobody asked for epoch {entry.epoch}")
+                self.epochs.append(Epoch(entry.epoch, entry.writer, entry.parent, given_up))
+            elif given_up and not known[entry.epoch].given_up:
+                known[entry.epoch].given_up = True
+            elif known[entry.epoch].given_up and not given_up:
+                raise Violation(f"11: epoch {entry.epoch} is back")
+        self.fenced = self.current.number
+
+    def taking(self, buffer: Any) -> Callable[[], None]:
+        """Records go into the store; what is returned takes them out again."""
+        found, _end = record.scan(buffer)
+        headers = found["header"]
+        begun = len(self.ledger.taken)
+        for epoch, seq, kind in zip(
+            headers["epoch"].tolist(),
+            headers["seq"].tolist(),
+            headers["kind"].tolist(),
+            strict=True,
+        ):
+            if kind in ASIDE:
+                continue
+            if epoch < self.fenced:
+                continue  # it must be refused: see `writing`
+            self.ledger.taken.append((epoch, seq, kind))
+
+        def undo() -> None:
+            del self.ledger.taken[begun:]
+
+        return undo
+
+    def writing(self, batches: Any) -> None:
+        """Batches go to the disk: invariant 11."""
+        for batch in batches:
+            if batch.last.epoch and batch.last.epoch < self.fenced:
+                raise Violation(f"11: records of epoch {batch.last.epoch} after {self.fenced}")
+
+    def store_opened(self, store: Any) -> None:
+        """A target came back: invariant 7."""
+        self.store = store
+        self.epochs_are(store.manifest.epochs)
+        durable = store.durable
+        if durable.seq < self.ledger.told:
+            raise Violation(f"7: {self.ledger.told} was durable, and {durable.seq} came back")
+        kept = [entry for entry in self.ledger.taken if (entry[0], entry[1]) <= durable[::2]]
+        self.ledger.taken = kept
+        line = self.history(durable)
+        if durable.seq and (not line or line[-1][1] != durable.seq):
+            raise Violation(f"7: {durable} came back, which is not what was taken")
+
+    def target_is_old(self, taken: list[tuple[int, int, int]]) -> None:
+        """The target holds what it took up to an earlier day, with the epochs of today."""
+        self.ledger = Ledger(list(taken))
+        self.horizon = Position()
+        self.amnesia, self.store = True, None
+
+    def told(self, seq: int) -> None:
+        self.ledger.told = max(self.ledger.told, seq)
+
+    def said(self, message: Any) -> None:
+        """A message leaves one of the sites."""
+        if isinstance(message, m.Ack):
+            self.told(message.durable_seq)
+            if self.store is not None and message.durable_seq > self._durable_seq():
+                raise Violation(
+                    f"7: {message.durable_seq} was told durable, {self.store.durable} is"
+                )
+        elif isinstance(message, m.GroupOpened):
+            self.told(message.lanes[0].durable.seq)
+            if self.current.writer != WEST:
+                raise Violation("11: a source was heard whose group another site writes")
+            if message.epoch.counter != self.current.number:
+                raise Violation(f"11: epoch {message.epoch.counter} was accepted")
+            self.kernel.event("session")
+        elif isinstance(message, m.Refused) and message.code == "fenced":
+            self.kernel.event("fenced")
+
+    def _durable_seq(self) -> int:
+        return int(self.store.durable.seq) if self.store is not None else 0
+
+    # ---- seals ---------------------------------------------------------------------------------
+
+    def stream(self, stream_id: bytes) -> None:
+        """A sealer begins: invariant 10."""
+        if stream_id in self.streams:
+            raise Violation("10: a stream began twice")
+        self.streams.add(stream_id)
+        self.kernel.event("stream")
+
+    def sealed(self, stream_id: bytes, sealed: memoryview) -> None:
+        """Every (key, nonce) seals one thing: the stream names the key, seq and piece the nonce.
+        That the nonce is that one is tried with another implementation."""
+        found, _end = record.scan(sealed)
+        for one in found:
+            header, at = one["header"], int(one["position"])
+            kind, seq = int(header["kind"]), int(header["seq"])
+            if kind == layout.KIND_STREAM:
+                self.kernel.event("re-seal")
+            if kind in ASIDE:
+                continue
+            body = bytes(sealed[at : at + _HEADER + int(header["body_bytes"])])
+            digest = hash(body)
+            key = (stream_id, seq, kind)
+            if self.seals.setdefault(key, digest) != digest:
+                raise Violation(f"10: record {seq} was sealed twice under one stream")
+            if kind in WRITES and len(self.seals) % 8 == 1:
+                self._open(stream_id, seq, body, self.records.get(seq))
+
+    def _open(self, stream_id: bytes, seq: int, body: bytes, truth: Record | None) -> None:
+        cipher = self._ciphers.get(stream_id)
+        if cipher is None:
+            cipher = self._ciphers[stream_id] = AESGCM(self.key.stream_key(stream_id))
+        header = bytearray(body[:_HEADER])
+        for piece in record.pieces(body):
+            at, stored = int(piece["at"]), int(piece["stored"])
+            word, index = int(piece["word"]), int(piece["index"])
+            nonce = struct.pack("<QI", seq, index)
+            try:
+                plain = cipher.decrypt(
+                    nonce, body[at : at + stored], associated(header, word, index)
+                )
+            except InvalidTag:
+                raise Violation(
+                    f"10: piece {index:#x} of record {seq} is sealed under another nonce"
+                ) from None
+            if truth is None or index == HASH_PIECE or word & 0x01000000:
+                continue
+            start = index * layout.PIECE_BYTES_MAX
+            if plain != truth.data[start : start + len(plain)]:
+                raise Violation(f"3: record {seq} is shipped with other bytes than were written")
+
+    # ---- what the target must hold -----------------------------------------------------------
+
+    def line(self, point: Position) -> dict[int, int]:
+        """The ancestry of a point: the highest seq of each epoch."""
+        limits = {point.epoch: point.seq}
+        epoch = next(e for e in self.epochs if e.number == point.epoch)
+        while epoch.parent.epoch:
+            seq = min(epoch.parent.seq, *limits.values())
+            limits[epoch.parent.epoch] = seq
+            epoch = next(e for e in self.epochs if e.number == epoch.parent.epoch)
+        return limits
+
+    def history(self, point: Position) -> list[tuple[int, int, int]]:
+        """The records of a point's line up to it, as they were taken."""
+        if not point.epoch:
+            return []
+        limits = self.line(point)
+        return [entry for entry in self.ledger.taken if entry[1] <= limits.get(entry[0], 0)]
+
+    def recoverable(self, point: Position) -> list[Position]:
+        """Positions of the line of a point that lie in no gap, invariant 8; and that the order has
+        no hole."""
+        found, whole, before = [], False, 0
+        for epoch, seq, kind in self.history(point):
+            jump = kind == layout.KIND_GAP_BEGIN and (
+                self.records[seq].flags & layout.RECORD_JUMP if seq in self.records else 0
+            )
+            if seq != before + 1 and not jump:
+                raise Violation(f"8: the target's history goes from {before} to {seq}")
+            before = seq
+            if kind == layout.KIND_GAP_BEGIN:
+                whole = False
+            elif kind == layout.KIND_GAP_END:
+                whole = True
+            if whole:
+                found.append(Position(epoch, 0, seq))
+        return found
+
+    def apply(self, image: list[bytearray], seq: int) -> None:
+        one = self.records[seq]
+        end = one.offset + one.length
+        if one.kind in WRITES:
+            image[one.disk][one.offset : end] = one.data
+        elif one.kind in ZEROES:
+            image[one.disk][one.offset : end] = bytes(one.length)
+
+    def image(self, point: Position) -> list[bytearray]:
+        """What every disk holds at a point."""
+        image = self._empty()
+        for _epoch, seq, _kind in self.history(point):
+            self.apply(image, seq)
+        return image
+
+    def durable_image(self) -> list[bytearray]:
+        """What the target's newest durable point of the accepted writer holds."""
+        durable = self.store.durable if self.store is not None else Position()
+        wanted = self.history(durable) if durable.epoch else []
+        known = self._image_of
+        if wanted[: len(known)] != known:
+            self._image, known = self._empty(), []
+        for _epoch, seq, _kind in wanted[len(known) :]:
+            self.apply(self._image, seq)
+        self._image_of = wanted
+        return self._image
+
+    def check_map(self, group: Any, source: Callable[[int], bytes]) -> None:
+        """Invariant 2: where source and durable target differ, a bit is set."""
+        if self.amnesia and group.status()["acknowledged"] > self._durable_seq():
+            return
+        self.amnesia = False
+        bit = self.plan.bit_bytes
+        for disk, there in enumerate(self.durable_image()):
+            here = source(disk)
+            if here == there:
+                continue
+            dirty = group.dirty(disk)
+            for number, flag in enumerate(dirty):
+                block = slice(number * bit, (number + 1) * bit)
+                if not flag and here[block] != there[block]:
+                    raise Violation(f"2: block {number} of disk {disk} differs and is clean")
+
+
+def associated(header: bytearray, word: int, index: int) -> bytes:
+    """What a piece is sealed with: see docs/internals/formats.md."""
+    return bytes(header) + struct.pack("<II", word, index)

@@ -1,0 +1,177 @@
+"""Run the simulator: seeds in parallel, coverage counted, failures named with how to replay them.
+
+    python tests/sim/run.py [--seeds N] [--fresh N] [--base N] [--jobs N]
+    python tests/sim/run.py --seed N [--trace]
+
+`--seeds` are always the same; `--fresh` ones begin at a random base, which is printed. A run fails
+when a seed does, when one was too small, or when something that must happen never did: what never
+happens was not tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+import structlog
+from plan import EVENTS_MIN
+from sites import make_keys
+from world import play
+
+from vrep._core import log as native_log
+
+SEEDS: Final = 150
+FRESH: Final = 50
+PER_SEED: Final = ("crash", "cut", "torn write")
+"""what every seed has at least once"""
+EVER: Final = (
+    *("crash", "cut", "torn write", "hang", "full disk", "failed sync", "old target"),
+    *("gap", "gap end", "sync copy", "spill", "fold", "merge", "mark", "stream", "re-seal"),
+    *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
+    *("opened new", "opened clean", "opened killed", "opened power-loss"),
+)
+"""what every run has at least once"""
+COLLECT_EVERY: Final = 10
+FAILED_MAX: Final = 5
+"""then the rest is not played"""
+NOTHING: Final = ("turn",)
+"""counted, and no event: the filter looks whether there is something to do"""
+
+
+def quiet() -> None:
+    native_log.setup("error")
+    logging.disable(logging.CRITICAL)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
+def loud() -> None:
+    native_log.setup("info")
+    logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
+        processors=[structlog.processors.KeyValueRenderer(key_order=["event"])],
+        logger_factory=structlog.PrintLoggerFactory(),
+    )
+
+
+def play_all(seeds: list[int], *, trace: bool = False) -> None:
+    """In this process; one line of JSON for each."""
+    loud() if trace else quiet()
+    keys = Path(tempfile.mkdtemp(prefix="vrep-sim-keys-"))
+    gc.disable()  # what it finalizes must not depend on what was played before
+    try:
+        wrapped = make_keys(keys)
+        gc.freeze()
+        for count, seed in enumerate(seeds, 1):
+            if count % COLLECT_EVERY == 0:
+                gc.collect()
+            try:
+                outcome = play(seed, keys / "keys", wrapped, print if trace else None)
+                events, error = outcome.events, outcome.error
+            except Exception:  # noqa: BLE001 - a defect of vrep, or of the simulator: it is shown
+                events, error = Counter(), traceback.format_exc()
+            print(json.dumps({"seed": seed, "events": events, "error": error}), flush=True)
+    finally:
+        shutil.rmtree(keys)
+
+
+def judge(seed: int, events: Counter[str], error: str) -> str:
+    """What is wrong with a seed that was played."""
+    if error:
+        return error
+    total = sum(count for what, count in events.items() if what not in NOTHING)
+    if total < EVENTS_MIN:
+        return f"it has {total} events, {EVENTS_MIN} at least are wanted"
+    missing = [what for what in PER_SEED if not events[what]]
+    return f"it has no {', '.join(missing)}" if missing else ""
+
+
+def run(seeds: list[int], jobs: int) -> int:
+    began = time.monotonic()
+    command = [sys.executable, __file__, "--worker"]
+    # The order of a set of names must be the same in a replay.
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    workers = [
+        subprocess.Popen(
+            [*command, json.dumps(seeds[job::jobs])],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for job in range(jobs)
+    ]
+    totals: Counter[str] = Counter()
+    played, failed = set(), {}
+    for worker in workers:
+        assert worker.stdout is not None
+        for line in worker.stdout:
+            found = json.loads(line)
+            events = Counter(found["events"])
+            played.add(found["seed"])
+            totals += events
+            error = judge(found["seed"], events, found["error"])
+            if error:
+                failed[found["seed"]] = error
+                print(f"seed {found['seed']}: {error}\n  make sim SEED={found['seed']}", flush=True)
+            if len(failed) >= FAILED_MAX:
+                worker.terminate()
+        worker.wait()
+    passed_s = time.monotonic() - began
+    print(", ".join(f"{what} {count}" for what, count in sorted(totals.items())))
+    events = sum(count for what, count in totals.items() if what not in NOTHING)
+    rate = 60 * len(played) / passed_s
+    print(
+        f"{len(played)} seeds, {events} events, {len(failed)} failed, {passed_s:.1f} s: "
+        f"{rate:.0f} seeds a minute"
+    )
+    never = [what for what in EVER if not totals[what]] if not failed and len(seeds) > 1 else []
+    if never:
+        print(f"never happened: {', '.join(never)}")
+    lost = sorted(set(seeds) - played) if len(failed) < FAILED_MAX else []
+    if lost:
+        print(f"a worker ended before it had played {lost[:5]}")
+    return 1 if failed or never or lost else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="that are always the same")
+    parser.add_argument("--fresh", type=int, default=FRESH, help="that begin at the base")
+    parser.add_argument("--base", type=int, help="of the fresh ones; default: random")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seed", type=int, help="this one only")
+    parser.add_argument("--trace", action="store_true", help="tell all that happens")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        play_all(json.loads(arguments.worker))
+        return 0
+    if arguments.seed is not None:
+        if os.environ.get("PYTHONHASHSEED") != "0":
+            os.environ["PYTHONHASHSEED"] = "0"
+            os.execv(sys.executable, [sys.executable, *sys.argv])
+        if not arguments.trace:
+            return run([arguments.seed], 1)
+        play_all([arguments.seed], trace=True)
+        return 0
+    base = arguments.base or random.SystemRandom().randrange(10_000, 1 << 40)
+    print(f"seeds 1 to {arguments.seeds}, and {arguments.fresh} from base {base} on", flush=True)
+    seeds = [*range(1, arguments.seeds + 1), *range(base, base + arguments.fresh)]
+    return run(seeds, max(1, min(arguments.jobs, len(seeds))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
