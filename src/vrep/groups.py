@@ -87,6 +87,8 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     yielded: bool = False
     """the site that took the group over protects it back to here: the filter leaves the disks
     alone, nothing is shipped, and history comes in"""
+    halted: bool = False
+    """its guest's I/O waits, since the group is being moved to another site"""
     left: ParentPosition | None = None
     """the position of this writer where the site that took over goes on, once that is known: what
     was written here behind it was not taken"""
@@ -106,9 +108,9 @@ def gives_way(definition: GroupDefinition) -> bool:
 
 
 def pauses_guest(definition: GroupDefinition) -> bool:
-    """Whether the VM's I/O is to wait: another site took the group over, and the group asks for
-    it."""
-    return definition.fenced and definition.options.on_fence == "pause"
+    """Whether the VM's I/O is to wait: the group is being moved, or another site took it over and
+    the group asks for it."""
+    return definition.halted or (definition.fenced and definition.options.on_fence == "pause")
 
 
 def check_name(name: str, what: str = "group") -> str:

@@ -286,8 +286,22 @@ class Site:
         """Stop shipping. Writes stay marked; the ring may overflow into a gap."""
         self._change(group, paused=True)
 
-    def resume(self, group: str) -> None:
-        """Ship again."""
+    def resume(self, group: str, *, force: bool = False) -> None:
+        """Ship again. `force`: also let a guest go on that a move has halted, without the word of
+        the site that moves the group; it may have taken it over, and then two VMs run."""
+        if self.groups.load(group).halted:
+            if not force:
+                raise errors.StateError(
+                    f"{group!r} is being moved: it goes on by itself once its target is reached "
+                    "and has not taken it over; --force, if you know that it has not"
+                )
+            from vrep.source.halt import go_on
+
+            if self.groups.load(group).fenced or self._connected(group):
+                raise errors.StateError(
+                    f"the target of {group!r} can be asked: it decides whether the guest goes on"
+                )
+            go_on(self.groups, self._filter(), group)
         self._change(group, paused=False)
 
     def resync(self, group: str) -> None:
@@ -468,6 +482,21 @@ class Site:
 
         rollback(self.paths, group)
 
+    def move(
+        self,
+        group: str,
+        *,
+        pause: bool = False,
+        wait_s: float = 120.0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ViewInfo:
+        """At the site that holds the history: take a group over from its source, which lives, and
+        lose nothing; the source stays halted. Refused while a VM uses its disks there, unless
+        `pause` cuts it off. `wait_s` bounds how long the last changes may take."""
+        from vrep.recovery.move import move
+
+        return move(self.paths, group, pause=pause, wait_s=wait_s, progress=progress)
+
     def reverse(
         self, group: str, *, progress: Callable[[int, int], None] | None = None
     ) -> GroupDefinition:
@@ -610,6 +639,14 @@ class Site:
 
     def _filter(self) -> ControlClient:
         return ControlClient(self.paths.socket("filter"))
+
+    def _connected(self, group: str) -> bool:
+        """Whether the group's session with its target stands."""
+        try:
+            found = ControlClient(self.paths.socket("source")).call("status", group=group)
+        except (errors.UnreachableError, errors.NotFoundError):
+            return False
+        return bool(found[group]["connected"])
 
     def _tell(self, role: str, method: str, **params: Any) -> bool:
         """Call a process of this site if it runs. False when it does not: then it reads the

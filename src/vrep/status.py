@@ -227,6 +227,8 @@ def _protected(
             error = error or str(session["error"])
     if definition.fenced or (session is not None and session["fenced"]):
         conditions.append("fenced")
+    if definition.halted and not definition.fenced:
+        conditions.append("moving")
     if filtered is not None and filtered["guest_paused"]:
         conditions.append("guest-paused")
     if "tenant key" in error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from life import Life
-from sites import GROUP
+from sites import GROUP, wait_until
 
 from vrep import errors
 
@@ -61,3 +61,86 @@ def test_a_recovered_vm_is_protected_back_to_its_old_site(make_life: Callable[..
     for place in (west, east):
         points = place.site.points(GROUP)
         assert points.verdict.whole, points.verdict
+
+
+def test_a_move_loses_nothing(make_life: Callable[..., Life]) -> None:
+    life = make_life().up()
+    west, east = life.west, life.east
+    client = life.client(west)
+    life.write(client)
+    life.checkpoint(west, east)
+    life.write(client)
+    with pytest.raises(errors.BusyError, match="1 client"):
+        east.site.move(GROUP)
+    with pytest.raises(errors.SourceAliveError, match="vrep move"):
+        east.site.failover_start(GROUP)
+    life.write(client)  # nothing has happened
+    view = east.site.move(GROUP, pause=True)
+    assert (view.state, view.epoch) == ("committed", 2)
+    with pytest.raises((OSError, errors.VrepError)):
+        client.read(0, 512)
+    client.close()
+    old = wait_until("west knows", lambda: "fenced" in west.group()["conditions"] and west.group())
+    assert "guest-paused" in old["conditions"]
+    assert old["clients"] == 0
+    assert east.site.move(GROUP).id == view.id  # asked again
+    with life.client(east, view) as moved:
+        life.check(moved)
+        life.write(moved)
+    east.site.reverse(GROUP)
+    life.settle(east)
+    life.check_view(west, "latest", bytes(life.oracle))
+    life.check_labels()
+
+
+def test_a_move_that_fails_leaves_the_source_as_it_was(
+    make_life: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    life = make_life().up()
+    west, east = life.west, life.east
+
+    def goes_on() -> None:
+        """The VM is served again, by the same writer, and is replicated."""
+        with life.client(west) as client:
+            life.check(client)
+            life.write(client)
+        life.settle(west)
+        assert west.group()["epoch"] == 1
+        assert east.site.tests() == []
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.recovery.failover.choose", _fail)
+        with pytest.raises(errors.RecoveryError, match="on purpose"):
+            east.site.move(GROUP, pause=True)
+        goes_on()
+    with monkeypatch.context() as patch:  # the command dies: nobody lets the guest go on
+        patch.setattr("vrep.recovery.move._wait_durable", _fail)
+        patch.setattr("vrep.target.epochs.EpochDoor.go_on", lambda _door: None)
+        with pytest.raises(errors.RecoveryError, match="on purpose"):
+            east.site.move(GROUP, pause=True)
+        wait_until("the guest is halted", lambda: "moving" in west.group()["conditions"])
+        east.kill()
+        wait_until("nobody can be asked", lambda: not west.group()["targets"][0]["connected"])
+        assert "guest-paused" in west.group()["conditions"]
+        with pytest.raises(errors.StateError, match="is being moved"):
+            west.site.resume(GROUP)
+        east.start()
+        goes_on()
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.recovery.move._wait_durable", _fail)
+        patch.setattr("vrep.target.epochs.EpochDoor.go_on", lambda _door: None)
+        with pytest.raises(errors.RecoveryError, match="on purpose"):
+            east.site.move(GROUP, pause=True)
+        with pytest.raises(errors.StateError, match="can be asked"):
+            west.site.resume(GROUP, force=True)
+        east.kill()
+        wait_until("nobody can be asked", lambda: not west.group()["targets"][0]["connected"])
+        west.site.resume(GROUP, force=True)
+        with life.client(west) as client:
+            life.write(client)
+        east.start()
+        goes_on()
+
+
+def _fail(*_arguments: object, **_options: object) -> None:
+    raise errors.RecoveryError("on purpose")

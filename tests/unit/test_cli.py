@@ -48,7 +48,6 @@ demo
 """
 LATER = (
     ["attach", "web", "--vm", "qmp:/run/vm.sock", "--mirror"],
-    ["move", "web"],
     ["failback", "web"],
 )
 
@@ -92,7 +91,7 @@ def test_every_command_takes_the_directory_and_json() -> None:
         if missing := {"--dir", "--json"} - options:
             without[name] = missing
     # What is not built takes anything; the demonstration makes its own sites.
-    later = {"move", "failback"}
+    later = {"failback"}
     assert set(without) == later | {"demo"}
 
 

@@ -196,9 +196,17 @@ def pause(group: Group, directory: Directory = None, as_json: Json = False) -> N
 
 
 @app.command("resume")
-def resume(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+def resume(
+    group: Group,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Let a guest go on that a move has halted and left so."),
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
     """Ship again."""
-    site_of(directory).resume(group)
+    site_of(directory).resume(group, force=force)
     emit({"group": group, "paused": False}, as_json, f"{group}: ships again")
 
 

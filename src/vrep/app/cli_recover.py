@@ -108,6 +108,26 @@ def failover_rollback(group: Group, directory: Directory = None, as_json: Json =
     emit({"group": group}, as_json, f"{group}: rolled back")
 
 
+@app.command("move")
+def move(
+    group: Group,
+    pause: Annotated[
+        bool,
+        typer.Option("--pause", help="Cut off a VM that uses the disks; its I/O waits."),
+    ] = False,
+    wait: Annotated[
+        float,
+        typer.Option("--wait", metavar="SECONDS", help="For the last changes to become durable."),
+    ] = 120.0,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Take a group over from its source, which lives: nothing is lost."""
+    with Progress("checking the history", as_json) as progress:
+        view = site_of(directory).move(group, pause=pause, wait_s=wait, progress=progress)
+    emit(view, as_json, lambda: view_text(view))
+
+
 @app.command("reverse")
 def reverse(group: Group, directory: Directory = None, as_json: Json = False) -> None:
     """Protect the recovered VM back to its old site, once its failover is committed."""

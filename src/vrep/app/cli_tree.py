@@ -33,7 +33,7 @@ COMMANDS: Final = {
     "changes": "cli_recover",
     "test": "cli_recover",
     "failover": "cli_recover",
-    "move": "cli_later",
+    "move": "cli_recover",
     "reverse": "cli_recover",
     "failback": "cli_later",
     "export": "cli_recover",

@@ -19,6 +19,8 @@ import time
 from collections.abc import Mapping
 from typing import Any, Final
 
+import msgspec
+
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.keys.identity import SiteIdentity
@@ -42,7 +44,7 @@ from vrep.target.epochs import EpochDoor, entry_of
 from vrep.target.manifest import EpochEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["Failover", "commit", "rollback", "start"]
+__all__ = ["Failover", "choose", "commit", "rollback", "serve", "start"]
 
 REPORT_WAIT_S: Final = 3.0
 IDLE_REPORT_WAIT_S: Final = 16.0
@@ -71,6 +73,19 @@ class Failover:
         """Views whose disks this site protects, or did before another took the group over."""
         found = [(view, view.load()) for view in view_directories(self.paths)]
         return [v for v, r in found if r.group_id == self.held.hex and r.state == PROTECTED]
+
+    def require_other_writer(self) -> EpochEntry:
+        """The current epoch; StateError when this site writes the group."""
+        state = self.door.state()
+        current = next(
+            entry_of(raw) for raw in state["epochs"] if int(raw["epoch"]) == int(state["current"])
+        )
+        if current.writer == self.site_id:
+            raise errors.StateError(
+                f"this site writes {self.held.name!r} already, in epoch {current.epoch} "
+                f"({current.state.name.lower()})"
+            )
+        return current
 
     def epochs(self) -> list[EpochEntry]:
         return [entry_of(raw) for raw in self.door.state()["epochs"]]
@@ -116,8 +131,8 @@ def _why_alive(name: str, source: Mapping[str, Any]) -> str:
     if source["connected"]:
         serves = f"serves {clients} client(s)" if clients else "does not say whether its VM runs"
         return (
-            f"the source of {name!r} is connected and {serves}: shut the VM down first "
-            "('vrep move' will, it is not built yet), or --force"
+            f"the source of {name!r} is connected and {serves}: 'vrep move' takes the group over "
+            "without a loss, or --force"
         )
     heard = "has just started, so the source may be there"
     if source["silent_s"] is not None:
@@ -128,8 +143,8 @@ def _why_alive(name: str, source: Mapping[str, Any]) -> str:
     return (
         f"the VM of {name!r} may run: this target {heard}. Once it was silent for "
         f"{math.ceil(source['gone_in_s'])} s more the source counts as gone: try again then, or "
-        "--force if you know that it is. If it lives, shut its VM down first ('vrep move' will, "
-        "it is not built yet)"
+        "--force if you know that it is. If it lives, 'vrep move' takes the group over: nothing "
+        "is lost"
     )
 
 
@@ -157,16 +172,21 @@ def start(
             _check_resumed(view.load(), at, since)
         record = view.load()
         if record.state == "starting":
-            record = _raise(failover, view, record)
+            _raise(failover, view, record)
     except BaseException:
         process.cancel()
         raise
+    return serve(view, process)
+
+
+def serve(view: ViewDirectory, process: ViewProcess) -> ViewInfo:
+    """Step 3. `process` is one that is being started."""
     if view.holder() is None:
         with contextlib.suppress(errors.LockedError):  # `vrep run` was faster
             process.serve(view)
     else:
         process.cancel()
-    if record.state == "starting":
+    if view.load().state == "starting":
         view.change(state="serving")
     return describe(view)
 
@@ -190,18 +210,19 @@ def _check_resumed(record: ViewRecord, at: str, since: str | None) -> None:
 
 def _begin(failover: Failover, at: str, *, force: bool, since: str | None) -> ViewDirectory:
     """Step 1: everything that can be wrong without a trace is found wrong here."""
-    held, paths = failover.held, failover.paths
-    state = failover.door.state()
-    current = next(
-        entry_of(raw) for raw in state["epochs"] if int(raw["epoch"]) == int(state["current"])
-    )
-    if current.writer == failover.site_id:
-        raise errors.StateError(
-            f"this site writes {held.name!r} already, in epoch {current.epoch} "
-            f"({current.state.name.lower()})"
-        )
+    failover.require_other_writer()
     if not force:
         _require_no_writer(failover)
+    return choose(failover, at, since=since)
+
+
+def choose(
+    failover: Failover, at: str, *, since: str | None = None, asked: str | None = None
+) -> ViewDirectory:
+    """The view of a failover, with its point, claimed; its key is proven. `asked`: what stands in
+    the record instead of the point that was asked for."""
+    held, paths = failover.held, failover.paths
+    current = failover.require_other_writer()
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
     with StoreReader(paths.store, held.group_id) as reader:
         record = record_of(paths, held, reader, at, "failover", access, since)
@@ -209,12 +230,11 @@ def _begin(failover: Failover, at: str, *, force: bool, since: str | None) -> Vi
         fetcher.probe(sorted(disk.index for disk in reader.disks))
     view = ViewDirectory(paths, record.id)
     view.claim(
-        ViewRecord(
-            **{
-                **{name: getattr(record, name) for name in record.__struct_fields__},
-                "old_writer": current.writer.hex(),
-                "old_epoch": current.epoch,
-            }
+        msgspec.structs.replace(
+            record,
+            asked=asked or record.asked,
+            old_writer=current.writer.hex(),
+            old_epoch=current.epoch,
         )
     )
     return view

@@ -39,6 +39,7 @@ from vrep.source.attach import RingHold
 from vrep.source.bandwidth import Bandwidth
 from vrep.source.effort import Effort
 from vrep.source.feed import Feed
+from vrep.source.halt import Halt, go_on
 from vrep.source.session_view import Backlog, SessionView, spill_view
 from vrep.source.ship import Shipper
 from vrep.source.spill import SpillKeys
@@ -346,6 +347,7 @@ class GroupSession:
                 return
             opened = self._open(transport, hold, feed, definition)
             self._opened = True
+            go_on(self._groups, self._filter, self.name)  # what halted the guest did not happen
             self._note_keys(definition)  # as it was sent: what comes next may read it anew
             adopted = self._adopt_epoch(definition, opened.epoch)
             if self._wants_end():
@@ -572,11 +574,13 @@ class GroupSession:
             daemon=True,
         )
         thread.start()
+        halt = Halt(self.name, self._groups, self._filter, transport)
         try:
-            self._listen(transport, hold, feed, shipper)
+            self._listen(transport, hold, feed, shipper, halt)
         except VrepError as error:
             raise (failure[0] if failure else error) from None
         finally:
+            halt.close()
             shipper.stop()
             transport.close()
             thread.join()
@@ -638,7 +642,12 @@ class GroupSession:
         )
 
     def _listen(
-        self, transport: FrameTransport, hold: RingHold, feed: Feed, shipper: Shipper
+        self,
+        transport: FrameTransport,
+        hold: RingHold,
+        feed: Feed,
+        shipper: Shipper,
+        halt: Halt,
     ) -> None:
         next_status = 0.0
         while not self._stopping.is_set():
@@ -647,7 +656,9 @@ class GroupSession:
             self.view.records_sent = self._records_before + shipper.records_sent
             self.view.round_trip_s = transport.round_trip_s
             self.view.compression = self._effort.level if self._effort is not None else None
-            if event is not None and not self._take(event.message, feed, shipper):
+            if event is not None and isinstance(event.message, m.Request):
+                halt.answer(event.message)
+            elif event is not None and not self._take(event.message, feed, shipper):
                 return
             if transport.renewal_due:
                 log.info("the connection carried much: another is made", group=self.name)

@@ -120,6 +120,9 @@ class Target:
                 "fold": lambda p: self._of(p).fold(Position(*(int(n) for n in p["horizon"]))),
                 "epoch_state": lambda p: self._of(p).epoch_state(),
                 "epoch_raise": lambda p: plain(self._of(p).open_fenced(p)),
+                "halt": lambda p: list(self._of(p).halt(pause=bool(p["pause"]))),
+                "halted": lambda p: self._of(p).keep_halted(),
+                "go_on": lambda p: self._of(p).go_on(),
                 "epoch_accept": lambda p: plain(self._of(p).accept_epoch(int(p["epoch"]))),
                 "epoch_roll_back": lambda p: plain(self._of(p).roll_back_epoch(int(p["epoch"]))),
             },
@@ -182,6 +185,8 @@ class Target:
         for group_id in self._stored():
             with self._lock:
                 known = self._hosts.get(group_id)
+            if known is not None:
+                known.end_late_halt()
             if known is None or again or (known.failed and known.retry_due()):
                 self._load(group_id)
 
@@ -230,6 +235,10 @@ class Target:
                 return
             case m.Request():
                 transport.post(self._answer(transport, message))
+                return
+            case m.Response():
+                for host, _session in sessions.values():
+                    host.halts.answered(message)
                 return
         if channel not in sessions:
             return  # ended by this end while it was on its way

@@ -14,13 +14,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vrep.control import ControlClient
 from vrep.errors import LockedError, UnreachableError
 from vrep.target.manifest import EpochEntry, EpochState, Manifest, Position
 from vrep.target.store import GroupStore, StoreOptions
 from vrep.wire import messages as m
+
+HALT_S: Final = 60.0
+"""longer than the target waits for the source's answer"""
 
 __all__ = ["EpochDoor", "Verdict", "entry_of", "judge", "plain", "wire_epoch"]
 
@@ -160,6 +163,30 @@ class EpochDoor:
             return entry_of(answer)
         with self._store() as store:
             return store.raise_epoch(writer=writer, parent=parent, state=state)
+
+    def halt(self, *, pause: bool) -> Position:
+        """Let the source halt its guest, for a move; the position of its last change."""
+        found = self._client.call(
+            "halt", timeout=HALT_S, group_id=self._group_id.hex(), pause=pause
+        )
+        return Position(*(int(n) for n in found))
+
+    def keep_halted(self) -> Position:
+        """The move is under way still; the last durable position."""
+        found = self._client.call("halted", group_id=self._group_id.hex())
+        return Position(*(int(n) for n in found["durable"]))
+
+    def go_on(self) -> None:
+        """The move does not happen."""
+        self._client.call("go_on", group_id=self._group_id.hex())
+
+    def raise_moved(self, writer: bytes) -> EpochEntry:
+        """The epoch of a move: it begins behind the last change of the halted guest, or not at
+        all."""
+        answer = self._client.call(
+            "epoch_raise", group_id=self._group_id.hex(), writer=writer.hex(), halted=True
+        )
+        return entry_of(answer)
 
     def accept(self, epoch: int) -> EpochEntry:
         """Commit a provisional epoch."""

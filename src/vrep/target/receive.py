@@ -34,6 +34,7 @@ from vrep.errors import (
 from vrep.groups import check_name
 from vrep.target import runs
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
+from vrep.target.halts import Halts
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
 from vrep.target.session import DRAIN_S, Session, wire_points
 from vrep.target.store import GroupStore, StoreOptions, StoreSpec
@@ -113,6 +114,7 @@ class GroupHost:
         self._sign = Sign(float("-inf"))
         self._retry_s = 0.0
         self._closed = False
+        self.halts = Halts()
         self._lock = threading.RLock()
 
     @property
@@ -286,14 +288,73 @@ class GroupHost:
 
     # ---- epochs --------------------------------------------------------------------
 
-    def raise_epoch(self, writer: bytes, parent: Position | None, state: EpochState) -> EpochEntry:
-        """Append an epoch and end the session of the writer that it fences."""
+    # ---- moves ---------------------------------------------------------------------
+
+    def halt(self, *, pause: bool) -> Position:
+        """Let the source halt its guest, for a move; the position of the last change that it
+        made. It goes on when nobody asks for `keep_halted` for a while, or its session ends."""
+        with self._lock:
+            session = self._session
+            if session is None or session.ended:
+                raise StateError(f"the source of {self.name!r} is not connected")
+            asked = self.halts.ask(session.transport, "group.halt", {"pause": pause})
+        try:
+            head = int(self.halts.wait(asked)["head"])
+        except TimeLimitError:
+            self.halts.tell(session.transport, "group.go-on")
+            raise
+        with self._lock:
+            if self._session is not session or session.ended:
+                raise StateError("the session of the source ended meanwhile: its guest goes on")
+            position = Position(session.epoch.epoch, 0, head)
+            self.halts.begin(session, position)
+            return position
+
+    def keep_halted(self) -> dict[str, Any]:
+        """The move is under way still; how far the group is durable here. StateError when the
+        guest goes on."""
+        with self._lock:
+            self.halts.require(self._session, renew=True)
+            return {"durable": list(self.require().durable)}
+
+    def go_on(self) -> dict[str, Any]:
+        """The move does not happen."""
+        with self._lock:
+            self.halts.end()
+        return {}
+
+    def end_late_halt(self) -> None:
+        """A move that nobody asks for any more does not happen."""
+        with self._lock:
+            if self.halts.late():
+                log.warning("group %s: a move was given up: its guest goes on", self.name)
+                self.halts.end()
+
+    def raise_epoch(
+        self,
+        writer: bytes,
+        parent: Position | None,
+        state: EpochState,
+        *,
+        halted: bool = False,
+    ) -> EpochEntry:
+        """Append an epoch and end the session of the writer that it fences. `halted`: of a move,
+        StateError unless that writer's guest is halted and all that it wrote is durable here."""
         with self._lock:
             store = self.require()
+            if halted:
+                known = store.manifest.current_epoch
+                if known.writer == writer and known.state is EpochState.PROVISIONAL:
+                    return known  # it was raised, and nobody heard the answer
+                parent = self.halts.require(self._session)
             if self._session is not None:
                 self._session.mute()
             try:
                 self._drain_for_failover(store)
+                if halted and store.durable != parent:
+                    raise StateError(
+                        f"{store.durable} is durable here, the source's last change is {parent}"
+                    )
                 entry = store.raise_epoch(writer=writer, parent=parent, state=state)
             except VrepError:
                 self._end_session(m.Bye(reason="an epoch could not be raised"))
@@ -532,4 +593,5 @@ class GroupHost:
             bytes.fromhex(str(params["writer"])),
             None if parent is None else Position(*(int(n) for n in parent)),
             EpochState[str(params.get("state", "provisional")).upper()],
+            halted=bool(params.get("halted", False)),
         )
