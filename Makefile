@@ -5,6 +5,7 @@
 
 FUZZ_SECONDS ?= 600
 SIM_SEEDS ?= 2000
+MINUTES ?= 60
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +43,8 @@ fuzz: setup ## every fuzz target for FUZZ_SECONDS (600) each
 sim: setup ## the whole system in simulated time: 1,000 worlds and SIM_SEEDS (2000) fresh ones, or SEED=N [TRACE=1]
 	@.venv/bin/python tests/sim/run.py $(if $(SEED),--seed $(SEED) $(if $(TRACE),--trace),--seeds 1000 --fresh $(SIM_SEEDS))
 
-soak: ## hours of load with faults (build/soak.json)
-	@scripts/not-yet.sh $@ "the long run under load and faults is not built in this release"
+soak: setup ## MINUTES (60) of load with faults, history folding (build/soak.json)
+	.venv/bin/python tests/soak/soak.py --minutes $(MINUTES)
 
 conformance: ## the SCSI and NBD conformance suites (build/conformance.json)
 	@scripts/not-yet.sh $@ "its subject, the SCSI front-end, is not built in this release"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,10 +23,12 @@ from vrep.paths import SitePaths
 from vrep.settings import SourceConfig, load_config
 from vrep.source import daemon, session, spiller
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
+from vrep.source.ship import BUFFER_BYTES
 from vrep.source.spill import Spill
 from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
 from vrep.wire.peers import PeerRegistry
+from vrep.wire.stream import ConnectionLostError
 
 WAIT_S = 20.0
 
@@ -253,6 +257,59 @@ def test_pauses_grow_while_nobody_is_reached_and_end_with_what_was_reached(
     assert pauses(paths, monkeypatch, [*[nobody] * 9, went_on, nobody])[-2:] == [0.2, 0.4]
     # A target that can be reached at moments is tried often enough to be met in the next one.
     assert pauses(paths, monkeypatch, [*[nobody] * 9, opened, opened, nobody])[-3:] == [1, 1, 2]
+
+
+def test_what_shipped_is_freed_with_its_attempt(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a buffer of 33 MiB, which all attempts share, and all that a connection has: links
+    that flap for hours must not pile that up until a collector of rings comes."""
+    made: list[Any] = []
+
+    class Failing:
+        bytes_sent = records_sent = 0
+
+        def __init__(self, *args: Any) -> None:
+            made.append((weakref.ref(self), args[-1]))
+
+        def open_stream(self, _stream: Any) -> None:
+            pass
+
+        def run(self) -> None:
+            raise PeerError("cut")
+
+        def stop(self) -> None:
+            pass
+
+    def listen(one: GroupSession, *_args: Any) -> None:
+        wait(lambda: not [t for t in threading.enumerate() if t.name == "ship:web"])
+        raise ConnectionLostError("shipping failed")
+
+    monkeypatch.setattr(session, "Shipper", Failing)
+    monkeypatch.setattr(session, "Sealer", mock.Mock())
+    monkeypatch.setattr(GroupSession, "_listen", listen)
+    monkeypatch.setattr(GroupSession, "_settle", lambda *_: None)
+    monkeypatch.setattr(GroupSession, "_stream", lambda *_: None)
+    one = make_session(paths)
+    gc.disable()
+    try:
+        for _ in range(3):
+            opened = mock.Mock(lanes=[mock.Mock(points=None, durable=mock.Mock(seq=0))])
+            opened.conditions = []
+            try:
+                one._replicate(
+                    mock.Mock(), mock.Mock(), mock.Mock(), definition(), mock.Mock(), opened
+                )
+            except PeerError as error:
+                assert "cut" in str(error)  # noqa: PT017 - what pytest keeps of it would live on
+            else:
+                raise AssertionError("it did not end")
+        left = [gone() for gone, _ in made]
+    finally:
+        gc.enable()
+    assert left == [None] * 3
+    assert len({id(buffer) for _, buffer in made}) == 1
+    assert len(made[0][1]) == BUFFER_BYTES
 
 
 class Hold:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -196,6 +198,21 @@ def test_a_stalled_write_is_the_end() -> None:
     assert stream.writes == []
     client.close()
     assert stream.closed
+
+
+def test_an_end_that_failed_is_freed_at_once() -> None:
+    """Nothing waits for the collector of rings, which may not come for hours."""
+    clock = ManualClock()
+    client, _ = ready(Recorder(clock, room=0), clock)
+    gone = weakref.ref(client)
+    gc.disable()
+    try:
+        with pytest.raises(TimeLimitError):
+            client.send(m.Ping(id=1, time_ns=0))
+        del client
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

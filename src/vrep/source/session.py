@@ -41,7 +41,7 @@ from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
 from vrep.source.session_view import Backlog, SessionView, spill_view
-from vrep.source.ship import Shipper
+from vrep.source.ship import BUFFER_BYTES, Shipper
 from vrep.source.spill import SpillKeys
 from vrep.source.spiller import Spiller, Work
 from vrep.wire import messages as m
@@ -114,6 +114,8 @@ class GroupSession:
         self._feed: Feed | None = None
         self._catching_up = Backlog()
         self._effort: Effort | None = None
+        # Of one shipper after the other: what an ended attempt leaves behind is freed late.
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
         self._transport: FrameTransport | None = None
         self._sent_keys: tuple[str, ...] | None = None
         self._opened = False
@@ -554,7 +556,14 @@ class GroupSession:
             CHANNEL,
         )
         shipper = Shipper(
-            feed, sealer, transport, CHANNEL, self._clock, self._bandwidth, self._effort
+            feed,
+            sealer,
+            transport,
+            CHANNEL,
+            self._clock,
+            self._bandwidth,
+            self._effort,
+            self._buffer,
         )
         shipper.open_stream(self._stream(definition, data_key))
         self._acknowledged(feed, durable, durable)
@@ -584,6 +593,7 @@ class GroupSession:
             shipper.stop()
             transport.close()
             thread.join()
+            failure.clear()  # with it goes what its frames hold
             self._bytes_before += shipper.bytes_sent
             self._records_before += shipper.records_sent
             self._stop_resync(hold)

@@ -46,7 +46,9 @@ class Shipper:
         clock: Clock,
         bandwidth: Bandwidth | None = None,
         effort: Effort | None = None,
+        buffer: memoryview | None = None,
     ) -> None:
+        """`buffer`, of `BUFFER_BYTES`, is this shipper's until `run` has returned."""
         self._feed = feed
         self._sealer = sealer
         self._transport = transport
@@ -54,7 +56,7 @@ class Shipper:
         self._clock = clock
         self._bandwidth = bandwidth or Bandwidth(0)
         self._effort = effort or Effort(sealer.level)
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffer = memoryview(bytearray(BUFFER_BYTES)) if buffer is None else buffer
         self._credit = threading.Condition()
         self._stopping = False
         self._batch_bytes = BATCH_FIRST_BYTES

@@ -92,7 +92,8 @@ class FrameTransport:
         self._send_lock = TurnLock()
         self._posted: deque[tuple[m.Message, int]] = deque()
         self._unfinished: memoryview | None = None
-        self._failure: VrepError | None = None
+        # Its words: the error itself would hold this end, with all its buffers, in a ring.
+        self._failure: str | None = None
         self._closed = False
         self._silent_s = 0.0
         self._spoke_s = self._clock.monotonic()
@@ -194,7 +195,7 @@ class FrameTransport:
             try:
                 count = self.stream.write_some(self._unfinished)
             except VrepError as error:
-                self._failure = error
+                self._failure = str(error)
                 raise
             self._sent(count)
             self._unfinished = self._unfinished[count:] or None
@@ -229,7 +230,7 @@ class FrameTransport:
             self.stream.write(data, self.timeouts.dead_after_s)
         except VrepError as error:
             # A frame may be half written: nothing may follow it.
-            self._failure = error
+            self._failure = str(error)
             raise
         self._sent(len(data))
 
