@@ -27,7 +27,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class DiskDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One disk: its export name, its backing and its size in bytes when it was protected."""
+    """One disk: its export name, its backing and its size in bytes, as the filter knew it last."""
 
     name: str
     uri: str
@@ -95,6 +95,8 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: GroupOptions = GroupOptions()
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
+    resizing: dict[str, tuple[int, int]] = {}
+    """disks that are to get another size: what they have, and what they are to have"""
 
     @property
     def keys_digest(self) -> str:

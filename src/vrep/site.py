@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
+RESIZE_S: Final = 120.0
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
@@ -309,6 +310,20 @@ class Site:
         group's rate, and once it is resumed if it is paused."""
         self.groups.load(group)
         self._filter().call("resync", group=group, all=True)
+
+    def resize(
+        self, group: str, disk: str, size: int | None = None, *, shrink: bool = False
+    ) -> dict[str, Any]:
+        """Give a disk another size, as one record in the order of its writes: {"bytes",
+        "changed"}. A file gets it here; a block device, or without `size`, has it already. Points
+        before it keep the size that the disk had. `shrink`: a smaller one, too, whose end the
+        guest does not use any more. The filter must run; its clients connect again."""
+        self.groups.load(group)
+        answer: dict[str, Any] = self._filter().call(
+            "resize", timeout=RESIZE_S, group=group, disk=disk, size=size or 0, shrink=shrink
+        )
+        self._tell("source", "reload", group=group)
+        return answer
 
     def wait_replicating(
         self,

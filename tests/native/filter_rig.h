@@ -22,6 +22,7 @@ struct rig {
     struct vrep_group *group;
     struct vrep_ring_reader *reader;
     uint64_t applied, reported;
+    uint64_t bytes; /* of the disk, as its records say */
     bool seen_begin, seen_end, in_gap;
     uint32_t kinds[16];
     uint16_t last_flags;
@@ -43,6 +44,7 @@ CHECK_UNUSED static void rig_init(struct rig *rig)
     int fd = open(rig->disk, O_CREAT | O_RDWR, 0600);
     CHECK(fd >= 0 && ftruncate(fd, RIG_BYTES) == 0);
     close(fd);
+    rig->bytes = RIG_BYTES;
     rig->disks[0] = (struct vrep_group_disk){.name = "a", .uri = rig->uri};
     rig->config = (struct vrep_group_config){
         .group_id = {1},
@@ -221,6 +223,11 @@ CHECK_UNUSED static void rig_apply(struct rig *rig, bool durable)
             CHECK_EQ(at, desc.offset + desc.length);
         } else if (desc.kind == VREP_KIND_ZEROES || desc.kind == VREP_KIND_SYNC_ZEROES) {
             memset(rig->shadow + desc.offset, 0, desc.length);
+        } else if (desc.kind == VREP_KIND_RESIZE) {
+            /* Each position outside of a gap is a recovery point: new space reads zero at once. */
+            for (uint64_t i = rig->bytes; !rig->in_gap && i < desc.offset; i++)
+                CHECK_EQ(rig->shadow[i], 0);
+            rig->bytes = desc.offset;
         } else if (desc.kind == VREP_KIND_GAP_BEGIN) {
             rig->seen_begin = rig->in_gap = true;
         } else if (desc.kind == VREP_KIND_GAP_END) {

@@ -158,6 +158,34 @@ class Lab:
     def zeroes(self, disk: int, offset: int, length: int) -> Position:
         return self.record(layout.KIND_ZEROES, disk, offset, length=length)
 
+    def bytes_of(self, disk: int) -> int:
+        """The size that a disk has where the writer is now."""
+        return self._sizes(self._here())[disk]
+
+    def _here(self) -> list[tuple[int, int]]:
+        assert self.store is not None
+        return self.store.manifest.ancestry(Position(self.epoch.epoch, 0, self.seq))
+
+    def _sizes(self, ancestry: list[tuple[int, int]]) -> list[int]:
+        reach, sizes = dict(ancestry), [disk.bytes for disk in self.disks]
+        for change in sorted(self.changes, key=lambda c: c.position):
+            visible = change.position.seq <= reach.get(change.position.epoch, 0)
+            if change.kind == layout.KIND_RESIZE and visible:
+                sizes[change.disk] = change.offset
+        return sizes
+
+    def resize(self, disk: int, size: int) -> Position:
+        """As a filter does: what a disk gains is zeroes, before it has it."""
+        was = self.bytes_of(disk)
+        if size > was:
+            self.zeroes(disk, was, size - was)
+        return self.record(layout.KIND_RESIZE, disk, size)
+
+    def random_resize(self) -> Position:
+        disk = self.rng.randrange(len(self.disks))
+        most = self.disks[disk].bytes * 5 // 4 // 512
+        return self.resize(disk, 512 * self.rng.randrange(1, most))
+
     def gap_begin(self, jump: int = 0) -> Position:
         flags = layout.RECORD_JUMP if jump else 0
         return self.record(layout.KIND_GAP_BEGIN, flags=flags, jump=jump)
@@ -184,7 +212,7 @@ class Lab:
     def random_write(self) -> Position:
         """Something a guest might do."""
         disk = self.rng.randrange(len(self.disks))
-        size = self.disks[disk].bytes
+        size = self.bytes_of(disk)
         shape = self.rng.random()
         if shape < 0.7:
             length = self.rng.choice([512, 4096, 4096, 4096, 8192, 65536])
@@ -209,7 +237,7 @@ class Lab:
     def model(self, ancestry: list[tuple[int, int]]) -> list[bytearray]:
         """What the disks hold at the end of an ancestry."""
         reach = dict(ancestry)
-        found = [bytearray(disk.bytes) for disk in self.disks]
+        found = [bytearray(disk.bytes * 2) for disk in self.disks]
         line = [c for c in self.changes if c.position.seq <= reach.get(c.position.epoch, 0)]
         for change in sorted(line, key=lambda c: c.position):
             if change.kind in (layout.KIND_WRITE, layout.KIND_SYNC):
@@ -218,7 +246,8 @@ class Lab:
             elif change.kind in (layout.KIND_ZEROES, layout.KIND_SYNC_ZEROES):
                 end = change.offset + change.length
                 found[change.disk][change.offset : end] = bytes(change.length)
-        return found
+        sizes = self._sizes(ancestry)
+        return [content[:size] for content, size in zip(found, sizes, strict=True)]
 
     def at(self, position: Position) -> list[bytearray]:
         assert self.store is not None

@@ -83,6 +83,9 @@ class Feed:
     def zeroes(self, offset: int, length: int) -> bytes:
         return self._seal(self.headers(1, layout.KIND_ZEROES, offset, length, 0), [None])
 
+    def resize(self, size: int) -> bytes:
+        return self._seal(self.headers(1, layout.KIND_RESIZE, size, 0, 0), [None])
+
     def tally(self) -> bytes:
         """A tally, or nothing where the stream holds nothing new to tally."""
         if self._tallied == self.seq:

@@ -25,7 +25,6 @@ from vrep.errors import (
     InvalidError,
     NotFoundError,
     StateError,
-    UnsupportedError,
     VrepError,
 )
 from vrep.target import runs
@@ -262,9 +261,10 @@ def test_order_and_epochs_are_kept_by_the_store_itself(tmp_path: Path) -> None:
         feed = records.Feed(epoch=back, seq=2)
         store.append(feed.stream() + feed.writes(1))
         assert store.commit() == Position(3, 0, 3)
-        resized = feed.headers(1, layout.KIND_RESIZE, 1 << 20, 0, 0)
-        with pytest.raises(UnsupportedError):
-            store.append(feed._seal(resized, [None]))
+        other = feed.headers(1, layout.KIND_WRITE, 0, 4096, 0)
+        other["disk"] = 1
+        with pytest.raises(CorruptError, match="has not"):
+            store.append(feed._seal(other, [bytes(4096)]))
     with GroupStore.open(tmp_path, GROUP) as store:
         assert [entry.state for entry in store.epochs] == [
             EpochState.ACCEPTED,
@@ -286,6 +286,34 @@ def test_opening_says_what_is_there(tmp_path: Path) -> None:
         first = store.lease
     with GroupStore.open(tmp_path, GROUP) as store:
         assert store.lease == first + 1
+
+
+def test_each_position_has_its_size(tmp_path: Path) -> None:
+    """Of the line of a point, also when another line left it; and after a restart."""
+    feed = records.Feed()
+    with GroupStore.open(tmp_path, GROUP, create=records.spec(), options=SMALL) as store:
+        store.append(feed.stream() + feed.writes(1) + feed.resize(4096) + feed.writes(1))
+        store.append(feed.resize(8192))
+        store.commit()
+        assert [disk.bytes for disk in store.disks_now()] == [8192]
+        taken = store.add_epoch(writer=bytes(16), parent=Position(1, 0, 3))
+        assert [disk.bytes for disk in store.disks_now()] == [4096]
+        other = records.Feed(epoch=taken, seq=3)
+        store.append(other.stream() + other.resize(512))
+        store.commit()
+    with GroupStore.open(tmp_path, GROUP, options=SMALL) as store:
+        assert [disk.bytes for disk in store.disks_now()] == [512]
+        assert [disk.bytes for disk in store.disks] == [records.DISK_BYTES]
+    sizes = {
+        Position(1, 0, 1): records.DISK_BYTES,
+        Position(1, 0, 2): 4096,
+        Position(1, 0, 3): 4096,
+        Position(1, 0, 4): 8192,
+        Position(2, 0, 3): 4096,
+        Position(2, 0, 4): 512,
+    }
+    with StoreReader(tmp_path, GROUP) as reader:
+        assert {p: reader.disks_at(p)[0].bytes for p in sizes} == sizes
 
 
 # ---- damage ------------------------------------------------------------------------------

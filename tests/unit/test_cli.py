@@ -33,6 +33,7 @@ detach
 pause
 resume
 resync
+resize
 status
 checkpoint
 points

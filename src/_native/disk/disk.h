@@ -102,6 +102,9 @@ int vrep_disk_unlock(struct vrep_disk *disk);
 int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out);
 /* Re-reads the size (resize); stamps too. */
 int vrep_disk_refresh(struct vrep_disk *disk);
+/* Gives a file another size, durably; what it gains reads zero.  UNSUPPORTED for a block device,
+ * whose size is its maker's.  What is cut off is gone. */
+int vrep_disk_resize(struct vrep_disk *disk, uint64_t bytes);
 /* After a failed sync the page cache may hold, as clean, what never reached the store: lets go of
  * what is clean, so that reads tell what is stored.  May wait for the store. */
 void vrep_disk_forget_cache(struct vrep_disk *disk);

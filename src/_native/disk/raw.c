@@ -89,6 +89,19 @@ int vrep_disk_refresh(struct vrep_disk *disk)
     return VREP_OK;
 }
 
+int vrep_disk_resize(struct vrep_disk *disk, uint64_t bytes)
+{
+    if (disk->block_device || disk->read_only)
+        return VREP_E_UNSUPPORTED;
+    if (bytes == 0 || bytes > INT64_MAX || bytes % VREP_SECTOR_BYTES != 0 ||
+        bytes % disk->align_bytes != 0)
+        return VREP_E_INVALID;
+    /* Nobody may hear of a size that a power loss takes back. */
+    if (ftruncate(disk->fd, (off_t)bytes) != 0 || fsync(disk->fd) != 0)
+        return vrep_status_from_errno(errno);
+    return vrep_disk_refresh(disk);
+}
+
 /* What O_DIRECT asks for of offset, length and memory. */
 static uint32_t direct_align(const struct vrep_disk *disk)
 {

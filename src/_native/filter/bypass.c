@@ -38,8 +38,9 @@ int vrep_bypass_begin(struct vrep_group *group)
     int status = vrep_recover_find(group, &found);
     if (status != VREP_OK)
         return status;
-    bool marks =
-        found.shared && (found.how == VREP_OPENED_CLEAN || found.how == VREP_OPENED_KILLED);
+    /* The map of a disk that has another size by now has no bits for all of it. */
+    bool marks = found.shared && !found.resized &&
+                 (found.how == VREP_OPENED_CLEAN || found.how == VREP_OPENED_KILLED);
     if (marks) {
         vrep_recover_settle_gap(group);
         vrep_map_set_gap(group->map);

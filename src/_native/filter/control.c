@@ -143,6 +143,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->resync_allowed = group->resync_allowed;
     out->handover = group->handover;
     out->handover_waiting = group->handover == VREP_HANDOVER_IN && group->wanted;
+    out->sizes_due = (uint32_t)__builtin_popcountll(group->sizes_due);
     return VREP_OK;
 }
 

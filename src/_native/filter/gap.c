@@ -83,6 +83,8 @@ int vrep_gap_restart(struct vrep_group *group, bool jump)
     if (!vrep_gap_reserve(group))
         return VREP_E_FULL;
     begin(group, jump ? VREP_RECORD_JUMP : 0);
+    if (jump) /* what it passes over may be a new size */
+        vrep_resize_all_due(group);
     return VREP_OK;
 }
 
@@ -96,7 +98,8 @@ void vrep_gap_try_end(struct vrep_group *group)
 {
     struct vrep_map_header *header = header_of(group);
     if (!vrep_gap_due(group) || header->gap_open == 0 ||
-        vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
+        vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit ||
+        !vrep_resize_publish(group))
         return;
     struct vrep_ring_slot *fresh = vrep_ring_reserve(group->ring, 0);
     struct vrep_ring_slot *end = fresh == NULL ? NULL : vrep_ring_reserve(group->ring, 0);

@@ -21,7 +21,8 @@
 struct vrep_group_disk {
     const char *name; /* export name is name */
     const char *uri;  /* file: block: or view:PATH (overlay) */
-    uint64_t bytes;   /* expected size of an overlay to create; 0 otherwise */
+    uint64_t bytes;   /* expected size of an overlay to create; with `was` the size to have */
+    uint64_t was;     /* a disk that is to get another size: what it had before; 0: none is */
 };
 #define VREP_GROUP_TAP 1u /* replicate: ring, map, intent, state */
 #define VREP_GROUP_READ_ONLY 2u
@@ -57,9 +58,10 @@ struct vrep_group_config {
 
 /* Opens disks and locks; decides from durable state, stamps, ring and map what happened since
  * (clean, process kill, power loss, written past the filter); replays the in-flight table; ready to
- * serve when it returns. LOCKED, NOT_FOUND, INVALID (size changed under clean state is
- * `unverified`, not an error), IO, CORRUPT, VERSION; GONE: a hand-over of a disk that nobody has
- * open. */
+ * serve when it returns.  A disk with a plan for another size gets it (filter/resize.c), unless its
+ * backing cannot: then it is served as it was. LOCKED, NOT_FOUND, INVALID (size changed under clean
+ * state is `unverified`, not an error), IO, CORRUPT, VERSION; GONE: a hand-over of a disk that
+ * nobody has open. */
 int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **out);
 /* Drains what is in flight; clean also stores stamps and a clean checkpoint. */
 void vrep_group_close(struct vrep_group *group, bool clean);
@@ -180,6 +182,7 @@ struct vrep_group_status {
     uint64_t acknowledged;
     uint32_t handover;         /* VREP_HANDOVER_* */
     uint32_t handover_waiting; /* a command waits for it */
+    uint32_t sizes_due;        /* disks whose size is not in the order yet */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

@@ -129,6 +129,7 @@ struct disk {
     struct vrep_disk_info info;
     char name[VREP_NAME_BYTES];
     bool overlay;
+    uint64_t told_bytes;      /* the size that the durable state names: its last record's */
     struct vrep_since *since; /* of a view with a base point */
 };
 
@@ -176,6 +177,8 @@ struct vrep_group {
     struct vrep_state state_written; /* of the job in progress */
     struct vrep_ring_slot *gap_slot; /* reserved: makes gap-begin the next record */
     uint64_t gap_wall_ns;
+    uint64_t
+        sizes_due; /* one bit a disk: a RESIZE with its size must be published before a gap ends */
     uint64_t seq_limit; /* durable */
     struct vrep_ring_consumer consumers[CONSUMERS];
     uint32_t consumers_count;
@@ -359,7 +362,10 @@ struct vrep_finding {
     bool shared;     /* ring and map were attached */
     bool bypassed;   /* a pass-through served since the last filter */
     uint64_t first_seq;
+    bool resized;    /* disks have, or are to get, another size than the state says, as planned */
+    bool intent_was; /* ... and the write-intent may be of the sizes before */
     uint64_t disk_bytes[VREP_DISKS_MAX];
+    uint64_t was_bytes[VREP_DISKS_MAX]; /* what the state says, when `resized` */
     char ring[PATH_MAX], map[PATH_MAX], intent[PATH_MAX], state[PATH_MAX], checkpoint[PATH_MAX];
 };
 /* Fills it and group->state, attaches ring and map; changes nothing durable. LOCKED, FENCED,
@@ -372,6 +378,21 @@ void vrep_recover_detach(struct vrep_group *group, struct vrep_finding *found);
 bool vrep_recover_slot_sane(const struct vrep_group *group, const struct vrep_ring_slot *slot);
 int vrep_recover(struct vrep_group *group);
 int vrep_backing_sync_io(struct vrep_group *group, uint32_t disk, struct vrep_io *io);
+/* Whether a range reads zero, of which at most data_max bytes that are no holes are read. */
+bool vrep_recover_reads_zero(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t to,
+                             uint64_t data_max);
+
+/* resize.c, in the order in which recover.c calls them */
+/* Whether every size that is not what the state says is planned; then fills in what they were, and
+ * are to be. */
+bool vrep_resize_find(struct vrep_group *group, struct vrep_finding *found);
+void vrep_resize_backing(struct vrep_group *group, struct vrep_finding *found);
+int vrep_resize_map(struct vrep_group *group, const struct vrep_finding *found);
+int vrep_resize_intent(struct vrep_group *group, const struct vrep_finding *found);
+int vrep_resize_record(struct vrep_group *group, const struct vrep_finding *found);
+/* Publishes the sizes that are due; false when there is no room for all. */
+bool vrep_resize_publish(struct vrep_group *group);
+void vrep_resize_all_due(struct vrep_group *group);
 
 /* bypass.c */
 int vrep_bypass_begin(struct vrep_group *group);

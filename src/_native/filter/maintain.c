@@ -87,7 +87,7 @@ void vrep_state_stamp(struct vrep_group *group)
     for (uint32_t i = 0; i < group->disks_count; i++) {
         const struct vrep_disk_info *info = &group->disks[i].info;
         group->state.disk[i] = (struct vrep_state_disk){
-            .bytes = info->bytes,
+            .bytes = group->disks[i].told_bytes,
             .device = info->device,
             .inode = info->inode,
             .mtime_ns = info->mtime_ns,

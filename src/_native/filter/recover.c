@@ -101,8 +101,13 @@ static void attach_shared(struct vrep_group *group, struct vrep_finding *found, 
         group->ring = NULL;
         return;
     }
-    *status = vrep_map_attach(found->map, config->group_id, config->target_id, found->disk_bytes,
+    /* A resize that was cut off may have left the map of either size. */
+    *status = vrep_map_attach(found->map, config->group_id, config->target_id,
+                              found->resized ? found->was_bytes : found->disk_bytes,
                               group->disks_count, &group->map);
+    if (*status == VREP_E_INVALID && found->resized)
+        *status = vrep_map_attach(found->map, config->group_id, config->target_id,
+                                  found->disk_bytes, group->disks_count, &group->map);
     const struct vrep_ring_header *header = vrep_ring_header(group->ring);
     bool same_line = one_line(header->epoch, header->epoch_id, config);
     if (*status == VREP_OK && same_line) {
@@ -127,6 +132,7 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     if (status == VREP_OK && group->state.epoch > config->epoch)
         return VREP_E_FENCED;
     found->known = status == VREP_OK;
+    found->resized = found->known && vrep_resize_find(group, found);
     attach_shared(group, found, &shared_status);
     if (shared_status == VREP_E_BUSY)
         return VREP_E_LOCKED;
@@ -157,7 +163,7 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     if ((group->state.flags & VREP_STATE_BLIND) != 0 && found->shared)
         vrep_recover_detach(group, found); /* it may be of any earlier run */
     bool open = (group->state.flags & VREP_STATE_OPEN) != 0;
-    if (!sizes_match(group)) {
+    if (!found->resized && !sizes_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_SIZE;
     } else if ((group->state.flags & VREP_STATE_PAST) != 0 || group->handover == VREP_HANDOVER_IN) {
@@ -182,15 +188,29 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     return VREP_OK;
 }
 
+/* What nothing explains begins anew, with the sizes that the disks have, which its gap tells. */
+static void settle_sizes(struct vrep_group *group, struct vrep_finding *found)
+{
+    if (!found->resized)
+        return;
+    vrep_resize_backing(group, found);
+    if (found->how != VREP_OPENED_NEW && found->how != VREP_OPENED_UNEXPLAINED)
+        return;
+    if (found->shared)
+        vrep_recover_detach(group, found);
+    found->resized = false;
+}
+
 /* ---- shared memory made anew -------------------------------------------------------- */
 
 /* Map first, ring last: shared memory counts only with both, so a kill in between leaves none. */
-static int make_map(struct vrep_group *group, const struct vrep_finding *found)
+static int make_map(struct vrep_group *group, const struct vrep_finding *found,
+                    const uint64_t *bytes)
 {
     const struct vrep_group_config *config = &group->config;
     if (unlink(found->ring) != 0 && errno != ENOENT)
         return vrep_status_from_errno(errno);
-    return vrep_map_create(found->map, config->group_id, config->target_id, found->disk_bytes,
+    return vrep_map_create(found->map, config->group_id, config->target_id, bytes,
                            group->disks_count, config->bit_bytes, &group->map);
 }
 
@@ -223,12 +243,19 @@ static void hot_to_unshipped(struct vrep_group *group)
 }
 
 /* Opens the write-intent, or makes a new one; *whole says whether the old one can be believed. */
-static int open_intent(struct vrep_group *group, const struct vrep_finding *found, bool *whole)
+static int open_intent(struct vrep_group *group, struct vrep_finding *found, bool *whole)
 {
     const uint8_t *id = group->config.group_id;
     *whole = false;
     if (found->how != VREP_OPENED_NEW && found->reason != VREP_UNVERIFIED_SIZE) {
-        int status = vrep_intent_open(found->intent, id, found->disk_bytes, group->disks_count,
+        int status = VREP_E_INVALID;
+        if (found->resized) {
+            status = vrep_intent_open(found->intent, id, found->was_bytes, group->disks_count,
+                                      &group->intent);
+            found->intent_was = status == VREP_OK;
+        }
+        if (status == VREP_E_INVALID)
+            status = vrep_intent_open(found->intent, id, found->disk_bytes, group->disks_count,
                                       &group->intent);
         *whole = status == VREP_OK;
         if (status == VREP_OK)
@@ -240,6 +267,19 @@ static int open_intent(struct vrep_group *group, const struct vrep_finding *foun
                               &group->intent);
 }
 
+/* The bits of the newest checkpoint, in a map of its sizes: when a resize was cut off, those that
+ * the disks have now, or those before. */
+static int load_checkpoint(struct vrep_group *group, const struct vrep_finding *found, bool *clean)
+{
+    int status = vrep_checkpoint_load(found->checkpoint, group->map, clean);
+    if (status == VREP_OK || !found->resized)
+        return status;
+    vrep_map_detach(group->map);
+    group->map = NULL;
+    status = make_map(group, found, found->was_bytes);
+    return status == VREP_OK ? vrep_checkpoint_load(found->checkpoint, group->map, clean) : status;
+}
+
 /* After this the map says what may differ; *jump: the ring begins with a gap that breaks seq. */
 static int settle_map(struct vrep_group *group, struct vrep_finding *found, bool intent_whole,
                       bool *jump)
@@ -249,13 +289,13 @@ static int settle_map(struct vrep_group *group, struct vrep_finding *found, bool
     if (!found->shared || found->how == VREP_OPENED_NEW) {
         if (found->shared) /* of an epoch or group that ended */
             vrep_recover_detach(group, found);
-        int status = make_map(group, found);
+        int status = make_map(group, found, found->disk_bytes);
         if (status != VREP_OK)
             return status;
         *jump = found->first_seq != 0;
         if (!all) {
             bool clean;
-            status = vrep_checkpoint_load(found->checkpoint, group->map, &clean);
+            status = load_checkpoint(group, found, &clean);
             bool believed =
                 status == VREP_OK && (found->how == VREP_OPENED_CLEAN ? clean : intent_whole);
             if (status != VREP_OK && status != VREP_E_NOT_FOUND && status != VREP_E_CORRUPT &&
@@ -333,17 +373,20 @@ bool vrep_recover_slot_sane(const struct vrep_group *group, const struct vrep_ri
            slot->length <= group->disks[slot->disk].info.bytes - slot->offset;
 }
 
-static bool reads_zero(struct vrep_group *group, const struct vrep_ring_slot *slot)
+bool vrep_recover_reads_zero(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t to,
+                             uint64_t data_max)
 {
-    uint64_t at = slot->offset, stop = slot->offset + slot->length;
-    while (at < stop) {
+    uint64_t at = from;
+    while (at < to) {
         uint64_t length;
         bool hole;
-        if (vrep_disk_extent(group->disks[slot->disk].disk, at, stop - at, &length, &hole) !=
-                VREP_OK ||
+        if (vrep_disk_extent(group->disks[disk].disk, at, to - at, &length, &hole) != VREP_OK ||
             length == 0)
             return false;
         if (!hole) { /* any private memory will do: no client is served yet */
+            if (length > data_max)
+                return false;
+            data_max -= length;
             if (length > group->private_bytes)
                 length = group->private_bytes;
             if (length > VREP_WRITE_BYTES_MAX)
@@ -352,8 +395,7 @@ static bool reads_zero(struct vrep_group *group, const struct vrep_ring_slot *sl
             struct iovec used = whole;
             struct vrep_io io = {
                 .op = VREP_IO_READ, .offset = at, .length = length, .iov = &used, .iovcnt = 1};
-            if (vrep_backing_sync_io(group, slot->disk, &io) != VREP_OK ||
-                !vrep_sync_all_zero(&whole, 1))
+            if (vrep_backing_sync_io(group, disk, &io) != VREP_OK || !vrep_sync_all_zero(&whole, 1))
                 return false;
         }
         at += length;
@@ -366,7 +408,8 @@ static bool reread(struct vrep_group *group, struct vrep_ring_slot *slot)
 {
     if (slot->chunk == VREP_NO_CHUNK) {
         slot->kind = VREP_KIND_SYNC_ZEROES;
-        return reads_zero(group, slot);
+        return vrep_recover_reads_zero(group, slot->disk, slot->offset, slot->offset + slot->length,
+                                       UINT64_MAX);
     }
     int max = (int)(VREP_WRITE_BYTES_MAX / VREP_CHUNK_BYTES + 2);
     struct iovec *iov = group->room;
@@ -380,6 +423,18 @@ static bool reread(struct vrep_group *group, struct vrep_ring_slot *slot)
                          .iovcnt = count};
     slot->kind = VREP_KIND_SYNC;
     return vrep_backing_sync_io(group, slot->disk, &io) == VREP_OK;
+}
+
+/* A command in flight over the end of a disk that became smaller: its part that is still there is
+ * not known. */
+static void cut_off(struct vrep_group *group, const struct vrep_ring_slot *slot)
+{
+    if ((slot->state != VREP_SLOT_GRANTED && slot->state != VREP_SLOT_UNRECORDED) ||
+        slot->disk >= group->disks_count || slot->length == 0 ||
+        slot->offset >= group->disks[slot->disk].info.bytes)
+        return;
+    vrep_map_mark_unshipped(group->map, slot->disk, slot->offset, slot->length);
+    vrep_gap_enter(group);
 }
 
 static void replay(struct vrep_group *group)
@@ -401,6 +456,7 @@ static void replay(struct vrep_group *group)
             continue;
         if (!vrep_recover_slot_sane(
                 group, slot)) { /* an entry that was being filled: nothing was submitted for it */
+            cut_off(group, slot);
             vrep_ring_cancel(group->ring, slot);
             continue;
         }
@@ -497,10 +553,16 @@ int vrep_recover(struct vrep_group *group)
     struct vrep_finding found;
     int status = vrep_recover_find(group, &found);
     bool intent_whole = false, jump = false;
-    if (status == VREP_OK)
+    if (status == VREP_OK) {
+        settle_sizes(group, &found);
         status = open_intent(group, &found, &intent_whole);
+    }
     if (status == VREP_OK)
         status = settle_map(group, &found, intent_whole, &jump);
+    if (status == VREP_OK && found.resized)
+        status = vrep_resize_map(group, &found);
+    if (status == VREP_OK && found.resized && found.how == VREP_OPENED_UNEXPLAINED)
+        vrep_map_mark_all_unshipped(group->map); /* new blocks too */
     if (status == VREP_OK)
         status = vrep_checkpoint_open(found.checkpoint, group->map, &group->checkpoint);
     if (status == VREP_OK)
@@ -516,8 +578,8 @@ int vrep_recover(struct vrep_group *group)
         /* What memory says is newer than what the state file was told, for better and for worse. */
         if (found.how != VREP_OPENED_UNEXPLAINED)
             found.reason = header->unverified;
-        if ((!intent_whole || found.bypassed) && found.how != VREP_OPENED_UNEXPLAINED &&
-            sync_backing(group) != VREP_OK) {
+        if ((!intent_whole || found.intent_was || found.bypassed) &&
+            found.how != VREP_OPENED_UNEXPLAINED && sync_backing(group) != VREP_OK) {
             found.how = VREP_OPENED_UNEXPLAINED;
             found.reason = VREP_UNVERIFIED_FLUSH;
             vrep_map_mark_all_unshipped(group->map);
@@ -537,8 +599,15 @@ int vrep_recover(struct vrep_group *group)
     group->durable = vrep_ring_durable(group->ring);
     vrep_map_acknowledge(group->map, group->state.durable_seq);
     /* Before the state says open, what a power loss would need is on disk. */
-    if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole || found.bypassed)
+    if (!found.shared || found.how == VREP_OPENED_UNEXPLAINED || !intent_whole || found.bypassed ||
+        found.resized)
         status = vrep_checkpoint_write(group->checkpoint, vrep_ring_head(group->ring), false);
+    vrep_fault("resize.after_checkpoint");
+    if (status == VREP_OK && found.intent_was)
+        status = vrep_resize_intent(group, &found);
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        group->disks[i].told_bytes =
+            found.resized ? found.was_bytes[i] : group->disks[i].info.bytes;
     if (status == VREP_OK)
         status = store_state(group, &found);
     if (status != VREP_OK)
@@ -556,6 +625,11 @@ int vrep_recover(struct vrep_group *group)
         status = vrep_gap_give_up_ring(group);
     if (status == VREP_OK && vrep_map_header(group->map)->gap_open == 0 && !vrep_gap_reserve(group))
         status = VREP_E_FULL;
+    /* What an earlier run owed to the gap that is open; and a target may know of other sizes. */
+    if (vrep_map_gap(group->map))
+        vrep_resize_all_due(group);
+    if (status == VREP_OK && found.resized)
+        status = vrep_resize_record(group, &found);
     group->opened_as = (uint32_t)found.how;
     group->count.gaps = 0;
     if (found.reason != 0)

@@ -208,7 +208,9 @@ static int open_files(struct vrep_checkpoint *checkpoint, const char *prefix)
         if (fd < 0)
             return vrep_status_from_errno(errno);
         checkpoint->fd[i] = fd;
-        if (judge(fd, checkpoint->map, checkpoint->buffer, &header) == VREP_OK)
+        status = judge(fd, checkpoint->map, checkpoint->buffer, &header);
+        /* One of the sizes before is the newest there is until the first of these is written. */
+        if (status == VREP_OK || status == VREP_E_INVALID)
             counter[i] = header.counter;
         int error = posix_fallocate(fd, 0, (off_t)bytes_of(checkpoint->map));
         if (error != 0)

@@ -228,6 +228,73 @@ int vrep_map_attach(const char *path, const uint8_t group_id[16], const uint8_t 
     return VREP_OK;
 }
 
+/* What one disk's bitmaps say of blocks that both sizes have. */
+static void copy_bits(struct vrep_map *to, const struct vrep_map *from, uint32_t disk)
+{
+    uint64_t bits =
+        from->disk[disk].bits < to->disk[disk].bits ? from->disk[disk].bits : to->disk[disk].bits;
+    for (unsigned b = 0; b < VREP_MAP_BITMAPS; b++) {
+        uint64_t *words = vrep_map_words(to, disk, b);
+        memcpy(words, vrep_map_words(from, disk, b), (bits + 63) / 64 * sizeof(uint64_t));
+        if (bits % 64 != 0)
+            words[bits / 64] &= (UINT64_C(1) << bits % 64) - 1;
+    }
+}
+
+static void copy_state(struct vrep_map_header *to, const struct vrep_map_header *from)
+{
+    to->gap = from->gap;
+    to->gap_open = from->gap_open;
+    to->gap_seq = from->gap_seq;
+    to->open_generation = from->open_generation;
+    to->unverified = from->unverified;
+    to->merge = from->merge;
+    memcpy(to->generation, from->generation, sizeof to->generation);
+}
+
+int vrep_map_resize(struct vrep_map *map, const char *path, const uint64_t *disk_bytes,
+                    struct vrep_map **out)
+{
+    uint64_t file_bytes;
+    struct vrep_map *made = calloc(1, sizeof *made);
+    if (made == NULL) {
+        vrep_map_detach(map);
+        return VREP_E_NOMEM;
+    }
+    const struct vrep_map_header *header = map->header;
+    int status = lay_out(disk_bytes, map->disks, header->bit_bytes, made->disk, &file_bytes);
+    if (status == VREP_OK)
+        status = vrep_shared_create(path, file_bytes, FILE_MODE, &made->shared);
+    if (status != VREP_OK) {
+        vrep_map_detach(map);
+        free(made);
+        return status;
+    }
+    vrep_shared_populate(&made->shared);
+    adopt(made, map->disks, header->bit_bytes);
+    made->owner = true;
+    made->marked = true; /* not known: the next seal is a real one */
+    made->acknowledged = map->acknowledged;
+    status = fill_header(made, header->group_id, header->target_id, header->bit_bytes);
+    copy_state(made->header, header);
+    for (uint32_t i = 0; i < map->disks; i++)
+        copy_bits(made, map, i);
+    if (status == VREP_OK)
+        status = make_touched(made);
+    /* Its lock goes before another file takes its name. */
+    vrep_map_detach(map);
+    if (status == VREP_OK)
+        status = vrep_shared_publish(&made->shared, path);
+    if (status != VREP_OK) {
+        vrep_shared_discard(&made->shared, path);
+        vrep_map_detach(made);
+        return status;
+    }
+    scan_touched(made);
+    *out = made;
+    return VREP_OK;
+}
+
 int vrep_map_open(const char *path, struct vrep_map **out)
 {
     struct vrep_map *map = calloc(1, sizeof *map);

@@ -29,6 +29,11 @@ int vrep_map_create(const char *path, const uint8_t group_id[16], const uint8_t 
  * or sizes differ. */
 int vrep_map_attach(const char *path, const uint8_t group_id[16], const uint8_t target_id[16],
                     const uint64_t *disk_bytes, uint32_t disks, struct vrep_map **out);
+/* The map of a disk that got another size: a new file takes the place of the old one, with all that
+ * it said of the blocks that there still are; new blocks are clean.  A crash leaves the one or the
+ * other.  `map` is detached, whatever the outcome. */
+int vrep_map_resize(struct vrep_map *map, const char *path, const uint64_t *disk_bytes,
+                    struct vrep_map **out);
 /* Read-only, for status. */
 int vrep_map_open(const char *path, struct vrep_map **out);
 void vrep_map_detach(struct vrep_map *map);

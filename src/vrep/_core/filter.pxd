@@ -56,6 +56,7 @@ cdef extern from "filter/group.h" nogil:
         const char *name
         const char *uri
         uint64_t bytes
+        uint64_t was
     struct vrep_group_config:
         uint8_t group_id[16]
         uint8_t target_id[16]
@@ -118,6 +119,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t acknowledged
         uint32_t handover
         uint32_t handover_waiting
+        uint32_t sizes_due
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset

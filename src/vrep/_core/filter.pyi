@@ -19,6 +19,7 @@ class Disk(NamedTuple):
     name: str
     uri: str
     size: int = 0
+    was: int = 0
 
 class Miss(NamedTuple):
     ticket: int
@@ -61,6 +62,7 @@ class GroupStatus(TypedDict):
     acknowledged: int
     handover: str
     handover_waiting: bool
+    sizes_due: int
 
 class Group:
     def __init__(

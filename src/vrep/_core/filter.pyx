@@ -37,11 +37,16 @@ MISSES_MAX = 64
 
 
 class Disk(NamedTuple):
-    """A disk to open: ``uri`` is ``file:``, ``block:`` or ``view:``; ``size`` only for a view."""
+    """A disk to open: ``uri`` is ``file:``, ``block:`` or ``view:``.
+
+    ``size`` is that of a view. With ``was`` a disk that had that size is to get ``size``: if its
+    backing cannot, it is served as it was.
+    """
 
     name: str
     uri: str
     size: int = 0
+    was: int = 0
 
 
 class Miss(NamedTuple):
@@ -164,6 +169,7 @@ cdef class Group:
                 array[i].name = <const char *>name
                 array[i].uri = <const char *>uri
                 array[i].bytes = disks[i].size
+                array[i].was = disks[i].was
             memcpy(config.group_id, <const char *>group_id, 16)
             memcpy(config.target_id, <const char *>target_id, 16)
             memcpy(config.epoch_id, <const char *>epoch_id, 16)

@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "pause": "cli_group",
     "resume": "cli_group",
     "resync": "cli_group",
+    "resize": "cli_vm",
     "status": "cli_status",
     "checkpoint": "cli_group",
     "points": "cli_recover",

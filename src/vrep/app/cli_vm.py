@@ -1,4 +1,4 @@
-"""Running VMs: the filter is put under their disks, and taken away."""
+"""Running VMs: the filter is put under their disks, and taken away; disks get another size."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 
-from vrep.app.cli_common import Directory, Group, Json, not_yet, site_of
+from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_size, site_of
 from vrep.app.cli_output import emit
+from vrep.errors import UsageError
 
 if TYPE_CHECKING:
     from vrep.hypervisor.attach import Result
@@ -68,6 +69,31 @@ def detach(
     then on is not replicated."""
     result = site_of(directory).detach(group, dry_run=dry_run)
     _show(group, result, as_json, f"{group}: detached")
+
+
+@app.command("resize")
+def resize(
+    group: Group,
+    disk: Annotated[str, typer.Argument(metavar="DISK", help="A disk of the group.")],
+    size: Annotated[
+        str | None,
+        typer.Argument(metavar="SIZE", help="Its new size; left out: what its backing has now."),
+    ] = None,
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="A smaller size, too: what is cut off is gone.")
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Give a disk another size, in the order of its writes. Earlier points keep theirs. The VM
+    learns it when it connects again, and by its monitor's block_resize."""
+    wanted = None if size is None else parse_size(size)
+    if wanted == 0:
+        raise UsageError("resize: a disk has a size above 0")
+    answer = site_of(directory).resize(group, disk, wanted, shrink=shrink)
+    text = f"{group}: {disk} has {answer['bytes']} bytes"
+    text += "" if answer["changed"] else ", as before"
+    emit({"group": group, "disk": disk, **answer}, as_json, text)
 
 
 def _show(group: str, result: Result, as_json: bool, done: str) -> None:

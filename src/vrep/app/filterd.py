@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import structlog
 
-from vrep._core.filter import Disk, Group
+from vrep._core.filter import Group
 from vrep._core.serve import Server
+from vrep.app.resizing import note_sizes, open_disks, plan_resize
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
@@ -30,6 +31,7 @@ from vrep.errors import (
     LockedError,
     NotFoundError,
     StateError,
+    StorageError,
     StoreFullError,
     VrepError,
 )
@@ -130,6 +132,7 @@ class FilterHost:
                 "let_go": self._let_go,
                 "take_back": self._take_back,
                 "release": self._release,
+                "resize": self._resize,
                 "stop": self._stop_requested,
             },
         )
@@ -223,6 +226,15 @@ class FilterHost:
             self._failed.pop(name, None)
             self._hosted[name] = hosted
         log.info("group served", group=name, opened_as=hosted.group.status()["opened_as"])
+        self._note_sizes(hosted)
+
+    def _note_sizes(self, hosted: _Hosted) -> None:
+        """A plan that stays although it was carried out means nothing: it is told again later."""
+        try:
+            note_sizes(self._groups, hosted.definition, hosted.group)
+        except VrepError as error:
+            name = hosted.definition.name
+            log.warning("sizes of disks are not noted", group=name, error=str(error))
 
     def _pass_through(self, definition: GroupDefinition, news: bool) -> bool:
         """Serve the disks of a group that cannot be served as it should. Whether it does."""
@@ -277,7 +289,7 @@ class FilterHost:
         handover: bool = False,
     ) -> Group:
         options = definition.options
-        disks = [Disk(disk.name, disk.uri, disk.bytes) for disk in definition.disks]
+        disks = open_disks(definition)
         uris = ", ".join(disk.uri for disk in disks)
         try:
             return Group(
@@ -390,6 +402,7 @@ class FilterHost:
     def _status_of(hosted: _Hosted) -> dict[str, Any]:
         return {
             **hosted.group.status(),
+            "disks": dict(hosted.group.disks),
             "clients": len(hosted.clients()),
             "guest_paused": hosted.server is None,
             "ring_path": hosted.ring_path,
@@ -540,6 +553,47 @@ class FilterHost:
                 self._try_close(passed)
             self._try_open(name)  # it is refused, and the status says why
         return {}
+
+    # ---- sizes -----------------------------------------------------------------------
+
+    def _resize(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a disk another size. Its clients' connections end once what they sent is done: one
+        that connects again learns the size."""
+        with self._scanning:
+            hosted = self._host(params)
+            name, group = hosted.definition.name, hosted.group
+            if group.status()["handover"]:
+                raise StateError(f"{name!r} is on its way between a VM and the filter")
+            definition = self._groups.load(name)
+            plan = plan_resize(definition, dict(group.disks), params)
+            if plan is None:
+                return {"bytes": dict(group.disks)[str(params["disk"])], "changed": False}
+            disk, was, size = plan
+            self._groups.update(name, resizing={disk: (was, size)})
+            log.info("disk gets another size", group=name, disk=disk, bytes=size)
+            self._end_for_resize(hosted)
+            self._try_open(name)
+            with self._lock:
+                now, failed = self._hosted.get(name), self._failed.get(name)
+            if now is None:
+                raise failed.error if failed else NotFoundError(f"{name!r} is not protected")
+            got = dict(now.group.disks)[disk]
+        if got != size:
+            raise StorageError(f"disk {disk!r} could not be given {size} bytes: it has {got}")
+        return {"bytes": size, "changed": True}
+
+    def _end_for_resize(self, hosted: _Hosted) -> None:
+        """Drain a group and close it, with all that is known of it left in memory."""
+        name = hosted.definition.name
+        with self._lock:
+            self._hosted.pop(name, None)
+            self._failed[name] = _Failed(StateError(f"{name!r} is being resized"), 0.5, 0.0)
+        try:
+            server = hosted.take_server()
+            if server is not None:
+                server.stop(drain=True)
+        finally:
+            hosted.group.close(clean=False)
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:

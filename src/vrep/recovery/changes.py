@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import msgspec
+import numpy as np
 from numpy.typing import NDArray
 
 from vrep import errors
@@ -27,7 +28,7 @@ from vrep.recovery.points import PointInfo
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["ChangeList", "DiskChanges", "Extent", "changes_between", "list_changes"]
+__all__ = ["ChangeList", "DiskChanges", "Extent", "changed", "changes_between", "list_changes"]
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):
@@ -42,7 +43,7 @@ class DiskChanges(msgspec.Struct, frozen=True):
 
     name: str
     bytes: int
-    """of the disk"""
+    """of the disk at the second point: what only the first has is not told"""
     changed_bytes: int
     extents: list[Extent]
 
@@ -69,6 +70,24 @@ def changes_between(reader: StoreReader, since: Position, at: Position) -> Chang
     )
 
 
+def changed(
+    reader: StoreReader, changes: Changes, disk: int, since: Position, at: Position
+) -> NDArray[Any]:
+    """Ranges of a disk, as it was at the second point, that may differ from the first: (offset,
+    length), rising and apart. What the first does not have at all may differ."""
+    before, size = (
+        next(d.bytes for d in reader.disks_at(point) if d.index == disk) for point in (since, at)
+    )
+    if size <= before:
+        return changes.list(disk, 0, size)
+    start = before - before % BLOCK_BYTES
+    rows = changes.list(disk, 0, start)
+    if len(rows) and int(rows[-1]["offset"] + rows[-1]["length"]) == start:
+        start = int(rows[-1]["offset"])
+        rows = rows[:-1]
+    return np.append(rows, np.array([(start, size - start)], rows.dtype))
+
+
 def list_changes(
     paths: SitePaths, group: str, since: str, at: str = "latest", disk: str | None = None
 ) -> ChangeList:
@@ -76,10 +95,9 @@ def list_changes(
     one disk or of all. NotFoundError for a disk that it has not, and what a POINT raises."""
     held = find_group(paths, group)
     with StoreReader(paths.store, held.group_id) as reader:
-        chosen = [entry for entry in reader.disks if disk in (None, entry.name)]
-        if not chosen:
-            names = ", ".join(entry.name for entry in reader.disks)
-            raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}: {names}")
+        names = [entry.name for entry in reader.disks]
+        if disk not in (None, *names):
+            raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}: {', '.join(names)}")
         access: KeyAccess | None = None
         if needs_key(since) or needs_key(at):
             access = KeyAccess.open(paths, held.group_id, reader.wrapped_keys)
@@ -93,8 +111,13 @@ def list_changes(
             at=_info(last),
             block_bytes=BLOCK_BYTES,
             disks=[
-                _disk(entry.name, entry.bytes, changes.list(entry.index, 0, entry.bytes))
-                for entry in chosen
+                _disk(
+                    entry.name,
+                    entry.bytes,
+                    changed(reader, changes, entry.index, first.position, last.position),
+                )
+                for entry in reader.disks_at(last.position)
+                if disk in (None, entry.name)
             ],
         )
 

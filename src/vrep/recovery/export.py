@@ -94,7 +94,9 @@ def export(
     with StoreReader(paths.store, held.group_id) as reader:
         access = KeyAccess.open(paths, held.group_id, reader.wrapped_keys)
         point = resolve(reader, at, access, time.time_ns())
-        targets = [(disk, out / f"{disk.name}.{format}") for disk in reader.disks]
+        targets = [
+            (disk, out / f"{disk.name}.{format}") for disk in reader.disks_at(point.position)
+        ]
         for _disk, path in targets:
             if path.exists() or path.is_symlink():
                 raise errors.ExistsError(f"{path}: an export never replaces a file")

@@ -35,7 +35,7 @@ from vrep._core.serve import Server
 from vrep.control import ControlServer
 from vrep.paths import SitePaths, socket_gid
 from vrep.recovery.access import KeyAccess
-from vrep.recovery.changes import changes_between
+from vrep.recovery.changes import changed, changes_between
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.view import (
     PROTECTED,
@@ -151,8 +151,9 @@ class View:
             raise errors.CorruptError(f"the history below {since} is not what it was")
         disks = sorted(self._record.disks, key=lambda disk: disk.index)
         try:
-            changes = changes_between(self._reader, since, Position(*self._record.point))
-            found = [changes.list(disk.index, 0, disk.bytes) for disk in disks]
+            point = Position(*self._record.point)
+            changes = changes_between(self._reader, since, point)
+            found = [changed(self._reader, changes, disk.index, since, point) for disk in disks]
         except errors.PointNotFoundError:
             # The base was folded away since the view was made: all may differ from it.
             found = [np.array([(0, disk.bytes)], CHANGED) for disk in disks]

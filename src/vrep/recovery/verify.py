@@ -254,7 +254,7 @@ class _Verification:
                 anchor = anchor_of(_line_of(reader, history, position), position)
                 if self._access is not None:
                     fetcher = Fetcher(reader, reader.extent_map(position), self._access)
-                    disks = [self._rebuild(fetcher, disk) for disk in reader.disks]
+                    disks = [self._rebuild(fetcher, disk) for disk in reader.disks_at(position)]
                     damages += self._compare(position, disks)
                     if whole:
                         checks = self._look(reader, fetcher, position, damages)
@@ -304,7 +304,7 @@ class _Verification:
         """File systems and the user's command, on a view that is gone afterwards."""
         options = self._options
         found, checks = [], []
-        for disk in reader.disks if options.file_systems else ():
+        for disk in reader.disks_at(position) if options.file_systems else ():
             here = find_file_systems(disk.name, disk.bytes, _reading(fetcher, disk))
             found += here
             if not here:

@@ -476,7 +476,7 @@ def record_of(
         point=(point.position.epoch, point.position.lane, point.position.seq),
         wall_ns=point.wall_ns,
         ancestry=reader.ancestry(point.position),
-        disks=[RecordedDisk(d.name, d.bytes, d.index) for d in reader.disks],
+        disks=[RecordedDisk(d.name, d.bytes, d.index) for d in reader.disks_at(point.position)],
         created_ns=time.time_ns(),
         state="starting",
         since=None if base is None else (base.epoch, base.lane, base.seq),

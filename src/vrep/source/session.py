@@ -415,7 +415,7 @@ class GroupSession:
     def _open(
         self, transport: FrameTransport, hold: RingHold, feed: Feed, definition: GroupDefinition
     ) -> m.GroupOpened:
-        parent = definition.parent
+        parent, sizes = definition.parent, hold.status().get("disks", {})
         transport.send(
             m.OpenGroup(
                 group_id=bytes.fromhex(definition.group_id),
@@ -428,8 +428,8 @@ class GroupSession:
                     else None,
                 ),
                 disks=[
-                    m.DiskInfo(index=disk.index, name=disk.name, size=disk.bytes)
-                    for disk in definition.disks
+                    m.DiskInfo(index=d.index, name=d.name, size=int(sizes.get(d.name, d.bytes)))
+                    for d in definition.disks
                 ],
                 lanes=[
                     m.LaneOffer(

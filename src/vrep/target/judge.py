@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,14 @@ from vrep.errors import CorruptError, FencedError, UnsupportedError
 from vrep.target.manifest import Manifest
 
 __all__ = ["judge_records"]
+
+_PLACED: Final = (
+    layout.KIND_WRITE,
+    layout.KIND_ZEROES,
+    layout.KIND_RESIZE,
+    layout.KIND_SYNC,
+    layout.KIND_SYNC_ZEROES,
+)
 
 
 def judge_records(
@@ -38,19 +48,10 @@ def judge_records(
                 f"epoch {accepted.epoch} begins at {accepted.parent}, which is not held here: a "
                 "gap comes first"
             )
-    if (kinds == layout.KIND_RESIZE).any():
-        raise UnsupportedError("disks that change their size")
-    sizes = np.zeros(layout.DISKS_MAX, np.uint64)
-    for disk in manifest.disks:
-        sizes[disk.index] = disk.bytes
-    placed = (kinds <= layout.KIND_ZEROES) | (
-        (kinds >= layout.KIND_SYNC) & (kinds <= layout.KIND_SYNC_ZEROES)
-    )
-    inside = headers[placed]
-    size = sizes[np.minimum(inside["disk"], layout.DISKS_MAX - 1)]
-    length = inside["length"].astype(np.uint64)
-    bad = (inside["disk"] >= layout.DISKS_MAX) | (length > size)
-    bad |= inside["offset"] > size - np.minimum(length, size)
+    # What lies behind the end that a disk has at its place is never shown: zeroes for the space
+    # that a disk gains stand before its new size.
+    placed = headers[np.isin(headers["kind"], _PLACED)]
+    bad = ~np.isin(placed["disk"], [disk.index for disk in manifest.disks])
     if bad.any():
-        first = inside[np.flatnonzero(bad)[0]]
-        raise CorruptError(f"record {int(first['seq'])} lies outside of disk {int(first['disk'])}")
+        first = placed[np.flatnonzero(bad)[0]]
+        raise CorruptError(f"record {int(first['seq'])} is of a disk that the group has not")

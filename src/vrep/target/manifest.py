@@ -87,7 +87,7 @@ class EpochEntry:
 
 @dataclass(frozen=True)
 class DiskEntry:
-    """A disk of the group."""
+    """A disk of the group. In a manifest its size is the one before any RESIZE record."""
 
     name: str
     bytes: int

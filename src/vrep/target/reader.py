@@ -16,7 +16,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -209,7 +209,24 @@ class StoreReader:
 
     @property
     def disks(self) -> tuple[DiskEntry, ...]:
+        """With the sizes that they had when the store was made: `disks_at` tells those of a
+        point."""
         return self.manifest.disks
+
+    def disks_at(self, point: Position) -> tuple[DiskEntry, ...]:
+        """The disks with the sizes that they had at a point."""
+        line, newest = dict(self.ancestry(point)), dict[int, tuple[Position, int]]()
+        for event in self.events():
+            if event.kind != layout.KIND_RESIZE:
+                continue
+            if event.position.seq <= line.get(event.position.epoch, 0):
+                header = self.header(event.segment, event.at)
+                disk, found = int(header["disk"]), (event.position, int(header["offset"]))
+                newest[disk] = max(newest.get(disk, found), found)
+        return tuple(
+            replace(disk, bytes=newest[disk.index][1]) if disk.index in newest else disk
+            for disk in self.manifest.disks
+        )
 
     @property
     def wrapped_keys(self) -> tuple[bytes, ...]:
@@ -332,6 +349,12 @@ class StoreReader:
         """The whole record at a position."""
         body = record.check_header(self.read(segment, position, layout.RECORD.itemsize))
         return self.read(segment, position, layout.RECORD.itemsize + body)
+
+    def header(self, segment: int, position: int) -> Any:
+        """The header of the record at a position, checked."""
+        data = self.read(segment, position, layout.RECORD.itemsize)
+        record.check_header(data)
+        return np.frombuffer(data, layout.RECORD, 1)[0]
 
     def _segment_bytes(self, segment: int) -> memoryview:
         tail = self._tail

@@ -264,14 +264,13 @@ class GroupHost:
 
     @staticmethod
     def _check_disks(store: GroupStore, message: m.OpenGroup) -> None:
-        offered = {disk.index: (disk.name, disk.size) for disk in message.disks}
-        held = {disk.index: (disk.name, disk.bytes) for disk in store.disks}
+        """Sizes change with the order of the records, and may do so in those to come."""
+        offered = {disk.index: disk.name for disk in message.disks}
+        held = {disk.index: disk.name for disk in store.disks}
         if offered != held:
             wrong = sorted(set(offered.items()) ^ set(held.items()))
-            name, size = wrong[0][1]
-            raise RefusedError(
-                "size-mismatch", f"disk {name!r} of {size} bytes is not the same at both sites"
-            )
+            text = f"disk {wrong[0][1]!r} is not the same at both sites"
+            raise RefusedError("size-mismatch", text)
 
     def _end_session(self, message: m.Message | None) -> None:
         self._sign = self._last_sign()
@@ -514,7 +513,9 @@ class GroupHost:
             "epochs": [plain(entry) for entry in store.epochs],
             "source": source,
             "sessions": int(session is not None),
-            "disks": [{"name": d.name, "size": d.bytes, "index": d.index} for d in store.disks],
+            "disks": [
+                {"name": d.name, "size": d.bytes, "index": d.index} for d in store.disks_now()
+            ],
         }
 
     def delete(self, site_id: bytes) -> None:

@@ -89,6 +89,8 @@ class Batch:
     """bytes appended to the store up to the end of this batch"""
     turns: tuple[Any, ...] = ()
     """headers of its gap-begins and gap-ends, and of the records before them"""
+    resizes: tuple[Any, ...] = ()
+    """headers of its resizes"""
 
     @classmethod
     def of(cls, buffer: Buffer, found: Structs, ticket: int = 0) -> Batch:
@@ -103,6 +105,7 @@ class Batch:
             wall_ns=int(headers[solid[-1]]["wall_ns"]) if len(solid) else 0,
             ticket=ticket,
             turns=_turns(headers, solid),
+            resizes=tuple(headers[kinds == layout.KIND_RESIZE]),
         )
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from vrep._core import layout
+from vrep._core import layout, record
 from vrep._core.index import Index
 from vrep.errors import VrepError
 from vrep.target import runs
@@ -65,6 +64,8 @@ class Span:
         self._directory = directory
         self._segments = manifest.segments
         self._turns: list[_Turn] = []
+        self._resizes: dict[tuple[Position, int], int] = {}
+        """position and disk of each RESIZE, and the size that it gives"""
         self._lasts: dict[int, Point] = {}
         """the last record of each epoch"""
         self._known = True
@@ -86,6 +87,8 @@ class Span:
             point = Point(Position.of(row["at"]), int(row["wall_ns"]))
             begins = int(row["kind"]) == layout.KIND_GAP_BEGIN
             self._turns.append(_Turn(point, begins, segment=int(row["segment"])))
+        for row in events[events["kind"] == layout.KIND_RESIZE]:
+            self._resized(self._header(int(row["segment"]), int(row["position"])))
         epochs = index.times["at"]["epoch"]
         for row in index.times[np.append(epochs[1:] != epochs[:-1], True)[: len(epochs)]]:
             self._note(Point(Position.of(row["at"]), int(row["wall_ns"])))
@@ -104,8 +107,26 @@ class Span:
             for batch in batches:
                 for header in batch.turns:
                     self._turn(header)
+                for header in batch.resizes:
+                    self._resized(header)
                 if batch.wall_ns:
                     self._note(Point(batch.last, batch.wall_ns))
+
+    def _resized(self, header: Any) -> None:
+        key = (Position.of(header), int(header["disk"]))
+        self._resizes[key] = int(header["offset"])
+
+    def _header(self, number: int, at: int) -> Any:
+        """The header of a record of a closed segment."""
+        row = self._segments[np.searchsorted(self._segments["segment"], number)]
+        return _read_header(entry_path(self._directory, row), at)
+
+    def sizes(self, manifest: Manifest) -> dict[int, int]:
+        """The size that the newest durable RESIZE of the line gives each disk that has one."""
+        line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+        with self._lock:
+            rows = sorted(self._resizes.items())
+        return {disk: size for (at, disk), size in rows if at.seq <= line.get(at.epoch, 0)}
 
     def _turn(self, header: Any) -> None:
         point = Point(Position.of(header), int(header["wall_ns"]))
@@ -254,10 +275,15 @@ def _records(index: Index, end: Position) -> Iterator[tuple[int, int]]:
 
 
 def _read(path: Path, at: int) -> Point:
+    header = _read_header(path, at)
+    return Point(Position.of(header), int(header["wall_ns"]))
+
+
+def _read_header(path: Path, at: int) -> Any:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         data = os.pread(fd, layout.RECORD.itemsize, at)
     finally:
         os.close(fd)
-    header: NDArray[np.void] = np.frombuffer(data, layout.RECORD, 1)
-    return Point(Position.of(header[0]), int(header[0]["wall_ns"]))
+    record.check_header(data)
+    return np.frombuffer(data, layout.RECORD, 1)[0]

@@ -285,7 +285,13 @@ class GroupStore:
 
     @property
     def disks(self) -> tuple[DiskEntry, ...]:
+        """With the sizes that they had when the store was made."""
         return self.manifest.disks
+
+    def disks_now(self) -> list[DiskEntry]:
+        """The disks with the sizes that the newest durable records of the line give them."""
+        sizes = self._span.sizes(self.manifest)
+        return [replace(disk, bytes=sizes.get(disk.index, disk.bytes)) for disk in self.disks]
 
     @property
     def wrapped_keys(self) -> tuple[bytes, ...]:
