@@ -10,7 +10,7 @@
 #include <pthread.h>
 
 #include "base/atomic.h"
-#include "serve/buffers.h"
+#include "base/buffers.h"
 #include "serve/listen.h"
 #include "serve/nbd.h"
 #include "serve/nbd_protocol.h"

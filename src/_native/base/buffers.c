@@ -1,8 +1,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "base/buffers.h"
 #include "base/status.h"
-#include "serve/buffers.h"
 
 struct stack {
     uint16_t *free;

@@ -1,4 +1,4 @@
-/* Buffers: memory that reads land in before they are sent, bounded per group.
+/* Buffers: memory that reads land in before they are sent, bounded per front-end.
  *
  * Two classes: small buffers for the common read and for BLOCK_STATUS answers,
  * and pages of 256 KiB of which a long read takes several.  A request gets all
@@ -7,8 +7,8 @@
  *
  * Units: bytes.  Limits: 32 MiB a request.  Threading: one thread.
  */
-#ifndef VREP_SERVE_BUFFERS_H
-#define VREP_SERVE_BUFFERS_H
+#ifndef VREP_BASE_BUFFERS_H
+#define VREP_BASE_BUFFERS_H
 
 #include <stdbool.h>
 #include <stdint.h>
