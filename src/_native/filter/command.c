@@ -90,6 +90,9 @@ struct vrep_command *vrep_command_get(struct vrep_group *group)
     base->iovcnt = 0;
     base->status = VREP_OK;
     base->next = NULL;
+    base->expect = NULL;
+    base->found = NULL;
+    base->mismatch = UINT64_MAX;
     command->in_use = true;
     command->submitted = false;
     command->slot = NULL;
@@ -222,6 +225,8 @@ static int check_bounds(const struct vrep_group *group, const struct vrep_comman
         return VREP_E_INVALID;
     if (command->op < VREP_OP_READ || command->op > VREP_OP_ZERO)
         return VREP_E_UNSUPPORTED;
+    if (command->expect != NULL && (command->op != VREP_OP_WRITE || command->found == NULL))
+        return VREP_E_INVALID;
     if (command->op == VREP_OP_FLUSH)
         return VREP_OK;
     uint64_t bytes = group->disks[command->disk].info.bytes;

@@ -42,6 +42,13 @@ struct vrep_command {
     void *owner;
     uint64_t tag;              /* free for the front-end */
     struct vrep_command *next; /* free for the front-end */
+    /* WRITE, else NULL: under the range, before anything is marked, what the disk holds is read
+     * into `found` (as long as the write) and compared; where it differs nothing is written or
+     * recorded, status is OK, and mismatch the first differing byte.  UINT64_MAX: it was written.
+     */
+    const uint8_t *expect;
+    uint8_t *found;
+    uint64_t mismatch;
     struct vrep_group *group;
     /* the rest is private to the filter room (it embeds this struct first in a larger one) */
 };

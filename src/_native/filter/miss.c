@@ -92,13 +92,13 @@ static void wait_for(struct vrep_group *group, struct command *command, uint64_t
 
 /* ---- the view filter ------------------------------------------------------------ */
 
-/* What must be fetched first: all of a read, the partly covered blocks of a change. */
+/* What must be fetched first: all of a read or compare, the partly covered blocks of a change. */
 static bool missing(const struct vrep_group *group, const struct command *command, uint64_t *absent,
                     uint64_t *length)
 {
     const struct disk *disk = &group->disks[command->base.disk];
     uint64_t block = disk->info.block_bytes, bytes = disk->info.bytes;
-    if (command->base.op == VREP_OP_READ)
+    if (command->base.op == VREP_OP_READ || command->base.expect != NULL)
         return vrep_overlay_absent(disk->disk, command->base.offset, command->base.length, absent,
                                    length);
     if (command->bytes == 0)

@@ -1,6 +1,7 @@
 /* Tap: the filter that replicates: grant, publish, acknowledge (the rules of
  * the design's section on the change map, 1 to 3).  Without VREP_GROUP_TAP it
  * only keeps overlapping changes in order. */
+#include <string.h>
 #include <time.h>
 
 #include "base/log.h"
@@ -80,7 +81,7 @@ static void enter(struct vrep_group *group, struct command *command)
     vrep_chain_down(command);
 }
 
-static void granted(struct vrep_group *group, struct command *command)
+static void grant(struct vrep_group *group, struct command *command)
 {
     if (!group->tap) {
         if (group->map != NULL) { /* a bypass */
@@ -99,6 +100,43 @@ static void granted(struct vrep_group *group, struct command *command)
         grant_unrecorded(group, command, kind);
     vrep_fault("tap.after_grant");
     enter(group, command);
+}
+
+static void finish(struct vrep_group *group, struct command *command);
+static void drop_slot(struct vrep_group *group, struct command *command);
+
+/* What the disk holds was read while the range is held: it stays so until the write. */
+static void compared(struct command *command)
+{
+    struct vrep_group *group = command->base.group;
+    const uint8_t *expect = command->base.expect, *found = command->base.found;
+    command->base.status = command->io.status;
+    if (command->io.status == VREP_OK && memcmp(expect, found, command->bytes) == 0) {
+        grant(group, command);
+        return;
+    }
+    if (command->io.status == VREP_OK) {
+        uint64_t at = 0;
+        while (expect[at] == found[at])
+            at++;
+        command->base.mismatch = at;
+    } else {
+        group->count.errors++;
+    }
+    drop_slot(group, command);
+    finish(group, command);
+}
+
+static void granted(struct vrep_group *group, struct command *command)
+{
+    if (command->base.expect == NULL) {
+        grant(group, command);
+        return;
+    }
+    command->room[0] =
+        (struct iovec){.iov_base = command->base.found, .iov_len = (size_t)command->bytes};
+    vrep_backing_start(command, VREP_IO_READ, 0, command->at, command->bytes, command->room, 1,
+                       compared);
 }
 
 void vrep_tap_cold_retry(struct vrep_group *group)
