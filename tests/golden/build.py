@@ -227,6 +227,23 @@ def state() -> bytes:
     return out
 
 
+def reservations() -> bytes:
+    out = b""
+    for counter in (6, 7):
+        made = one(
+            "RESERVATIONS", magic=layout.RESERVATIONS_MAGIC, version=layout.RESERVATIONS_VERSION,
+            counter=counter, unit=SITE_ID, count=2, holder=1, type=2 * counter - 9,
+        )  # fmt: skip
+        for i, name in enumerate((b"iqn.2026-01.test:a", b"iqn.2026-01.test:b")):
+            transport = (b"\x45\0\0\x28" + name + b",i,0x00023d00000%d" % i).ljust(44, b"\0")
+            made["list"][0][i] = one(
+                "REGISTRATION", key=0xA + i, port=1, transport_id_bytes=44,
+                transport_id=transport.ljust(248, b"\0"),
+            )[0]  # fmt: skip
+        out += checked(made)
+    return out
+
+
 def segment() -> bytes:
     body = records()
     header = one(
@@ -419,6 +436,7 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "checkpoint": checkpoint,
     "intent": intent,
     "state": state,
+    "reservations": reservations,
     "segment": segment,
     "segment-folded": segment_folded,
     "index": index,

@@ -97,6 +97,11 @@ STATE = (
     " seq_limit:Q durable_seq:Q unverified:I reserved0:I disk:64[state_disk] reserved1:4004s"
     " checksum:I"
 )
+REGISTRATION = "key:Q port:H transport_id_bytes:H reserved0:I transport_id:248s reserved1:56s"
+RESERVATIONS = (
+    "magic:Q version:I flags:I counter:Q unit:16s count:I holder:I type:B reserved0:79s"
+    " list:64[registration] reserved1:3964s checksum:I"
+)
 SEGMENT_HEADER = (
     "magic:I version:H header_bytes:H group_id:16s store_id:16s segment:I flags:I lease:Q"
     " wall_ns:Q after:[position] stream_id:16s reserved:28s checksum:I"
@@ -159,6 +164,7 @@ INNER = {
     "map_generation": MAP_GENERATION,
     "map_disk": MAP_DISK,
     "state_disk": STATE_DISK,
+    "registration": REGISTRATION,
 }
 
 
@@ -469,6 +475,20 @@ def parse_state(data: bytes) -> Fields:
         except BadFormat:
             continue
         slots.append({"header": header})
+    return newest(slots)
+
+
+def parse_reservations(data: bytes) -> Fields:
+    slots = []
+    for at in range(0, len(data), 24576):
+        try:
+            header, _ = headed(RESERVATIONS, data, at, b"\0\0VREPRS", "reservations")
+            expect(header["flags"] == 0 and header["count"] <= 64, "reservations: flags, count")
+            expect(header["type"] in (0, 1, 3, 5, 6, 7, 8), "reservations: type")
+            expect(header["holder"] < max(header["count"], 1), "reservations: holder")
+        except BadFormat:
+            continue
+        slots.append({"header": header, "list": header["list"][: header["count"]]})
     return newest(slots)
 
 

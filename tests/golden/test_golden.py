@@ -48,6 +48,7 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
     "checkpoint": parse.parse_checkpoint,
     "intent": parse.parse_intent,
     "state": parse.parse_state,
+    "reservations": parse.parse_reservations,
     "segment": lambda data: parse.parse_segment(data, KEYS),
     "segment-folded": lambda data: parse.parse_segment(data, KEYS),
     "index": parse.parse_index,
@@ -157,6 +158,9 @@ def test_maps() -> None:
     assert parsed("checkpoint")["bitmaps"] == [[0, 99], [63]]
     assert parsed("intent")["extents"] == [3]
     assert parsed("state")["header"]["counter"] == 5
+    kept = parsed("reservations")
+    assert (kept["header"]["counter"], kept["header"]["type"]) == (7, 5)
+    assert [one["key"] for one in kept["list"]] == [10, 11]
     assert parsed("presence")["blocks"] == [1, 64, 99]
 
 
@@ -164,6 +168,9 @@ def test_the_older_slot_serves_when_the_newer_is_torn() -> None:
     intent, state = bytearray(golden("intent")), bytearray(golden("state"))
     intent[130] ^= 1
     assert parse.parse_intent(bytes(intent))["extents"] == [3, 5]
+    kept = bytearray(golden("reservations"))
+    kept[24576 + 200] ^= 1
+    assert parse.parse_reservations(bytes(kept))["header"]["counter"] == 6
     state[8192 + 100] ^= 1
     assert parse.parse_state(bytes(state))["header"]["counter"] == 4
     state[100] ^= 1

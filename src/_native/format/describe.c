@@ -13,13 +13,15 @@
              TYPE(struct vrep_position, "vrep_position"), TYPE(struct vrep_record, "vrep_record"), \
              TYPE(struct vrep_map_generation, "vrep_map_generation"),                              \
              TYPE(struct vrep_map_disk, "vrep_map_disk"),                                          \
-             TYPE(struct vrep_state_disk, "vrep_state_disk"))
+             TYPE(struct vrep_state_disk, "vrep_state_disk"),                                      \
+             TYPE(struct vrep_registration, "vrep_registration"))
 #define TYPE_UNIT(value)                                                                           \
     _Generic((value), uint8_t *: 1, uint16_t *: 2, uint32_t *: 4, uint64_t *: 8, char *: 1,        \
              struct vrep_position *: sizeof(struct vrep_position),                                 \
              struct vrep_map_generation *: sizeof(struct vrep_map_generation),                     \
              struct vrep_map_disk *: sizeof(struct vrep_map_disk),                                 \
-             struct vrep_state_disk *: sizeof(struct vrep_state_disk), default: sizeof(value))
+             struct vrep_state_disk *: sizeof(struct vrep_state_disk),                             \
+             struct vrep_registration *: sizeof(struct vrep_registration), default: sizeof(value))
 #define FIELD(type, field)                                                                         \
     {                                                                                              \
 #field, TYPE_NAME(((struct type *)0)->field), offsetof(struct type, field),                \
@@ -122,6 +124,15 @@ FIELDS(vrep_state, FIELD(vrep_state, magic), FIELD(vrep_state, version), FIELD(v
        FIELD(vrep_state, seq_limit), FIELD(vrep_state, durable_seq), FIELD(vrep_state, unverified),
        FIELD(vrep_state, reserved0), FIELD(vrep_state, disk), FIELD(vrep_state, reserved1),
        FIELD(vrep_state, checksum));
+FIELDS(vrep_registration, FIELD(vrep_registration, key), FIELD(vrep_registration, port),
+       FIELD(vrep_registration, transport_id_bytes), FIELD(vrep_registration, reserved0),
+       FIELD(vrep_registration, transport_id), FIELD(vrep_registration, reserved1));
+FIELDS(vrep_reservations, FIELD(vrep_reservations, magic), FIELD(vrep_reservations, version),
+       FIELD(vrep_reservations, flags), FIELD(vrep_reservations, counter),
+       FIELD(vrep_reservations, unit), FIELD(vrep_reservations, count),
+       FIELD(vrep_reservations, holder), FIELD(vrep_reservations, type),
+       FIELD(vrep_reservations, reserved0), FIELD(vrep_reservations, list),
+       FIELD(vrep_reservations, reserved1), FIELD(vrep_reservations, checksum));
 FIELDS(vrep_segment_header, FIELD(vrep_segment_header, magic), FIELD(vrep_segment_header, version),
        FIELD(vrep_segment_header, header_bytes), FIELD(vrep_segment_header, group_id),
        FIELD(vrep_segment_header, store_id), FIELD(vrep_segment_header, segment),
@@ -240,6 +251,8 @@ const struct vrep_described_struct vrep_described_structs[] = {
     STRUCT(vrep_intent_header),
     STRUCT(vrep_state_disk),
     STRUCT(vrep_state),
+    STRUCT(vrep_registration),
+    STRUCT(vrep_reservations),
     STRUCT(vrep_segment_header),
     STRUCT(vrep_fold),
     STRUCT(vrep_commit),
@@ -318,6 +331,9 @@ const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_STATE_BYPASS),
     CONSTANT(VREP_STATE_BLIND),
     CONSTANT(VREP_STATE_PAST),
+    CONSTANT(VREP_RESERVATIONS_MAGIC),
+    CONSTANT(VREP_RESERVATIONS_VERSION),
+    CONSTANT(VREP_REGISTRATIONS_MAX),
     CONSTANT(VREP_SEGMENT_MAGIC),
     CONSTANT(VREP_SEGMENT_VERSION),
     CONSTANT(VREP_SEGMENT_FOLDED),

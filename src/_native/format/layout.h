@@ -449,6 +449,39 @@ struct vrep_state {
 VREP_LAYOUT(struct vrep_state, 8192);
 VREP_AT(struct vrep_state, checksum, 8188);
 
+/* ---- SCSI reservations ------------------------------------------------------ */
+
+/* Registrations and reservation of one disk (PERSISTENT RESERVE with APTPL). One file of two slots,
+ * written in turn, each write followed by fdatasync: after a crash one slot is whole. */
+#define VREP_RESERVATIONS_MAGIC 0x5352504552560000ull
+#define VREP_RESERVATIONS_VERSION 1u
+#define VREP_REGISTRATIONS_MAX 64u
+struct vrep_registration {
+    uint64_t key;
+    uint16_t port;               /* relative target port */
+    uint16_t transport_id_bytes; /* 0: unused */
+    uint32_t reserved0;
+    uint8_t transport_id[248]; /* of the initiator port, as SPC-4 7.6.4 encodes it */
+    uint8_t reserved1[56];
+};
+VREP_LAYOUT(struct vrep_registration, 320);
+struct vrep_reservations {
+    uint64_t magic;
+    uint32_t version;
+    uint32_t flags;   /* none yet: 0 */
+    uint64_t counter; /* two slots of 24576 bytes; the larger valid one wins */
+    uint8_t unit[16]; /* the serial number of the disk, in binary */
+    uint32_t count;   /* registrations; 0: nothing is kept */
+    uint32_t holder;  /* index of the holder; 0 with no holder, or with all registrants */
+    uint8_t type;     /* as SPC-4 6.15.3.4 numbers them; 0: no reservation */
+    uint8_t reserved0[79];
+    struct vrep_registration list[VREP_REGISTRATIONS_MAX];
+    uint8_t reserved1[3964];
+    uint32_t checksum; /* at 24572 */
+};
+VREP_LAYOUT(struct vrep_reservations, 24576);
+VREP_AT(struct vrep_reservations, checksum, 24572);
+
 /* ---- segment ------------------------------------------------------------- */
 
 #define VREP_SEGMENT_MAGIC 0x47455356u /* "VSEG" */
