@@ -24,7 +24,8 @@ ROOMS = {
     "seal": CORE | {"ring"},  # seals records straight out of the ring, without a copy
     "map": CORE,
     "filter": CORE | {"ring", "track", "disk"},
-    "serve": CORE | {"ring", "track", "disk", "filter"},
+    "scsi": CORE | {"ring", "track", "disk", "filter"},
+    "serve": CORE | {"ring", "track", "disk", "filter", "scsi"},
 }
 
 # What a stage must not import: the edge, and the stages it is kept apart from.
