@@ -76,7 +76,7 @@ def example(work: Path) -> None:
 
         west.protect("web", {"root": f"file:{disk}"}, to="east", key="acme")
         west.wait_served("web")
-        uri = west.nbd_uri("web")
+        uri = west.disk_uri("web")
         guest(uri, "write -P 1 0 8M", "flush")
         wait_durable(west, "web")
 

@@ -23,6 +23,7 @@ from vrep.durable import make_private_directory, write_atomic
 
 VERSION = 1
 ON_FENCE = ("go-on", "pause")
+FRONTS = ("nbd", "vhost-user-blk")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -33,6 +34,8 @@ class DiskDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uri: str
     bytes: int
     index: int
+    front: Literal["nbd", "vhost-user-blk"] = "nbd"
+    """how its VM reaches it; one of `FRONTS`"""
 
 
 class ParentPosition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -82,6 +82,10 @@ class SitePaths:
     def socket(self, name: str) -> Path:
         return self.run / f"{name}.sock"
 
+    def vhost_socket(self, group: str, disk: int) -> Path:
+        """Of a disk, by its index, that is served over vhost-user-blk."""
+        return self.socket(f"vhost-{group}-{disk}")
+
     def nbd_socket(self, group: str) -> Path:
         return self.socket(f"nbd-{group}")
 

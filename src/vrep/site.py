@@ -12,12 +12,13 @@ processes that listen. All raise subclasses of `vrep.errors.VrepError`.
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +27,15 @@ import msgspec
 
 from vrep import errors, keyfiles
 from vrep.control import ControlClient
-from vrep.groups import VERSION, GroupDefinition, GroupDirectory, GroupOptions, check_name
+from vrep.groups import (
+    FRONTS,
+    VERSION,
+    DiskDefinition,
+    GroupDefinition,
+    GroupDirectory,
+    GroupOptions,
+    check_name,
+)
 from vrep.paths import SitePaths
 from vrep.settings import Config, load_config, set_listen
 
@@ -52,6 +61,20 @@ RESIZE_S: Final = 120.0
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
+
+
+def _with_fronts(
+    disks: Sequence[DiskDefinition], fronts: Mapping[str, str]
+) -> list[DiskDefinition]:
+    """Disks with the front-ends that are named; the others keep theirs."""
+    unknown = sorted(set(fronts) - {disk.name for disk in disks})
+    if unknown:
+        raise errors.NotFoundError(f"the group has no disk {unknown[0]!r}")
+    for front in fronts.values():
+        if front not in FRONTS:
+            raise errors.InvalidError(f"a front-end is one of {', '.join(FRONTS)}, not {front!r}")
+    replace = msgspec.structs.replace
+    return [replace(disk, front=fronts.get(disk.name, disk.front)) for disk in disks]
 
 
 class Site:
@@ -164,12 +187,13 @@ class Site:
         key: str,
         accept_key_loss: bool = False,
         options: GroupOptions | None = None,
+        fronts: Mapping[str, str] | None = None,
     ) -> GroupDefinition:
         """Replicate disks, as one group, to a site that joined.
 
-        `disks` maps names to backing URIs (``file:`` or ``block:``). The first sync begins
-        when the site's processes run. VMs must use the group's NBD socket from now on: see
-        `nbd_uri`.
+        `disks` maps names to backing URIs (``file:`` or ``block:``), `fronts` to how a VM reaches
+        them (``nbd``, which is the default, or ``vhost-user-blk``). The first sync begins when the
+        site's processes run. VMs must use the group's sockets from now on: see `disk_uri`.
         """
         from vrep.examine import check_options, examine_disk
         from vrep.keys.datakey import DataKey
@@ -192,6 +216,7 @@ class Site:
                 raise errors.BusyError(f"{disk.uri} is a disk of group {known[disk.uri]!r} already")
             known[disk.uri] = group
             definitions.append(disk)
+        definitions = _with_fronts(definitions, fronts or {})
         info = self.keys.require_verified(key, accept_key_loss=accept_key_loss)
         group_id = uuid.uuid4()
         data_key = DataKey.create(group_id.bytes)
@@ -398,13 +423,28 @@ class Site:
         made = make(self.groups, control, group, label, wait_s)
         return {**durable(self.groups, control, group, made, wait_s), "quiesced": quiesce}
 
-    def nbd_uri(self, group: str, disk: str | None = None) -> str:
-        """Where a VM finds a disk of a protected group (default: the first)."""
-        names = [d.name for d in self.groups.load(group).disks]
-        name = disk or names[0]
-        if name not in names:
-            raise errors.NotFoundError(f"group {group!r} has no disk {name!r}")
-        return f"nbd+unix:///{name}?socket={self.paths.nbd_socket(group)}"
+    def disk_uri(self, group: str, disk: str | None = None) -> str:
+        """Where a VM finds a disk of a protected group (default: the first): an NBD URI, or
+        ``vhost-user-blk:`` and the path of a socket."""
+        disks = {d.name: d for d in self.groups.load(group).disks}
+        found = disks.get(disk or next(iter(disks)))
+        if found is None:
+            raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}")
+        if found.front == "vhost-user-blk":
+            return f"vhost-user-blk:{self.paths.vhost_socket(group, found.index)}"
+        return f"nbd+unix:///{found.name}?socket={self.paths.nbd_socket(group)}"
+
+    def set_fronts(self, group: str, fronts: Mapping[str, str]) -> GroupDefinition:
+        """Change how a VM reaches disks of a protected group. Refused while one does."""
+        definition = self.groups.load(group)
+        disks = tuple(_with_fronts(definition.disks, fronts))
+        if clients := self._clients(group):
+            raise errors.BusyError(f"{clients} client(s) use {group!r}: shut the VM down first")
+        definition = self.groups.update(group, disks=disks)
+        # One that is not served now is served so by its next start.
+        with contextlib.suppress(errors.UnreachableError, errors.NotFoundError):
+            self._filter().call("front", group=group)
+        return definition
 
     def running(self, role: str = "filter") -> bool:
         """Whether a process of this site answers."""

@@ -139,7 +139,7 @@ class Life:
 
     def client(self, at: Place, view: ViewInfo | None = None) -> Client:
         """At a view, or at the group's own socket."""
-        uri = view.disks[0].uri if view is not None else at.site.nbd_uri(GROUP)
+        uri = view.disks[0].uri if view is not None else at.site.disk_uri(GROUP)
         deadline = time.monotonic() + 30
         while True:  # as a VM's reconnect-delay does
             try:

@@ -230,7 +230,7 @@ class Pair:
         self.a.wait_served(GROUP, WAIT_S)
 
     def client(self, disk: str | None = None, timeout_s: float = 60.0) -> Client:
-        return Client(self.a.nbd_uri(GROUP, disk), timeout_s)
+        return Client(self.a.disk_uri(GROUP, disk), timeout_s)
 
     # ---- what is seen --------------------------------------------------------------
 

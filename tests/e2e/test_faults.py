@@ -611,7 +611,7 @@ def test_a_guest_rides_out_killed_filters(make_pair: Make, tmp_path: Path) -> No
     manifest = build_disk(pair.images["root"], SMALL)
     pair.up()
     task = GuestTask()
-    with Guest(image, [GuestDisk(pair.a.nbd_uri(GROUP))], task) as guest:
+    with Guest(image, [GuestDisk(pair.a.disk_uri(GROUP))], task) as guest:
         wait_until("it writes", lambda: len(guest.witness) > 20)
         for _ in range(3):
             said = len(guest.witness)

@@ -103,7 +103,7 @@ def test_a_frozen_guest_leaves_a_clean_file_system(make_pair: Made, tmp_path: Pa
     pair.up()
     guest = AgentGuest(
         with_agent(GuestImage.build(CACHE), tmp_path),
-        [GuestDisk(pair.a.nbd_uri(GROUP))],
+        [GuestDisk(pair.a.disk_uri(GROUP))],
         GuestTask(pause_s=0.02),
     )
     guest.agent = tmp_path / f"{GROUP}.qga"

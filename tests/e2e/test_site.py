@@ -182,7 +182,7 @@ class Pair:
             "protect", "web", "--disk", f"root=file:{self.disk}", "--to", "east", "--key", "acme",
             "--ring", "32M", "--wait",
         )  # fmt: skip
-        return str(answer["nbd"]["root"])
+        return str(answer["disks"]["root"])
 
     def settle(self) -> None:
         """Until everything that was written is durable at the target."""

@@ -396,7 +396,7 @@ def main() -> int:
             soak.pair.a.keep(GROUP, window_s=WINDOW_S)
             guest = None
             if isinstance(image, GuestImage):
-                disk = GuestDisk(soak.pair.a.nbd_uri(GROUP, "guest"))
+                disk = GuestDisk(soak.pair.a.disk_uri(GROUP, "guest"))
                 task = GuestTask(pause_s=0.2, churn_pause_s=1.0)
                 guest = stack.enter_context(Guest(image, [disk], task))
                 wait_until("the guest writes", lambda: guest is not None and guest.witness)

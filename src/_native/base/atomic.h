@@ -6,7 +6,7 @@
  * which is what makes them valid across processes. No other file may name a
  * memory order. Safe from any thread and any process that maps the memory.
  *
- * Suffix: _u32, _u64 or _ptr (a void *, within one process only).
+ * Suffix: _u16 (loads and stores), _u32, _u64 or _ptr (a void *, within one process only).
  *
  *   vrep_load_relaxed    Indivisible, orders nothing: counters for statistics,
  *                        or a value that only this thread writes.
@@ -76,6 +76,7 @@
 
 typedef void *vrep_atomic_ptr;
 
+VREP_ATOMIC_DEFINE_ACCESS(u16, uint16_t)
 VREP_ATOMIC_DEFINE_ACCESS(u32, uint32_t)
 VREP_ATOMIC_DEFINE_ACCESS(u64, uint64_t)
 VREP_ATOMIC_DEFINE_ACCESS(ptr, vrep_atomic_ptr)

@@ -13,7 +13,7 @@
 #include "base/status.h"
 #include "serve/loop.h"
 
-#define FRONTS_MAX 8u
+#define FRONTS_MAX (VREP_DISKS_MAX + 1u)
 #define EVENTS_MAX 64
 #define DEEP_TURNS 64u
 

@@ -5,9 +5,9 @@
  * then every front-end once (which sends what it gathered), then one wake-up of
  * the group's consumers.  A front-end knows its protocol; the loop knows none.
  *
- * Limits: 8 front-ends, 64 events a turn.  Threading: create, start, stop and
- * destroy belong to one outside thread; everything else runs on the loop's
- * thread (watch, change and forget also before start and after stop).
+ * Limits: a front-end for each disk and one for all, 64 events a turn.  Threading: create, start,
+ * stop and destroy belong to one outside thread; everything else runs on the loop's thread (watch,
+ * change and forget also before start and after stop).
  */
 #ifndef VREP_SERVE_LOOP_H
 #define VREP_SERVE_LOOP_H

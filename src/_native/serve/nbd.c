@@ -459,7 +459,7 @@ static bool front_idle(const struct vrep_front *front)
 
 /* ---- the outside -------------------------------------------------------------------------- */
 
-static void list_exports(struct vrep_nbd_server *server)
+static void list_exports(struct vrep_nbd_server *server, uint64_t elsewhere)
 {
     struct vrep_nbd_exports *exports = &server->exports;
     const char *since = vrep_group_since_name(server->group);
@@ -479,6 +479,7 @@ static void list_exports(struct vrep_nbd_server *server)
             .bytes = vrep_group_disk_bytes(server->group, i),
             .read_only = known && info.read_only,
             .bitmap = bitmap != NULL ? server->bitmap : NULL,
+            .hidden = (elsewhere >> i & 1) != 0,
         };
     }
 }
@@ -529,7 +530,7 @@ int vrep_nbd_create(struct vrep_loop *loop, const struct vrep_nbd_config *config
             server->requests[i].next = server->free;
             server->free = &server->requests[i];
         }
-        list_exports(server);
+        list_exports(server, config->elsewhere);
         status = listen_on(server, config);
     }
     if (status == VREP_OK)

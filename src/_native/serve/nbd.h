@@ -38,6 +38,7 @@ struct vrep_nbd_config {
     const char *tcp_host; /* NULL: none; a loopback address */
     uint16_t tcp_port;    /* 0: any */
     uint16_t connections; /* 0: VREP_NBD_CONNECTIONS_MAX */
+    uint64_t elsewhere;   /* a bit of each disk that another front-end serves */
 };
 
 /* Binds and listens; nobody is answered before the loop runs. */

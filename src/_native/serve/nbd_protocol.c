@@ -153,18 +153,20 @@ uint16_t vrep_nbd_export_flags(const struct vrep_nbd_export *export, bool struct
 static uint32_t find_export(const struct vrep_nbd_exports *exports, const uint8_t *name,
                             size_t bytes)
 {
-    if (bytes == 0)
-        return 0;
-    for (uint32_t i = 0; i < exports->count; i++)
-        if (strlen(exports->list[i].name) == bytes &&
-            memcmp(exports->list[i].name, name, bytes) == 0)
+    for (uint32_t i = 0; i < exports->count; i++) {
+        const struct vrep_nbd_export *export = &exports->list[i];
+        bool named = strlen(export->name) == bytes && memcmp(export->name, name, bytes) == 0;
+        if (!export->hidden && (bytes == 0 || named))
             return i;
+    }
     return exports->count;
 }
 
 static void list_exports(struct writer *writer, const struct vrep_nbd_exports *exports)
 {
     for (uint32_t i = 0; i < exports->count; i++) {
+        if (exports->list[i].hidden)
+            continue;
         uint32_t bytes = (uint32_t)strlen(exports->list[i].name);
         answer(writer, ANSWER_SERVER, bytes + 4);
         put_u32(writer, bytes);

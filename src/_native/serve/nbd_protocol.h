@@ -67,6 +67,7 @@ struct vrep_nbd_export {
     uint64_t bytes;
     bool read_only;
     const char *bitmap; /* name of the context that tells what is dirty; NULL: none */
+    bool hidden;        /* another front-end serves it: nobody finds it here */
 };
 struct vrep_nbd_exports {
     uint32_t count;

@@ -1,3 +1,4 @@
+from collections.abc import Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Self, TypedDict
@@ -26,6 +27,16 @@ class Stats(TypedDict):
     errors: int
     stalls: int
 
+class VhostStats(TypedDict):
+    accepted: int
+    refused: int
+    requests: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+    resubmitted: int
+    stalls: int
+
 class Server:
     def __init__(
         self,
@@ -35,6 +46,7 @@ class Server:
         socket_gid: int | None = None,
         tcp: tuple[str, int] | None = None,
         connections: int = 0,
+        vhost: Mapping[str, str | PathLike[str]] | None = None,
     ) -> None: ...
     @property
     def group(self) -> Group: ...
@@ -45,6 +57,7 @@ class Server:
     def start(self) -> None: ...
     def stop(self, drain: bool = True, timeout_ms: int = 10000) -> None: ...
     def clients(self) -> list[Client]: ...
+    def vhost_stats(self) -> dict[str, VhostStats]: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,

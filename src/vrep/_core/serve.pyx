@@ -1,4 +1,4 @@
-"""Serve: the disks of a group over NBD, on a thread of their own.
+"""Serve: the disks of a group over NBD and vhost-user-blk, on a thread of their own.
 
 The thread is C from end to end: it never takes the GIL, and neither Python's
 garbage collector nor a busy interpreter can delay a guest.
@@ -33,6 +33,7 @@ cdef extern from "serve/nbd.h" nogil:
         const char *tcp_host
         uint16_t tcp_port
         uint16_t connections
+        uint64_t elsewhere
     struct vrep_nbd_client:
         char address[64]
         char export_name "export"[64]
@@ -57,30 +58,68 @@ cdef extern from "serve/nbd.h" nogil:
     uint32_t vrep_nbd_clients(vrep_nbd_server *server, vrep_nbd_client *out, uint32_t most)
     void vrep_nbd_stats_of "vrep_nbd_stats"(vrep_nbd_server *server, vrep_nbd_stats *out)
 
+cdef extern from "serve/vhost.h" nogil:
+    struct vrep_vhost_server:
+        pass
+    struct vrep_vhost_config_server:
+        const char *unix_path
+        uint32_t unix_mode
+        int64_t unix_group
+        uint32_t disk
+        uint32_t block_bytes
+        uint16_t queues
+    struct vrep_vhost_stats:
+        char address[64]
+        uint64_t connected_ns
+        uint64_t accepted
+        uint64_t refused
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+        uint64_t resubmitted
+        uint64_t stalls
+    int vrep_vhost_create(vrep_loop *loop, const vrep_vhost_config_server *config,
+                          vrep_vhost_server **out)
+    void vrep_vhost_destroy(vrep_vhost_server *server)
+    void vrep_vhost_stats_of "vrep_vhost_stats"(vrep_vhost_server *server, vrep_vhost_stats *out)
+
+cdef extern from "filter/group.h" nogil:
+    uint32_t vrep_group_disks(const vrep_group *group)
+    const char *vrep_group_disk_name(const vrep_group *group, uint32_t disk)
+
 CONNECTIONS_MAX = VREP_NBD_CONNECTIONS_MAX
+
+cdef enum:
+    VHOST_MAX = 64  # VREP_DISKS_MAX
 
 
 cdef class Server:
     """Serves a group until ``stop``. Bound and listening once made, answering once started.
 
     :param group: an open group; it cannot be closed while it is served.
-    :param unix_path: a Unix socket; a stale one there is replaced, a live one refused.
-    :param mode: of the socket.
-    :param socket_gid: group that owns the socket; ``None`` leaves it.
+    :param unix_path: a Unix socket for NBD; a stale one there is replaced, a live one refused.
+    :param mode: of the sockets.
+    :param socket_gid: group that owns the sockets; ``None`` leaves it.
     :param tcp: ``(host, port)``, a loopback address; port 0 takes any (see ``port``).
-    :param connections: how many at a time; 0 is the most, ``CONNECTIONS_MAX``.
+    :param connections: of NBD, at a time; 0 is the most, ``CONNECTIONS_MAX``.
+    :param vhost: Unix sockets of disks, by their names, for vhost-user-blk; NBD does not show them.
     """
 
     cdef readonly Group group
     cdef vrep_loop *loop
     cdef vrep_nbd_server *server
+    cdef vrep_vhost_server *vhost[VHOST_MAX]
+    cdef uint32_t vhost_disk[VHOST_MAX]
+    cdef uint32_t vhost_count
     cdef bint running, counted, stuck
 
     def __cinit__(self, Group group not None, unix_path=None, mode=0o600, socket_gid=None,
-                  tcp=None, connections=0):
+                  tcp=None, connections=0, vhost=None):
         cdef vrep_nbd_config config
-        if unix_path is None and tcp is None:
-            raise InvalidError("neither unix_path nor tcp is given")
+        vhost = vhost or {}
+        if unix_path is None and tcp is None and not vhost:
+            raise InvalidError("neither unix_path nor tcp nor vhost is given")
         if not 0 <= mode <= 0o777:
             raise InvalidError(f"mode is {mode:o}: 0 to 777")
         if not 0 <= connections <= CONNECTIONS_MAX:
@@ -103,14 +142,49 @@ cdef class Server:
             config.tcp_host = host
             config.tcp_port = tcp[1]
         config.connections = connections
+        config.elsewhere = 0
+        disks = [vrep_group_disk_name(group.handle, i).decode()
+                 for i in range(vrep_group_disks(group.handle))]
+        unknown = sorted(set(vhost) - set(disks))
+        if unknown:
+            raise InvalidError(f"the group has no disk {unknown[0]!r}")
+        check(vrep_loop_create(group.handle, &self.loop))
+        where = unix_path if tcp is None else tcp
         try:
-            check(vrep_loop_create(group.handle, &self.loop))
-            check(vrep_nbd_create(self.loop, &config, &self.server))
+            for name, where in vhost.items():
+                self._serve_vhost(disks.index(name), os.fsencode(where), &config)
+                config.elsewhere |= <uint64_t>1 << disks.index(name)
+            where = unix_path if tcp is None else tcp
+            if where is not None:
+                check(vrep_nbd_create(self.loop, &config, &self.server))
         except VrepError as error:
-            error.add_note(f"while listening on {unix_path if tcp is None else tcp}")
+            error.add_note(f"while listening on {where}")
             raise
         group.users += 1
         self.counted = True
+
+    cdef int _serve_vhost(self, uint32_t disk, bytes path, const vrep_nbd_config *nbd) except -1:
+        cdef vrep_vhost_config_server config
+        config.unix_path = path
+        config.unix_mode = nbd.unix_mode
+        config.unix_group = nbd.unix_group
+        config.disk = disk
+        config.block_bytes = 0
+        config.queues = 0
+        check(vrep_vhost_create(self.loop, &config, &self.vhost[self.vhost_count]))
+        self.vhost_disk[self.vhost_count] = disk
+        self.vhost_count += 1
+        return 0
+
+    cdef void _destroy(self) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.vhost_count):
+            vrep_vhost_destroy(self.vhost[i])
+        self.vhost_count = 0
+        vrep_nbd_destroy(self.server)
+        vrep_loop_destroy(self.loop)
+        self.server = NULL
+        self.loop = NULL
 
     def __dealloc__(self):
         if self.running:
@@ -120,8 +194,7 @@ cdef class Server:
             self.group.users -= 1
         if self.stuck and self.group.handle != NULL:
             return  # the group still holds commands that name this memory: it is left to it
-        vrep_nbd_destroy(self.server)
-        vrep_loop_destroy(self.loop)
+        self._destroy()
 
     def start(self):
         """Answer clients, on a new thread."""
@@ -150,10 +223,7 @@ cdef class Server:
         self.stuck = status < 0
         if not self.stuck:
             with nogil:
-                vrep_nbd_destroy(self.server)
-                vrep_loop_destroy(self.loop)
-            self.server = NULL
-            self.loop = NULL
+                self._destroy()
         check(status)
 
     @property
@@ -165,14 +235,15 @@ cdef class Server:
         """Those connected now, each a dict."""
         cdef vrep_nbd_client *found
         cdef uint32_t count
+        monitors = self._monitors()
         if self.server == NULL:
-            return []
+            return monitors
         found = <vrep_nbd_client *>PyMem_Malloc(CONNECTIONS_MAX * sizeof(vrep_nbd_client))
         if found == NULL:
             raise MemoryError
         try:
             count = vrep_nbd_clients(self.server, found, CONNECTIONS_MAX)
-            return [
+            return monitors + [
                 {
                     "address": found[i].address.decode("ascii", "replace"),
                     "disk": found[i].export_name.decode("utf-8", "replace"),
@@ -187,12 +258,52 @@ cdef class Server:
         finally:
             PyMem_Free(found)
 
+    def _monitors(self):
+        cdef vrep_vhost_stats stats
+        cdef uint32_t i
+        found = []
+        for i in range(self.vhost_count):
+            vrep_vhost_stats_of(self.vhost[i], &stats)
+            if not stats.address[0]:
+                continue
+            name = vrep_group_disk_name(self.group.handle, self.vhost_disk[i]).decode()
+            found.append({
+                "address": stats.address.decode("ascii", "replace"),
+                "disk": name,
+                "connected_at": stats.connected_ns / 1e9,
+                "requests": stats.requests,
+                "read_bytes": stats.read_bytes,
+                "written_bytes": stats.written_bytes,
+                "errors": stats.errors,
+            })
+        return found
+
+    def vhost_stats(self):
+        """Of each disk that is served over vhost-user-blk: counters since the server was made."""
+        cdef vrep_vhost_stats stats
+        cdef uint32_t i
+        found = {}
+        for i in range(self.vhost_count):
+            vrep_vhost_stats_of(self.vhost[i], &stats)
+            name = vrep_group_disk_name(self.group.handle, self.vhost_disk[i]).decode()
+            found[name] = {
+                "accepted": stats.accepted,
+                "refused": stats.refused,
+                "requests": stats.requests,
+                "read_bytes": stats.read_bytes,
+                "written_bytes": stats.written_bytes,
+                "errors": stats.errors,
+                "resubmitted": stats.resubmitted,
+                "stalls": stats.stalls,
+            }
+        return found
+
     @property
     def stats(self):
-        """Counters since the server was made, those of ended connections included."""
+        """Counters of NBD since the server was made, those of ended connections included."""
         cdef vrep_nbd_stats stats
         if self.server == NULL:
-            raise GoneError("the server was stopped")
+            raise GoneError("the server was stopped, or serves no NBD")
         vrep_nbd_stats_of(self.server, &stats)
         return {
             "connections": stats.connections,

@@ -11,6 +11,7 @@ from vrep.app.cli_output import Progress, emit, time_text
 from vrep.errors import UsageError
 
 if TYPE_CHECKING:
+    from vrep.groups import GroupDefinition
     from vrep.site import Site
 
 app = typer.Typer()
@@ -29,6 +30,17 @@ def parse_disks(texts: list[str]) -> dict[str, str]:
             raise UsageError(f"--disk {name} is given twice")
         disks[name] = uri
     return disks
+
+
+def parse_fronts(texts: list[str]) -> dict[str, str]:
+    """NAME=FRONT of each --front."""
+    fronts: dict[str, str] = {}
+    for text in texts:
+        name, equals, front = text.partition("=")
+        if not equals or name in fronts:
+            raise UsageError(f"--front {text}: write NAME=nbd or NAME=vhost-user-blk, once")
+        fronts[name] = front
+    return fronts
 
 
 @app.command("protect")
@@ -79,6 +91,14 @@ def protect(
             help="The VM's I/O once another site took the group over.",
         ),
     ] = None,
+    front: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--front",
+            metavar="NAME=FRONT",
+            help="How the VM reaches a disk: nbd (default) or vhost-user-blk; repeat it.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
     window: Annotated[
         str | None,
@@ -92,12 +112,18 @@ def protect(
     as_json: Json = False,
 ) -> None:
     """Replicate disks to another site, as one group recovered to one instant. For a group that is
-    protected, --window and --quota alone change what the target keeps of it."""
+    protected, --window and --quota alone change what the target keeps of it, and --front alone how
+    its VM, which must be off, reaches its disks."""
     site = site_of(directory)
+    fronts = parse_fronts(front or [])
     window_s = None if window is None else int(parse_duration(window))
     quota_bytes = None if quota is None else parse_size(quota)
     if not (disk or to or key) and (window_s, quota_bytes) != (None, None):
         _keep(site, group, window_s, quota_bytes, as_json)
+        return
+    if not (disk or to or key) and fronts:
+        definition = site.set_fronts(group, fronts)
+        _emit_disks(site, group, definition, f"{group}: a VM finds its disks at", as_json)
         return
     if not (disk and to and key):
         raise UsageError("protect: a new group needs --disk, --to and --key")
@@ -121,15 +147,27 @@ def protect(
         key=key,
         accept_key_loss=accept_key_loss,
         options=options,
+        fronts=fronts,
     )
-    uris = {one.name: site.nbd_uri(group, one.name) for one in definition.disks}
     if wait:
         _wait(site, group, as_json)
-    lines = [f"{group} is protected; a VM finds its disks at"]
-    lines += [f"  {name}: {uri}" for name, uri in uris.items()]
-    if not wait and not site.running():
-        lines.append("nothing is replicated until 'vrep run' runs here")
-    answer = {"group": group, "group_id": definition.group_id, "nbd": uris}
+    last = "" if wait or site.running() else "nothing is replicated until 'vrep run' runs here"
+    text = f"{group} is protected; a VM finds its disks at"
+    _emit_disks(site, group, definition, text, as_json, last)
+
+
+def _emit_disks(
+    site: Site,
+    group: str,
+    definition: GroupDefinition,
+    text: str,
+    as_json: bool,
+    last: str = "",
+) -> None:
+    """Say where a VM finds the disks of a group."""
+    uris = {disk.name: site.disk_uri(group, disk.name) for disk in definition.disks}
+    lines = [text, *(f"  {name}: {uri}" for name, uri in uris.items()), *([last] if last else [])]
+    answer = {"group": group, "group_id": definition.group_id, "disks": uris}
     emit(answer, as_json, "\n".join(lines))
 
 

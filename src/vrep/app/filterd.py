@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+import msgspec
 import structlog
 
 from vrep._core.filter import Group
@@ -122,6 +123,7 @@ class FilterHost:
                 "status": self._status,
                 "clients": lambda p: self._host(p).clients(),
                 "pause_guest": self._pause_guest,
+                "front": self._front,
                 "consumer_attach": self._consumer_attach,
                 "consumer_detach": self._consumer_detach,
                 "mark": self._mark,
@@ -338,17 +340,24 @@ class FilterHost:
         options = definition.options
         self._paths.admit_users(options.socket_mode)
         try:
+            vhost = {
+                disk.name: self._paths.vhost_socket(definition.name, disk.index)
+                for disk in definition.disks
+                if disk.front == "vhost-user-blk"
+            }
+            nbd = len(vhost) < len(definition.disks)
             server = Server(
                 group,
-                unix_path=self._paths.nbd_socket(definition.name),
+                unix_path=self._paths.nbd_socket(definition.name) if nbd else None,
                 mode=options.socket_mode,
                 socket_gid=socket_gid(options.socket_group),
-                tcp=parse_address(options.tcp) if options.tcp else None,
+                tcp=parse_address(options.tcp) if nbd and options.tcp else None,
+                vhost=vhost,
             )
             server.start()
         except BusyError:
             where = f"{options.tcp} or " if options.tcp else ""
-            raise BusyError(f"NBD: another program listens on {where}the group's socket") from None
+            raise BusyError(f"another program listens on {where}the group's socket") from None
         return server
 
     def _try_close(self, hosted: _Hosted) -> None:
@@ -474,6 +483,22 @@ class FilterHost:
             elif not params["paused"] and hosted.server is None:
                 hosted.server = self._serve(hosted.definition, hosted.group)
                 log.info("guest is served again", group=hosted.definition.name)
+        return {}
+
+    def _front(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Serve a group over the front-ends that its definition names now. BusyError while a VM
+        uses a disk: it would find its server gone."""
+        hosted = self._host(params)
+        name = hosted.definition.name
+        with self._scanning:
+            if hosted.clients():
+                raise BusyError(f"a VM uses the disks of {name!r}: shut it down first")
+            definition = self._groups.load(name)
+            server = hosted.take_server()
+            hosted.definition = msgspec.structs.replace(hosted.definition, disks=definition.disks)
+            if server is not None:
+                server.stop(drain=True)
+                hosted.server = self._serve(hosted.definition, hosted.group)
         return {}
 
     # ---- hand-over -----------------------------------------------------------------

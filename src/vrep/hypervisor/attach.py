@@ -79,6 +79,12 @@ class Attacher:
         definition = self._groups.load(self._group)
         if definition.fenced:
             raise errors.FencedError(f"another site took {self._group!r} over")
+        other = [disk.name for disk in definition.disks if disk.front != "nbd"]
+        if other:
+            raise errors.InvalidError(
+                f"disk {other[0]!r} is served over another front-end than NBD, which is what a "
+                "running VM can switch to"
+            )
         with contextlib.closing(open_monitor(vm)) as monitor:
             _check_runs(monitor)
             graph = self._unattached(monitor, dry_run)

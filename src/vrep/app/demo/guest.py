@@ -30,7 +30,7 @@ _CONSOLE_LINE_MAX = 4096
 
 @dataclass(frozen=True)
 class GuestDisk:
-    """A disk as QEMU opens it: an NBD URI, or a raw file."""
+    """A disk as QEMU opens it: an NBD URI, ``vhost-user-blk:`` and a socket, or a raw file."""
 
     location: str
     #: False is QEMU's cache=writeback, True its cache=none. The guest's flushes
@@ -38,6 +38,24 @@ class GuestDisk:
     direct: bool = False
     #: How long QEMU holds the guest's commands while an NBD server is away.
     reconnect_delay_s: int = 60
+
+    @property
+    def vhost_socket(self) -> str | None:
+        """Of a disk that its server serves from the guest's own memory."""
+        scheme, _, path = self.location.partition(":")
+        return path if scheme == "vhost-user-blk" else None
+
+    def words(self, name: str, number: int) -> list[str]:
+        """What QEMU's command line says of it."""
+        if self.vhost_socket is not None:
+            # `reconnect`: seconds between two attempts while the server is away; the guest's
+            # commands wait in its memory.
+            return [
+                *("-chardev", f"socket,id={name},path={self.vhost_socket},reconnect=1"),
+                *("-device", f"vhost-user-blk-pci,chardev={name},num-queues=2,id=dev-{name}"),
+            ]
+        device = f"scsi-hd,bus=scsi0.0,scsi-id={number},drive={name},id=dev-{name},write-cache=on"
+        return ["-blockdev", json.dumps(self.blockdev(name)), "-device", device]
 
     def blockdev(self, name: str) -> dict[str, Any]:
         """The argument of QEMU's -blockdev."""
@@ -163,10 +181,13 @@ class Guest:
 
     def command(self) -> list[str]:
         """The QEMU command line."""
+        shared = any(disk.vhost_socket is not None for disk in self.disks)
         words = [
             *self._prefix, self._qemu,
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "q35", "-accel", "tcg", "-cpu", "max",
+            "-machine", "q35,memory-backend=memory", "-accel", "tcg", "-cpu", "max",
+            "-object", f"memory-backend-memfd,id=memory,size={self.memory_mib}M,share="
+            + ("on" if shared else "off"),
             "-m", f"{self.memory_mib}M", "-smp", "1",
             "-kernel", str(self.image.kernel), "-initrd", str(self.image.initramfs),
             # The time counter of the emulated CPU is calibrated against a busy
@@ -179,12 +200,7 @@ class Guest:
             "-device", "virtio-scsi-pci,id=scsi0",
         ]  # fmt: skip
         for index, disk in enumerate(self.disks):
-            name = f"disk{index}"
-            words += ["-blockdev", json.dumps(disk.blockdev(name))]
-            words += [
-                "-device",
-                f"scsi-hd,bus=scsi0.0,scsi-id={index},drive={name},id=dev-{name},write-cache=on",
-            ]
+            words += disk.words(f"disk{index}", index)
         if self.qmp_socket is not None:
             words += ["-qmp", f"unix:{self.qmp_socket},server=on,wait=off"]
         return words

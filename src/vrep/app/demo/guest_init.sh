@@ -131,12 +131,18 @@ while read -r module; do
 done </modules/order
 
 tries=0
-until [ -b /dev/sda ]; do
+device=
+until [ -n "$device" ]; do
+    # The first disk, on virtio-scsi or on virtio-blk.
+    for name in /dev/sda /dev/vda; do
+        [ -b $name ] && device=$name
+    done
+    [ -z "$device" ] || break
     tries=$((tries + 1))
     [ $tries -le 300 ] || fail "no disk"
     sleep 0.1
 done
-mount -t ext4 -o "$(option mount discard)" /dev/sda $DISK || fail "mount of /dev/sda"
+mount -t ext4 -o "$(option mount discard)" $device $DISK || fail "mount of $device"
 
 # The host's answer can only arrive late, so a stamp is never ahead of the host.
 offset=0

@@ -208,7 +208,7 @@ class Demo:
         """The guest boots at once: the first sync runs under its writes."""
         a = self.require_a()
         began = time.monotonic()
-        uri = a.site.nbd_uri(GROUP, DISK)
+        uri = a.site.disk_uri(GROUP, DISK)
         if self.with_guest:
             assert self.image is not None
             say("booting the guest on the filter's disk, through virtio-scsi")
