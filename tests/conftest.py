@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -26,6 +28,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if failed:
         terminalreporter.section("failed before pytest", red=True)
         terminalreporter.line(", ".join(failed), red=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _short_directories() -> Iterator[None]:
+    """Where sites with a long path have their sockets: killed ones leave theirs there. A short
+    name, since those of sockets are limited."""
+    with tempfile.TemporaryDirectory(prefix="v-") as name, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", name)
+        yield
 
 
 @pytest.fixture

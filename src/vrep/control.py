@@ -16,16 +16,24 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from vrep import errors
+
+log = structlog.get_logger("vrep.control")
 
 LINE_BYTES_MAX = 1 << 20
 FDS_MAX = 16
 CONNECTIONS_MAX = 64
+TEXT_MAX = 1 << 14
+"""characters of an error's text that are sent"""
+ACCEPT_AGAIN_S = 0.1
 
 Handler = Callable[[Mapping[str, Any]], Any]
 
@@ -52,6 +60,16 @@ def _encode(message: Mapping[str, Any]) -> bytes:
     return line
 
 
+def _result(reply: Reply) -> bytes:
+    """A result as it is sent; one that cannot be is an error that the peer is told."""
+    try:
+        return _encode({"result": reply.result})
+    except errors.VrepError as error:
+        raise _Failed.of(error) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise _Failed.of(errors.VrepError(f"a result that is not JSON: {error}")) from None
+
+
 class _Lines:
     """Lines and descriptors read from a socket, bounded."""
 
@@ -76,7 +94,7 @@ class _Lines:
         del self._buffer[: end + 1]
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise errors.ProtocolError(f"a control line is not JSON: {error}") from None
         if not isinstance(message, dict):
             raise errors.ProtocolError("a control message is not an object")
@@ -131,16 +149,30 @@ class ControlServer:
         while True:
             try:
                 connection, _address = self._socket.accept()
-            except OSError:
-                return  # closed
+            except OSError as error:
+                if self._closed:
+                    return
+                log.warning("no control connection", path=str(self.path), error=str(error))
+                time.sleep(ACCEPT_AGAIN_S)  # out of descriptors or memory: it passes
+                continue
             with self._lock:
                 if self._closed or len(self._connections) >= CONNECTIONS_MAX:
                     connection.close()
                     continue
                 self._connections.add(connection)
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._serve, args=(connection,), name="control:connection", daemon=True
-            ).start()
+            )
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                log.warning("no control connection", path=str(self.path), error=str(error))
+                self._forget(connection)
+
+    def _forget(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(connection)
+        connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         lines = _Lines(connection)
@@ -149,8 +181,7 @@ class ControlServer:
                 lines.close()  # requests carry no descriptors
                 reply = self._answer(request)
                 try:
-                    payload = _encode({"result": reply.result})
-                    self._send(connection, payload, reply.fds)
+                    self._send(connection, _result(reply), reply.fds)
                 finally:
                     for fd in reply.fds:
                         os.close(fd)
@@ -161,9 +192,7 @@ class ControlServer:
             pass  # the peer vanished or spoke nonsense: its connection ends, nothing else does
         finally:
             lines.close()
-            with self._lock:
-                self._connections.discard(connection)
-            connection.close()
+            self._forget(connection)
 
     def _answer(self, request: Mapping[str, Any]) -> Reply:
         try:
@@ -177,6 +206,10 @@ class ControlServer:
         except errors.VrepError as error:
             raise _Failed.of(error) from error
         except (KeyError, TypeError, ValueError, OSError) as error:
+            raise _Failed.of(errors.VrepError(f"{type(error).__name__}: {error}")) from error
+        except Exception as error:
+            # A fault of ours: who asked is told all the same, and the log has where it was.
+            log.exception("a control method failed", method=str(request.get("method")))
             raise _Failed.of(errors.VrepError(f"{type(error).__name__}: {error}")) from error
         return result if isinstance(result, Reply) else Reply(result)
 
@@ -216,7 +249,8 @@ class _Failed(Exception):
 
     @classmethod
     def of(cls, error: errors.VrepError) -> _Failed:
-        detail = {"type": type(error).__name__, "text": error.detail, "exit_code": error.exit_code}
+        text = error.detail[:TEXT_MAX]
+        detail = {"type": type(error).__name__, "text": text, "exit_code": error.exit_code}
         return cls({"error": detail})
 
 

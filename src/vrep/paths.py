@@ -1,11 +1,13 @@
 """Where a site keeps what: the one place that knows the names below its directory.
 
 Unix socket names are limited to 107 bytes, so when the site's directory is deep its sockets
-live in a short private directory, and ``run`` is a link to it.
+live in a short private directory, and ``run`` is a link to it. `vrep run` removes that one when
+it ends and nobody else uses it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import hashlib
 import os
@@ -122,6 +124,14 @@ class SitePaths:
             run.rmdir()
         run.symlink_to(target)
         return target
+
+    def drop_run(self) -> None:
+        """Remove the short directory that `make_run` made, once nothing is in it: whoever still
+        runs has its socket there. The next `make_run` makes it again."""
+        run = self.root / "run"
+        if run.is_symlink() and run.readlink().name == f"vrep-{self.tag}":
+            with contextlib.suppress(OSError):
+                run.readlink().rmdir()
 
     def admit_users(self, mode: int) -> None:
         """Let those reach a socket of the site that its mode lets in: others may pass through

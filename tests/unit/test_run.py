@@ -17,6 +17,7 @@ import pytest
 
 from vrep.app import run
 from vrep.app.run import Supervisor, notify
+from vrep.control import ControlClient, ControlServer
 from vrep.paths import SitePaths
 
 SERVES = """
@@ -139,3 +140,71 @@ def test_systemd_is_told_by_an_abstract_name(monkeypatch: pytest.MonkeyPatch) ->
         listener.settimeout(10)
         assert listener.recv(64) == b"READY=1"
     notify("READY=1")  # nobody listens: not a reason to end
+
+
+def deep(tmp_path: Path) -> Path:
+    """A directory whose sockets would have names that are too long."""
+    root = tmp_path / ("x" * 60) / "site"
+    root.mkdir(parents=True)
+    return root
+
+
+def test_the_short_directory_goes_with_the_last_who_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Roles(deep(tmp_path), monkeypatch)
+    found.thread.start()
+    try:
+        found.wait(lambda: found.child()["pid"] and found.supervisor._children["filter"].ready)
+        directory = found.paths.run
+        assert (found.paths.root / "run").is_symlink()
+        assert directory.is_dir()
+        found.paths.drop_run()  # while somebody runs
+        assert directory.is_dir()
+        another = ControlServer(found.paths.socket("view"), {})  # outlives the supervisor
+    finally:
+        found.supervisor.request_stop()
+        found.thread.join(60)
+    assert found.result == [0]
+    assert directory.is_dir()
+    another.close()
+    again = Supervisor(found.paths, ("target",))
+    thread = threading.Thread(target=again.run)
+    thread.start()
+    found.wait(lambda: ControlClient(found.paths.socket("site-target")).alive())
+    again.request_stop()
+    thread.join(60)
+    assert not directory.exists()
+    assert found.paths.make_run() == directory  # and it comes back
+    found.paths.drop_run()
+
+
+def test_a_directory_that_goes_while_a_supervisor_starts_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = SitePaths(deep(tmp_path))
+    real = SitePaths.make_run
+    left = [1]
+
+    def made_and_gone(self: SitePaths) -> Path:
+        target = real(self)
+        if left:
+            left.pop()
+            self.drop_run()
+        return target
+
+    monkeypatch.setattr(SitePaths, "make_run", made_and_gone)
+    with Supervisor(paths, ("target",))._control():
+        assert ControlClient(paths.socket("site-target")).alive()
+    paths.drop_run()
+
+
+def test_a_directory_that_somebody_else_made_is_left(tmp_path: Path) -> None:
+    """systemd makes and removes the one of a service."""
+    paths = SitePaths(tmp_path / "site")
+    theirs = tmp_path / "run-vrep"
+    theirs.mkdir()
+    paths.root.mkdir()
+    (paths.root / "run").symlink_to(theirs)
+    paths.drop_run()
+    assert theirs.is_dir()

@@ -433,6 +433,63 @@ def test_a_spill_that_cannot_be_opened_shows(
         source.close()
 
 
+def test_a_spill_that_can_be_opened_later_is(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its disk was away when the source began; nothing else is begun again for it."""
+    monkeypatch.setattr(GroupSession, "_loop", lambda self: self._stopping.wait())
+    monkeypatch.setattr(daemon, "SPILL_AGAIN_S", 0.0)
+    directory = paths.groups / "web" / "spill"
+    directory.write_text("no directory")
+    source = daemon.Source(paths)
+    source.start()
+    try:
+        first = source._sessions["web"]
+        source._scan()
+        assert source._sessions["web"] is first
+        assert source._status({})["web"]["spill"]["full"]
+        directory.unlink()
+        source._scan()
+        second = source._sessions["web"]
+        assert second is not first
+        assert not first.alive
+        assert second.alive
+        assert second._spiller is not None
+        assert "full" not in source._status({})["web"]["spill"]
+        source._scan()
+        assert source._sessions["web"] is second
+    finally:
+        source.close()
+
+
+def test_a_status_does_not_wait_for_a_large_spill(
+    paths: SitePaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GroupSession, "_loop", lambda self: self._stopping.wait())
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(_source: Any, _name: str) -> tuple[None, str]:
+        reading.set()
+        assert go_on.wait(WAIT_S)
+        return None, ""
+
+    source = daemon.Source(paths)
+    monkeypatch.setattr(daemon.Source, "_spiller", slow)
+    thread = threading.Thread(target=source._scan)
+    thread.start()
+    try:
+        assert reading.wait(WAIT_S)
+        assert source._status({}) == {}
+        with pytest.raises(NotFoundError):
+            source._status({"group": "web"})
+        source.request_stop()
+    finally:
+        go_on.set()
+        thread.join()
+        source.close()
+    assert source._sessions == {}
+
+
 def test_two_who_change_a_definition_lose_nothing(paths: SitePaths) -> None:
     """`vrep pause` against an epoch that the source's process adopts."""
     first, second = (GroupDirectory(paths.root) for _ in range(2))

@@ -98,16 +98,25 @@ class Supervisor:
     ) -> int:
         """Until a signal or `request_stop`; 0 when every role ended cleanly. `beside` is
         entered once this is known to be the only supervisor, before any role starts."""
-        run = self._paths.make_run()
-        name = "site" if set(self._children) == set(ROLES) else "site-" + "-".join(self._children)
         try:
-            server = ControlServer(
-                run / f"{name}.sock",
-                {"status": lambda _p: self.status(), "stop": lambda _p: self.request_stop()},
-            )
+            status = self._supervise(beside)
+        finally:
+            self._paths.drop_run()
+        return status
+
+    def _control(self) -> ControlServer:
+        name = "site" if set(self._children) == set(ROLES) else "site-" + "-".join(self._children)
+        methods = {"status": lambda _p: self.status(), "stop": lambda _p: self.request_stop()}
+        try:
+            try:
+                return ControlServer(self._paths.make_run() / f"{name}.sock", methods)
+            except FileNotFoundError:  # one that just ended removed the directory
+                return ControlServer(self._paths.make_run() / f"{name}.sock", methods)
         except BusyError:
             raise BusyError(f"the site in {self._paths.root} runs already") from None
-        with server, beside():
+
+    def _supervise(self, beside: Callable[[], AbstractContextManager[object]]) -> int:
+        with self._control(), beside():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.request_stop())
             told = False

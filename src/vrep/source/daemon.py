@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -25,6 +27,8 @@ from vrep.wire.peers import PeerRegistry
 from vrep.wire.transport import Timeouts
 
 SCAN_EVERY_S: Final = 1.0
+SPILL_AGAIN_S: Final = 10.0
+"""after which a spill that could not be opened is tried again"""
 
 log = structlog.get_logger("vrep.source")
 
@@ -48,6 +52,9 @@ class Source:
         self._keys = TenantKeyring(paths.root)
         self._timeouts = timeouts
         self._sessions: dict[str, GroupSession] = {}
+        self._unspilled: dict[str, float] = {}
+        """sessions whose spill could not be opened, and when that is tried again"""
+        self._scanning = threading.Lock()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._control: ControlServer | None = None
@@ -85,20 +92,22 @@ class Source:
             self._control.close()
 
     def _scan(self) -> None:
-        names = {name for name in self._groups.names() if not self._yielded(name)}
-        with self._lock:
-            if self._stopping.is_set():
-                return
-            gone = [self._sessions.pop(name) for name in set(self._sessions) - names]
-            dead = {name for name, session in self._sessions.items() if not session.alive}
-            for name in sorted(dead):
-                log.error("session is begun again", group=name)
-                self._sessions[name].stop()  # what runs beside it
-            for name in sorted((names - set(self._sessions)) | dead):
-                self._sessions[name] = self._begin(name)
-        for session in gone:
-            session.stop()
-            log.info("group removed", group=session.name)
+        # To open a large spill takes long: the status is not to wait for it.
+        with self._scanning:
+            names = {name for name in self._groups.names() if not self._yielded(name)}
+            with self._lock:
+                if self._stopping.is_set():
+                    return
+                gone = [self._sessions.pop(name) for name in set(self._sessions) - names]
+                known = dict(self._sessions)
+            for session in gone:
+                self._unspilled.pop(session.name, None)
+                session.stop()
+                log.info("group removed", group=session.name)
+            for name in sorted(names):
+                if self._stopping.is_set():
+                    return
+                self._tend(name, known.get(name))
 
     def _yielded(self, name: str) -> bool:
         """Whether another site writes the group, and this one is its target."""
@@ -107,8 +116,34 @@ class Source:
         except VrepError:
             return False  # its session says what is wrong
 
-    def _begin(self, name: str) -> GroupSession:
-        spiller, problem = self._spiller(name)
+    def _tend(self, name: str, session: GroupSession | None) -> None:
+        """Begin a group's session; again when it died, or can have its spill now."""
+        opened = None
+        if session is not None:
+            if not session.alive:
+                log.error("session is begun again", group=name)
+            elif (opened := self._open_later(name)) is None:
+                return
+            session.stop()  # with what runs beside it
+        session = self._begin(name, opened)
+        with self._lock:
+            if not self._stopping.is_set():
+                self._sessions[name] = session
+                session.start()
+
+    def _open_later(self, name: str) -> Spiller | None:
+        """The spiller of a session that has none because its spill could not be opened: its
+        disk may have been away, full or read-only."""
+        if time.monotonic() < self._unspilled.get(name, math.inf):
+            return None
+        self._unspilled[name] = time.monotonic() + SPILL_AGAIN_S
+        spiller, _problem = self._spiller(name)
+        return spiller
+
+    def _begin(self, name: str, spiller: Spiller | None = None) -> GroupSession:
+        problem = ""
+        if spiller is None:
+            spiller, problem = self._spiller(name)
         session = GroupSession(
             name,
             self._groups,
@@ -120,9 +155,10 @@ class Source:
             spiller=spiller,
             bandwidth=self._bandwidth,
         )
+        self._unspilled.pop(name, None)
         if problem:
+            self._unspilled[name] = time.monotonic() + SPILL_AGAIN_S
             session.view.spill = spill_view(self._config.spill_bytes, full=problem)
-        session.start()
         return session
 
     def _spiller(self, name: str) -> tuple[Spiller | None, str]:
