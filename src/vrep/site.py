@@ -519,13 +519,21 @@ class Site:
         stop_test(self.paths, group)
 
     def failover_start(
-        self, group: str, at: str = "latest", *, force: bool = False, since: str | None = None
+        self,
+        group: str,
+        at: str = "latest",
+        *,
+        force: bool = False,
+        since: str | None = None,
+        onto: Mapping[str, str] | None = None,
     ) -> ViewInfo:
         """Take the group over at a point: the old writer is refused from here on. Undo by
-        `failover_rollback`, keep by `failover_commit`. `since`: as for `test_start`."""
+        `failover_rollback`, keep by `failover_commit`. `since`: as for `test_start`. `onto` maps
+        names of disks to ``file:`` or ``block:`` URIs that are filled in place, over what they
+        hold, while the VM runs."""
         from vrep.recovery.failover import start
 
-        return start(self.paths, group, at, force=force, since=since)
+        return start(self.paths, group, at, force=force, since=since, onto=onto)
 
     def failover_commit(self, group: str) -> ViewInfo:
         from vrep.recovery.failover import commit
@@ -543,14 +551,35 @@ class Site:
         *,
         pause: bool = False,
         wait_s: float = 120.0,
+        onto: Mapping[str, str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ViewInfo:
         """At the site that holds the history: take a group over from its source, which lives, and
         lose nothing; the source stays halted. Refused while a VM uses its disks there, unless
-        `pause` cuts it off. `wait_s` bounds how long the last changes may take."""
+        `pause` cuts it off. `wait_s` bounds how long the last changes may take; `onto`: as for
+        `failover_start`."""
         from vrep.recovery.move import move
 
-        return move(self.paths, group, pause=pause, wait_s=wait_s, progress=progress)
+        return move(self.paths, group, pause=pause, wait_s=wait_s, onto=onto, progress=progress)
+
+    def failback(
+        self,
+        group: str,
+        *,
+        pause: bool = False,
+        wait_s: float = 120.0,
+        moved: Callable[[ViewInfo], None] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> GroupDefinition:
+        """At the old site, once the group is protected back to it: return the group to it, onto
+        the disks that it had here, and protect it to the other site again. `moved` hears of the
+        view as soon as its VM may run here: the disks are filled meanwhile."""
+        from vrep.recovery.failback import failback
+
+        return failback(
+            self.paths, group, self.group_options(), pause=pause, wait_s=wait_s, moved=moved,
+            progress=progress,
+        )  # fmt: skip
 
     def reverse(
         self, group: str, *, progress: Callable[[int, int], None] | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from life import Life
-from sites import GROUP, wait_until
+from sites import GROUP, compare, wait_until
 
 from vrep import errors
 
@@ -144,3 +146,117 @@ def test_a_move_that_fails_leaves_the_source_as_it_was(
 
 def _fail(*_arguments: object, **_options: object) -> None:
     raise errors.RecoveryError("on purpose")
+
+
+def away_and_home(life: Life, number: int) -> None:
+    """One round: to the other site by a failover or a move, protected back, and home again."""
+    west, east = life.west, life.east
+    with life.client(west) as client:
+        life.check(client)
+        life.write(client)
+        life.checkpoint(west, east)
+    if number % 2:
+        view = east.site.move(GROUP, pause=True)
+    else:
+        life.settle(west)
+        west.kill()
+        east.site.failover_start(GROUP, force=True)
+        view = east.site.failover_commit(GROUP)
+        west.start()
+    with life.client(east, view) as client:
+        life.check(client)
+        life.write(client)
+    east.site.reverse(GROUP)
+    with life.client(east) as client:
+        life.check(client)
+        life.write(client)
+    life.settle(east)
+    with life.client(east) as client:
+        life.write(client)
+        life.checkpoint(east, west)
+        life.write(client, 4)
+    moved: list[Any] = []
+    west.site.failback(GROUP, pause=True, moved=moved.append)
+    assert len(moved) == 1
+    with life.client(west) as client:
+        life.check(client)
+    life.settle(west)
+    life.check_view(east, "latest", bytes(life.oracle))
+    life.check_labels()
+
+
+def test_rounds_of_failover_reverse_and_failback(make_life: Callable[..., Life]) -> None:
+    life = make_life().up()
+    for number in range(2):
+        away_and_home(life, number)
+    west, east = life.west.group(), life.east.group()
+    assert (west["role"], west["epoch"], west["conditions"]) == ("source", 5, [])
+    assert west["disks"][0]["uri"] == f"file:{life.image}"
+    assert (east["role"], east["state"], east["conditions"]) == ("target", "replicating", [])
+    assert west["history"]["newest_point"] is not None
+    for place in (life.west, life.east):
+        assert place.site.points(GROUP).verdict.whole
+    assert life.west.site.failback(GROUP).epoch == 5  # it was done
+    life.west.kill()  # cleanly closed or not, the file has the bytes
+    compare("the old disk", life.image.read_bytes(), bytes(life.oracle))
+
+
+@pytest.mark.slow
+def test_ten_rounds(make_life: Callable[..., Life]) -> None:
+    life = make_life(disk_bytes=4 << 20).up()
+    for number in range(10):
+        away_and_home(life, number)
+    assert life.west.group()["epoch"] == 21
+
+
+def test_a_vm_runs_from_a_disk_that_is_being_filled(make_life: Callable[..., Life]) -> None:
+    life = make_life().up()
+    west, east = life.west, life.east
+    with life.client(west) as client:
+        life.write(client)
+    life.settle(west)
+    west.kill()
+    device = life.root / "device.raw"
+    device.write_bytes(b"\xaa" * len(life.oracle))
+    wrong = life.root / "wrong.raw"
+    wrong.write_bytes(b"\xaa" * 512)
+    for onto, kind in (
+        ({"root": f"file:{wrong}"}, errors.InvalidError),
+        ({"data": f"file:{device}"}, errors.InvalidError),
+        ({"root": f"block:{device}"}, errors.InvalidError),
+        ({"root": "block:/nowhere"}, errors.NotFoundError),
+        ({"root": f"qcow2:{device}"}, errors.UnsupportedError),
+    ):
+        with pytest.raises(kind):
+            east.site.failover_start(GROUP, force=True, onto=onto)
+    assert device.read_bytes() == b"\xaa" * len(life.oracle)
+    east.site.paths.config.write_text(
+        east.site.paths.config.read_text() + "[recovery]\nfill_rate = 1048576\n"
+    )
+    onto = {"root": f"file:{device}"}
+    view = east.site.failover_start(GROUP, force=True, onto=onto)
+    with life.client(east, view) as client:  # while it fills
+        assert not east.site.tests()[0].fill["done"]
+        life.write(client)
+        life.check(client)
+        pid = east.site.tests()[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    again = wait_until("the view is served again", lambda: east.site.tests()[0].running)
+    assert again
+    with life.client(east, view) as client:
+        life.check(client)
+    assert east.site.failover_start(GROUP, onto=onto).id == view.id
+    with pytest.raises(errors.StateError, match="fills"):
+        east.site.failover_start(GROUP, onto={"root": f"file:{wrong}"})
+    east.site.failover_commit(GROUP)
+    wait_until("all is there", lambda: east.site.tests()[0].fill["done"])
+    with life.client(east, view) as client:
+        life.write(client)
+    west.start()
+    assert east.site.reverse(GROUP).disks[0].uri == f"file:{device}"
+    with life.client(east) as client:
+        life.write(client)
+    life.settle(east)
+    compare("the device", device.read_bytes(), bytes(life.oracle))
+    life.check_view(west, "latest", bytes(life.oracle))

@@ -238,7 +238,7 @@ static void zero_and_extents(void)
 
 static int overlay(const char *name, struct vrep_disk **disk)
 {
-    return vrep_overlay_open(engine, at(name), view_id, SHORT, BLOCK, disk);
+    return vrep_overlay_open(engine, at(name), NULL, view_id, SHORT, BLOCK, disk);
 }
 
 static void presence_follows_whole_blocks(void)
@@ -289,6 +289,48 @@ static void presence_follows_whole_blocks(void)
     vrep_disk_close(disk);
 }
 
+/* A view that fills a disk that holds something: only its own presence says what is right in it. */
+static void an_overlay_fills_another_disk(void)
+{
+    struct vrep_disk *disk, *again;
+    uint64_t from, length;
+    char onto[300];
+    snprintf(onto, sizeof onto, "file:%s", at("device"));
+    memset(memory, 0xaa, SIZE);
+    int fd = open(at("device"), O_RDWR | O_CREAT, 0600);
+    CHECK(fd >= 0);
+    CHECK_EQ(pwrite(fd, memory, SHORT, 0), SHORT);
+    CHECK_STATUS(vrep_overlay_open(engine, at("fill"), onto, view_id, SHORT + 512, BLOCK, &disk),
+                 VREP_E_INVALID);
+    CHECK_STATUS(
+        vrep_overlay_open(engine, at("fill"), "file:/nowhere", view_id, SHORT, BLOCK, &disk),
+        VREP_E_NOT_FOUND);
+    CHECK_OK(vrep_overlay_open(engine, at("fill"), onto, view_id, SHORT, BLOCK, &disk));
+    CHECK_STATUS(vrep_overlay_open(engine, at("other"), onto, other_id, SHORT, BLOCK, &again),
+                 VREP_E_LOCKED);
+    CHECK(vrep_overlay_absent(disk, 0, SHORT, &from, &length));
+    CHECK(from == 0 && length == SHORT);
+    CHECK_OK(range(disk, VREP_IO_ZERO, 0, 2 * BLOCK, 0)); /* what was there is gone */
+    memset(memory, 0x55, BLOCK);
+    CHECK_OK(data(disk, VREP_IO_WRITE, 5 * BLOCK, memory, BLOCK, VREP_IO_FUA));
+    vrep_disk_close(disk);
+    CHECK_EQ(pread(fd, memory, SHORT, 0), SHORT);
+    for (size_t i = 0; i < SHORT; i++)
+        CHECK(memory[i] == (i < 2 * BLOCK ? 0 : i / BLOCK == 5 ? 0x55 : 0xaa));
+    CHECK_EQ(unlink(at("fill.live")), 0); /* the power went */
+    CHECK_OK(vrep_overlay_open(engine, at("fill"), onto, view_id, SHORT, BLOCK, &disk));
+    CHECK_EQ(vrep_overlay_present_bytes(disk), 3 * BLOCK);
+    vrep_disk_close(disk);
+    CHECK_EQ(truncate(at("fill"), 0), 0); /* its creation was cut off: nothing is believed */
+    CHECK_OK(vrep_overlay_open(engine, at("fill"), onto, view_id, SHORT, BLOCK, &disk));
+    CHECK_EQ(vrep_overlay_present_bytes(disk), 0);
+    vrep_disk_close(disk);
+    CHECK_EQ(unlink(at("fill.presence")), 0);
+    CHECK_STATUS(vrep_overlay_open(engine, at("fill"), onto, view_id, SHORT, BLOCK, &disk),
+                 VREP_E_CORRUPT);
+    close(fd);
+}
+
 static void poke(const char *name, off_t offset, uint8_t byte)
 {
     int fd = open(at(name), O_RDWR);
@@ -303,14 +345,16 @@ static void overlays_that_are_not_ours_are_refused(void)
     const off_t whole = (off_t)sizeof(struct vrep_presence_header) + 3 * 8;
     CHECK_OK(overlay("torn", &disk));
     vrep_disk_close(disk);
-    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), other_id, SHORT, BLOCK, &disk),
+    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), NULL, other_id, SHORT, BLOCK, &disk),
                  VREP_E_INVALID);
-    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), view_id, SHORT + 512, BLOCK, &disk),
+    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), NULL, view_id, SHORT + 512, BLOCK, &disk),
                  VREP_E_INVALID);
-    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), view_id, SHORT, 2 * BLOCK, &disk),
+    CHECK_STATUS(vrep_overlay_open(engine, at("torn"), NULL, view_id, SHORT, 2 * BLOCK, &disk),
                  VREP_E_INVALID);
-    CHECK_STATUS(vrep_overlay_open(engine, at("bad"), view_id, SHORT, 3000, &disk), VREP_E_INVALID);
-    CHECK_STATUS(vrep_overlay_open(engine, at("bad"), view_id, 100, BLOCK, &disk), VREP_E_INVALID);
+    CHECK_STATUS(vrep_overlay_open(engine, at("bad"), NULL, view_id, SHORT, 3000, &disk),
+                 VREP_E_INVALID);
+    CHECK_STATUS(vrep_overlay_open(engine, at("bad"), NULL, view_id, 100, BLOCK, &disk),
+                 VREP_E_INVALID);
     for (off_t bytes = 0; bytes < whole; bytes += 7) {
         CHECK_EQ(truncate(at("torn.presence"), whole), 0);
         CHECK_EQ(truncate(at("torn.presence"), bytes), 0);
@@ -391,6 +435,7 @@ int main(void)
     RUN(a_tail_that_is_no_whole_block_is_never_overrun);
     RUN(zero_and_extents);
     RUN(presence_follows_whole_blocks);
+    RUN(an_overlay_fills_another_disk);
     RUN(overlays_that_are_not_ours_are_refused);
     RUN(live_bits_that_are_not_ours_are_made_anew);
     RUN(an_unfinished_creation_starts_anew);

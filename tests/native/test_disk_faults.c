@@ -213,7 +213,7 @@ static void an_overlay_never_recovers_from_a_failed_sync(void)
     char path[300];
     snprintf(path, sizeof path, "%s/sticky", directory);
     for (int which = 0; which < 3; which++) {
-        CHECK_OK(vrep_overlay_open(engine, path, view_id, SIZE, 4096, &disk));
+        CHECK_OK(vrep_overlay_open(engine, path, NULL, view_id, SIZE, 4096, &disk));
         uint64_t before = vrep_overlay_present_bytes(disk);
         uint64_t at = (uint64_t)which * 65536;
         if (which == 2)
@@ -235,7 +235,7 @@ static void an_overlay_never_recovers_from_a_failed_sync(void)
         CHECK_EQ(syncs, counted); /* it does not even try */
         CHECK(vrep_overlay_present_bytes(disk) > before);
         vrep_disk_close(disk);
-        CHECK_OK(vrep_overlay_open(engine, path, view_id, SIZE, 4096, &disk));
+        CHECK_OK(vrep_overlay_open(engine, path, NULL, view_id, SIZE, 4096, &disk));
         CHECK_EQ(vrep_overlay_present_bytes(disk), before); /* no bit without stable data */
         vrep_disk_close(disk);
     }

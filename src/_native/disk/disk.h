@@ -127,9 +127,13 @@ int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint
 /* Creates `path` (sparse, disk_bytes) and `path`.presence, names synced; opens them when they exist
  * (LOCKED, INVALID: other size or view; CORRUPT, TORN, VERSION: the presence file). `path`.live is
  * made anew when it is not of this boot: it holds what was written and not synced yet, so that a
- * killed process loses nothing. The disk's preferred block is the overlay's. */
-int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
-                      uint64_t disk_bytes, uint32_t block_bytes, struct vrep_disk **out);
+ * killed process loses nothing. The disk's preferred block is the overlay's.
+ *
+ * With `onto` (file: or block:, of disk_bytes) the data go there, over whatever it holds, and
+ * `path` stays empty of data: that it has a size says that the presence file is stable. */
+int vrep_overlay_open(struct vrep_engine *engine, const char *path, const char *onto,
+                      const uint8_t view_id[16], uint64_t disk_bytes, uint32_t block_bytes,
+                      struct vrep_disk **out);
 bool vrep_disk_is_overlay(const struct vrep_disk *disk);
 /* First absent run of blocks inside [offset, offset + length), block-aligned; false when all is
  * present. */

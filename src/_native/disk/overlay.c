@@ -247,8 +247,34 @@ static int set_size(struct vrep_disk *disk, const char *path, uint64_t disk_byte
     return status;
 }
 
-int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_t view_id[16],
-                      uint64_t disk_bytes, uint32_t block_bytes, struct vrep_disk **out)
+/* Bytes of the file at path, which is empty until the view's presence file is stable. */
+static int marker_bytes(const char *path, uint64_t *bytes)
+{
+    struct stat st;
+    if (stat(path, &st) != 0)
+        return vrep_status_from_errno(errno);
+    *bytes = (uint64_t)st.st_size;
+    return VREP_OK;
+}
+
+/* Of a view that fills another disk, the same as set_size: the sparse file says it, and no more. */
+static int set_marker(const char *path, uint64_t disk_bytes)
+{
+    int status = sync_names(path);
+    if (status != VREP_OK)
+        return status;
+    int fd = open(path, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return vrep_status_from_errno(errno);
+    if (ftruncate(fd, (off_t)disk_bytes) != 0 || fsync(fd) != 0)
+        status = vrep_status_from_errno(errno);
+    close(fd);
+    return status;
+}
+
+int vrep_overlay_open(struct vrep_engine *engine, const char *path, const char *onto,
+                      const uint8_t view_id[16], uint64_t disk_bytes, uint32_t block_bytes,
+                      struct vrep_disk **out)
 {
     if (block_bytes < BLOCK_BYTES_MIN || block_bytes > BLOCK_BYTES_MAX ||
         (block_bytes & (block_bytes - 1)) != 0 || disk_bytes == 0 ||
@@ -262,18 +288,24 @@ int vrep_overlay_open(struct vrep_engine *engine, const char *path, const uint8_
     if (n < 0 || (size_t)n >= sizeof uri)
         return VREP_E_INVALID;
     struct vrep_disk *disk;
-    status = vrep_disk_open(engine, uri, 0, &disk);
+    status = vrep_disk_open(engine, onto != NULL ? onto : uri, 0, &disk);
     if (status != VREP_OK)
         return status;
-    bool fresh = disk->bytes == 0; /* judged under the lock: nobody else creates it now */
-    if (!fresh && disk->bytes != disk_bytes)
+    /* Judged under the lock of the data: nobody else creates it now. */
+    uint64_t bytes = disk->bytes;
+    if (onto != NULL && disk->bytes != disk_bytes)
+        status = VREP_E_INVALID;
+    else if (onto != NULL)
+        status = marker_bytes(path, &bytes);
+    bool fresh = bytes == 0;
+    if (status == VREP_OK && !fresh && bytes != disk_bytes)
         status = VREP_E_INVALID;
     disk->bytes = disk_bytes;
     disk->block_bytes = block_bytes; /* what covers less of an absent block waits for its fill */
     if (status == VREP_OK)
         status = presence_open(disk, path, view_id, block_bytes, fresh);
     if (status == VREP_OK && fresh)
-        status = set_size(disk, path, disk_bytes);
+        status = onto != NULL ? set_marker(path, disk_bytes) : set_size(disk, path, disk_bytes);
     if (status != VREP_OK) {
         vrep_disk_close(disk);
         return status;

@@ -54,7 +54,7 @@ static int open_disk(struct vrep_group *group, uint32_t index, const struct vrep
     memcpy(disk->name, from->name, strlen(from->name) + 1);
     int status;
     if (strncmp(from->uri, "view:", 5) == 0) {
-        status = vrep_overlay_open(group->engine, from->uri + 5, group->config.group_id,
+        status = vrep_overlay_open(group->engine, from->uri + 5, from->onto, group->config.group_id,
                                    from->bytes, VIEW_BLOCK_BYTES, &disk->disk);
     } else {
         uint32_t flags = (group->config.flags & VREP_GROUP_DIRECT) != 0 ? VREP_DISK_DIRECT : 0;

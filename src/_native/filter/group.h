@@ -23,6 +23,7 @@ struct vrep_group_disk {
     const char *uri;  /* file: block: or view:PATH (overlay) */
     uint64_t bytes;   /* expected size of an overlay to create; with `was` the size to have */
     uint64_t was;     /* a disk that is to get another size: what it had before; 0: none is */
+    const char *onto; /* of an overlay: the disk that takes its data; NULL: a file at PATH */
 };
 #define VREP_GROUP_TAP 1u /* replicate: ring, map, intent, state */
 #define VREP_GROUP_READ_ONLY 2u

@@ -73,8 +73,9 @@ cdef extern from "disk/disk.h" nogil:
     void vrep_disk_widen(const vrep_disk *disk, uint64_t *offset, uint64_t *length)
     int vrep_disk_extent(vrep_disk *disk, uint64_t offset, uint64_t max, uint64_t *length,
                          c_bool *hole)
-    int vrep_overlay_open(vrep_engine *engine, const char *path, const uint8_t *view_id,
-                          uint64_t disk_bytes, uint32_t block_bytes, vrep_disk **out)
+    int vrep_overlay_open(vrep_engine *engine, const char *path, const char *onto,
+                          const uint8_t *view_id, uint64_t disk_bytes, uint32_t block_bytes,
+                          vrep_disk **out)
     c_bool vrep_disk_is_overlay(const vrep_disk *disk)
     c_bool vrep_overlay_absent(const vrep_disk *disk, uint64_t offset, uint64_t length,
                                uint64_t *absent, uint64_t *absent_length)
@@ -235,7 +236,8 @@ cdef class Disk:
         elif len(view_id) != 16:
             raise InvalidError("a view id has 16 bytes")
         else:
-            check(vrep_overlay_open(engine.engine, name, view_id, size, block_bytes, &self.disk))
+            check(vrep_overlay_open(engine.engine, name, NULL, view_id, size, block_bytes,
+                                    &self.disk))
         engine.disks.add(self)
 
     cdef vrep_disk *enter(self) except NULL:

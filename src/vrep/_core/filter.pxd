@@ -57,6 +57,7 @@ cdef extern from "filter/group.h" nogil:
         const char *uri
         uint64_t bytes
         uint64_t was
+        const char *onto
     struct vrep_group_config:
         uint8_t group_id[16]
         uint8_t target_id[16]

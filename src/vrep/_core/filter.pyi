@@ -20,6 +20,7 @@ class Disk(NamedTuple):
     uri: str
     size: int = 0
     was: int = 0
+    onto: str = ""
 
 class Miss(NamedTuple):
     ticket: int

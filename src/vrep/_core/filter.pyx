@@ -39,14 +39,16 @@ MISSES_MAX = 64
 class Disk(NamedTuple):
     """A disk to open: ``uri`` is ``file:``, ``block:`` or ``view:``.
 
-    ``size`` is that of a view. With ``was`` a disk that had that size is to get ``size``: if its
-    backing cannot, it is served as it was.
+    ``size`` is that of a view, and ``onto`` the URI of the disk that takes its data instead of a
+    file of its own. With ``was`` a disk that had that size is to get ``size``: if its backing
+    cannot, it is served as it was.
     """
 
     name: str
     uri: str
     size: int = 0
     was: int = 0
+    onto: str = ""
 
 
 class Miss(NamedTuple):
@@ -158,18 +160,19 @@ cdef class Group:
                             ("epoch_id", epoch_id)):
             if len(value) != 16:
                 raise InvalidError(f"{name} is not 16 bytes")
-        kept = [(disk.name.encode(), disk.uri.encode()) for disk in disks]
+        kept = [(disk.name.encode(), disk.uri.encode(), disk.onto.encode()) for disk in disks]
         shm = None if shm_dir is None else str(shm_dir).encode()
         state = None if state_dir is None else str(state_dir).encode()
         array = <vrep_group_disk *>calloc(len(disks), sizeof(vrep_group_disk))
         if array == NULL:
             raise MemoryError
         try:
-            for i, (name, uri) in enumerate(kept):
+            for i, (name, uri, onto) in enumerate(kept):
                 array[i].name = <const char *>name
                 array[i].uri = <const char *>uri
                 array[i].bytes = disks[i].size
                 array[i].was = disks[i].was
+                array[i].onto = <const char *>onto if onto else NULL
             memcpy(config.group_id, <const char *>group_id, 16)
             memcpy(config.target_id, <const char *>target_id, 16)
             memcpy(config.epoch_id, <const char *>epoch_id, 16)

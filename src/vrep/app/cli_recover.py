@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,24 @@ from vrep.app.cli_common import At, Directory, Group, Json, Since, site_of
 from vrep.app.cli_output import Progress, emit
 from vrep.app.cli_view import changes_text, export_text, points_text, view_text
 from vrep.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from vrep.recovery.view import ViewInfo
+
+Pause = Annotated[
+    bool, typer.Option("--pause", help="Cut off a VM that uses the disks; its I/O waits.")
+]
+Wait = Annotated[
+    float, typer.Option("--wait", metavar="SECONDS", help="For the last changes to be durable.")
+]
+Onto = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--onto",
+        metavar="NAME=URI",
+        help="Fill this file: or block: in place, over what it holds. May be given again.",
+    ),
+]
 
 app = typer.Typer()
 test = typer.Typer(no_args_is_help=True, help="Try a recovery; replication goes on.")
@@ -86,11 +104,13 @@ def failover_start(
         bool, typer.Option("--force", help="Even while the source is reachable and its VM runs.")
     ] = False,
     since: Since = None,
+    onto: Onto = None,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Serve the disks for good; the old source is refused from here on."""
-    view = site_of(directory).failover_start(group, at, force=force, since=since)
+    places = onto_of(onto)
+    view = site_of(directory).failover_start(group, at, force=force, since=since, onto=places)
     emit(view, as_json, lambda: view_text(view))
 
 
@@ -111,20 +131,18 @@ def failover_rollback(group: Group, directory: Directory = None, as_json: Json =
 @app.command("move")
 def move(
     group: Group,
-    pause: Annotated[
-        bool,
-        typer.Option("--pause", help="Cut off a VM that uses the disks; its I/O waits."),
-    ] = False,
-    wait: Annotated[
-        float,
-        typer.Option("--wait", metavar="SECONDS", help="For the last changes to become durable."),
-    ] = 120.0,
+    pause: Pause = False,
+    wait: Wait = 120.0,
+    onto: Onto = None,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Take a group over from its source, which lives: nothing is lost."""
+    places = onto_of(onto)
     with Progress("checking the history", as_json) as progress:
-        view = site_of(directory).move(group, pause=pause, wait_s=wait, progress=progress)
+        view = site_of(directory).move(
+            group, pause=pause, wait_s=wait, onto=places, progress=progress
+        )
     emit(view, as_json, lambda: view_text(view))
 
 
@@ -137,6 +155,31 @@ def reverse(group: Group, directory: Directory = None, as_json: Json = False) ->
         {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
         as_json,
         f"{made.name}: protected back to its old site, in epoch {made.epoch}",
+    )
+
+
+@app.command("failback")
+def failback(
+    group: Group,
+    pause: Pause = False,
+    wait: Wait = 120.0,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Return to the old site, here, onto the disks that the group had."""
+
+    def moved(view: ViewInfo) -> None:
+        if not as_json:
+            print(view_text(view), flush=True)
+
+    with Progress("failback", as_json) as progress:
+        made = site_of(directory).failback(
+            group, pause=pause, wait_s=wait, moved=moved, progress=progress.step
+        )
+    emit(
+        {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
+        as_json,
+        f"{made.name}: is back on its own disks, and protected again, in epoch {made.epoch}",
     )
 
 
@@ -158,6 +201,13 @@ def export(
             group, out, at=at, format=format_, sha256=sha256, progress=progress.step
         )
     emit(result, as_json, lambda: export_text(result))
+
+
+def onto_of(words: list[str] | None) -> dict[str, str]:
+    """The disks that are filled in place, by name."""
+    from vrep.recovery.onto import parse_onto
+
+    return parse_onto(words or [])
 
 
 __all__ = ["app"]

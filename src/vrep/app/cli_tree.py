@@ -36,7 +36,7 @@ COMMANDS: Final = {
     "failover": "cli_recover",
     "move": "cli_recover",
     "reverse": "cli_recover",
-    "failback": "cli_later",
+    "failback": "cli_recover",
     "export": "cli_recover",
     "verify": "cli_verify",
     "demo": "cli_run",

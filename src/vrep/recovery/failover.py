@@ -29,6 +29,7 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.held import HeldGroup, find_group
 from vrep.recovery.history import History, resolve
+from vrep.recovery.onto import place_onto
 from vrep.recovery.view import (
     PROTECTED,
     ViewDirectory,
@@ -155,9 +156,10 @@ def start(
     *,
     force: bool = False,
     since: str | None = None,
+    onto: Mapping[str, str] | None = None,
 ) -> ViewInfo:
     """Take a group over at a point, or go on with a failover that was cut off. `since`: the point
-    from which its view's dirty bitmap counts.
+    from which its view's dirty bitmap counts. `onto`: disks that are filled in place, by name.
 
     SourceAliveError while the source's VM runs or may run, unless `force`.
     """
@@ -167,9 +169,10 @@ def start(
     try:
         view = failover.view()
         if view is None:
-            view = _begin(failover, at, force=force, since=since)
+            view = _begin(failover, at, force=force, since=since, onto=onto)
         else:
             _check_resumed(view.load(), at, since)
+            _check_onto(view.load(), onto or {})
         record = view.load()
         if record.state == "starting":
             _raise(failover, view, record)
@@ -208,19 +211,35 @@ def _check_resumed(record: ViewRecord, at: str, since: str | None) -> None:
         )
 
 
-def _begin(failover: Failover, at: str, *, force: bool, since: str | None) -> ViewDirectory:
+def _check_onto(record: ViewRecord, onto: Mapping[str, str]) -> None:
+    """StateError when other disks are to be filled than those that are."""
+    filled = {disk.name: disk.onto for disk in record.disks if disk.onto}
+    if any(filled.get(name) != uri for name, uri in onto.items()):
+        raise errors.StateError(
+            f"the failover of {record.group!r} that is under way fills {filled}"
+        )
+
+
+def _begin(
+    failover: Failover, at: str, *, force: bool, since: str | None, onto: Mapping[str, str] | None
+) -> ViewDirectory:
     """Step 1: everything that can be wrong without a trace is found wrong here."""
     failover.require_other_writer()
     if not force:
         _require_no_writer(failover)
-    return choose(failover, at, since=since)
+    return choose(failover, at, since=since, onto=onto)
 
 
 def choose(
-    failover: Failover, at: str, *, since: str | None = None, asked: str | None = None
+    failover: Failover,
+    at: str,
+    *,
+    since: str | None = None,
+    asked: str | None = None,
+    onto: Mapping[str, str] | None = None,
 ) -> ViewDirectory:
     """The view of a failover, with its point, claimed; its key is proven. `asked`: what stands in
-    the record instead of the point that was asked for."""
+    the record instead of the point that was asked for. `onto`: see `start`."""
     held, paths = failover.held, failover.paths
     current = failover.require_other_writer()
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
@@ -233,6 +252,7 @@ def choose(
         msgspec.structs.replace(
             record,
             asked=asked or record.asked,
+            disks=place_onto(paths, held.hex, record.disks, onto or {}),
             old_writer=current.writer.hex(),
             old_epoch=current.epoch,
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from vrep import errors
@@ -46,11 +46,13 @@ def move(
     *,
     pause: bool = False,
     wait_s: float = WAIT_S,
+    onto: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> ViewInfo:
     """Take a group over from its source, without a loss. BusyError while clients use the disks
-    there, unless `pause` cuts them off. `progress` hears the bytes of history that are checked;
-    `wait_s` bounds how long the guest waits for the last change to become durable here."""
+    there, unless `pause` cuts them off. `onto`: disks that are filled in place. `progress` hears
+    the bytes of history that are checked; `wait_s` bounds how long the guest waits for its last
+    change to become durable here."""
     failover = Failover(paths, group)
     view = failover.view()
     if view is not None and view.load().asked != MOVED:
@@ -65,7 +67,7 @@ def move(
             view = None
     paths.make_run()
     if view is None:
-        view = _take_over(failover, pause=pause, wait_s=wait_s, progress=progress)
+        view = _take_over(failover, onto or {}, pause=pause, wait_s=wait_s, progress=progress)
     record = view.load()
     if record.state == "starting":
         entry = failover.provisional()
@@ -76,7 +78,12 @@ def move(
 
 
 def _take_over(
-    failover: Failover, *, pause: bool, wait_s: float, progress: Progress | None
+    failover: Failover,
+    onto: Mapping[str, str],
+    *,
+    pause: bool,
+    wait_s: float,
+    progress: Progress | None,
 ) -> ViewDirectory:
     """Steps 1 to 4."""
     failover.require_other_writer()
@@ -95,7 +102,7 @@ def _take_over(
             raise errors.OmittedError(
                 f"the source's last change is {last}, but its tallies cover {tallied}"
             )
-        view = failovers.choose(failover, f"pos:{last}", asked=MOVED)
+        view = failovers.choose(failover, f"pos:{last}", asked=MOVED, onto=onto)
         failover.door.keep_halted()
         entry = failover.door.raise_moved(failover.site_id)
     except BaseException:

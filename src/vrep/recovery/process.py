@@ -140,7 +140,10 @@ class View:
         disks = sorted(record.disks, key=lambda disk: disk.index)
         self._index = [disk.index for disk in disks]
         return Group(
-            [Disk(d.name, f"view:{directory.overlay(d.name)}", d.bytes) for d in disks],
+            [
+                Disk(d.name, f"view:{directory.overlay(d.name)}", d.bytes, onto=d.onto)
+                for d in disks
+            ],
             group_id=bytes.fromhex(record.id).ljust(16, b"\0"),
             tap=False,
         )

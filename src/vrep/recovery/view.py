@@ -106,6 +106,8 @@ class RecordedDisk(msgspec.Struct, frozen=True):
     name: str
     bytes: int
     index: int
+    onto: str = ""
+    """URI of the disk that is filled in place; empty: a sparse file of the view"""
 
 
 class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,11 +168,11 @@ class ViewDirectory:
 
     def data_path(self, disk: RecordedDisk) -> Path:
         """Where the bytes of a disk are."""
-        return self.overlay(disk.name)
+        return Path(disk.onto.partition(":")[2]) if disk.onto else self.overlay(disk.name)
 
     def disk_uri(self, disk: RecordedDisk) -> str:
         """A disk whose blocks are all present, as the disk of a group."""
-        return f"file:{self.data_path(disk)}"
+        return disk.onto or f"file:{self.data_path(disk)}"
 
     def load(self) -> ViewRecord:
         try:

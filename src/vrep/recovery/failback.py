@@ -1,0 +1,59 @@
+"""Failback: a group returns to the site that wrote it before, onto the disks that it had there.
+
+A move to here whose view fills the old disks in place: the VM runs from them behind the filter at
+once, and what is right in them is known from the view's presence file. Once they are whole the
+group is protected to the other site again. Each part goes on where it was cut off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vrep import errors
+from vrep.groups import GroupDefinition, GroupDirectory, GroupOptions
+from vrep.paths import SitePaths
+from vrep.recovery.failover import Failover
+from vrep.recovery.move import WAIT_S, move
+from vrep.recovery.reverse import reverse
+from vrep.recovery.view import ViewInfo
+
+__all__ = ["failback"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def failback(
+    paths: SitePaths,
+    group: str,
+    options: GroupOptions,
+    *,
+    pause: bool = False,
+    wait_s: float = WAIT_S,
+    moved: Callable[[ViewInfo], None] | None = None,
+    progress: Progress | None = None,
+) -> GroupDefinition:
+    """Return a group to this site, which wrote it before. `moved` hears of the view as soon as its
+    VM may run; `progress` of the bytes of each part. See `move` and `reverse`."""
+    failover = Failover(paths, group)
+    mine = GroupDirectory(paths.root).of_id(failover.held.hex)
+    if mine is None:
+        raise errors.StateError(
+            f"{failover.held.name!r} was never written at this site: 'vrep move' takes it over"
+        )
+
+    def part(name: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(name, done, total)
+
+    if mine.yielded:
+        onto = {disk.name: disk.uri for disk in mine.disks}
+        view = move(
+            paths,
+            group,
+            pause=pause,
+            wait_s=wait_s,
+            onto=onto,
+            progress=part("checking the history"),
+        )
+        if moved is not None:
+            moved(view)
+    return reverse(paths, group, options, progress=part("filling the disks"))
