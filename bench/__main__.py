@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.pipeline import replicate, tap
+from bench.pipeline import replicate, tap, vhost
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "value", "unit", "against", "ratio", "target", "met", "void")
-PIPELINE = ("tap", "write", "single", "large", "steady", "first", "rto")
+PIPELINE = ("tap", "vhost", "write", "single", "large", "steady", "first", "rto")
 QUICK: dict[str, list[str]] = {
     "disk": ["--mib", "64", "--runs", "1", "--seconds", "0.3"],
     "filter": ["--writes", "20000", "--runs", "3"],
@@ -103,7 +103,12 @@ def main() -> None:
         for each in tap.rows(runs, seconds, arguments.load):
             print(each, flush=True)
             table.append(asdict(each))
-    if arguments.only is None or arguments.only in PIPELINE[1:-1]:
+    if arguments.only in (None, "vhost"):
+        print("== vhost")
+        for each in vhost.rows(runs=arguments.runs or (2 if arguments.quick else 5)):
+            print(each, flush=True)
+            table.append(asdict(each))
+    if arguments.only is None or arguments.only in PIPELINE[2:-1]:
         print("== pipeline")
         plan = replicate.QUICK if arguments.quick else replicate.Plan()
         if arguments.runs:

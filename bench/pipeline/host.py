@@ -1,6 +1,6 @@
-"""Serve one disk over NBD until SIGTERM, tapped or not; then print what happened.
+"""Serve one disk over NBD or vhost-user-blk until SIGTERM, tapped or not; then print what was.
 
-    python -m bench.pipeline.host SOCKET IMAGE [--follow PROGRAM]
+    python -m bench.pipeline.host SOCKET IMAGE [--follow PROGRAM] [--vhost]
 
 With ``--follow`` the group has its replication tap, and a second process reads and
 checksums every record. Prints one JSON object: the group's status, the server's
@@ -25,7 +25,9 @@ RING_BYTES = 256 << 20
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def serve(socket: str, image: str, follow: str | None, shm: Path, state: Path) -> dict[str, Any]:
+def serve(
+    socket: str, image: str, follow: str | None, vhost: bool, shm: Path, state: Path
+) -> dict[str, Any]:
     follower: subprocess.Popen[bytes] | None = None
     seen: dict[str, int] = {}
     group = Group(
@@ -37,14 +39,14 @@ def serve(socket: str, image: str, follow: str | None, shm: Path, state: Path) -
         tap=follow is not None,
         ring_bytes=RING_BYTES,
     )
-    server = Server(group, socket)
+    server = Server(group, vhost={"disk": socket}) if vhost else Server(group, socket)
     if follow is not None:
         fds = group.consumer_attach("target")
         command = [follow, str(shm / "ring"), *map(str, fds)]
         follower = subprocess.Popen(command, pass_fds=fds, stdout=subprocess.PIPE)
     server.start()
     signal.sigwait(SIGNALS)
-    stats = server.stats
+    stats = dict(server.vhost_stats()["disk"] if vhost else server.stats)
     server.stop()
     if follower is not None:
         follower.send_signal(signal.SIGTERM)
@@ -55,7 +57,7 @@ def serve(socket: str, image: str, follow: str | None, shm: Path, state: Path) -
     theirs = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "status": status,
-        "server": dict(stats),
+        "server": stats,
         "follower": seen,
         "cpu_s": used.ru_utime + used.ru_stime,
         "follower_cpu_s": theirs.ru_utime + theirs.ru_stime,
@@ -67,13 +69,21 @@ def main() -> None:
     parser.add_argument("socket")
     parser.add_argument("image")
     parser.add_argument("--follow")
+    parser.add_argument("--vhost", action="store_true")
     arguments = parser.parse_args()
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm", prefix="vrep-bench-") as shm,
         tempfile.TemporaryDirectory(dir=Path(arguments.image).parent) as state,
     ):
-        result = serve(arguments.socket, arguments.image, arguments.follow, Path(shm), Path(state))
+        result = serve(
+            arguments.socket,
+            arguments.image,
+            arguments.follow,
+            arguments.vhost,
+            Path(shm),
+            Path(state),
+        )
     print(json.dumps(result))
 
 

@@ -22,7 +22,9 @@
 #include "check.h"
 #include "serve/vhost_protocol.h"
 
+#ifndef MEMORY_BYTES
 #define MEMORY_BYTES (8u << 20)
+#endif
 #define GUEST_AT UINT64_C(0x100000000)
 #define USER_AT UINT64_C(0x7f0000000000)
 #define QUEUE_ROOM (64u << 10)
