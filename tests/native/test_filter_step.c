@@ -1,5 +1,7 @@
 /* A stepped group: nothing happens by itself, completions come in the order that the driver takes,
  * and what was not stepped before a kill never happened. */
+#include <errno.h>
+
 #include "check.h"
 #include "filter_rig.h"
 
@@ -101,6 +103,32 @@ static void time_is_what_the_driver_says(void)
     rig_free(&rig);
 }
 
+static void a_step_can_fail(void)
+{
+    stepped();
+    struct vrep_command *commands[1];
+    bool done[1];
+    send(commands, done, 1);
+    struct vrep_group_step step;
+    uint32_t write = 0;
+    while (vrep_group_waiting(rig.group, write, &step) && step.kind != VREP_STEP_DISK)
+        write++;
+    vrep_group_step_failing(rig.group, write, EIO);
+    for (int i = 0; i < 10 && !done[0]; i++) { /* what is there is read again, and recorded */
+        vrep_group_poll(rig.group);
+        step_all(VREP_STEP_DISK);
+    }
+    CHECK(done[0]);
+    CHECK_STATUS(commands[0]->status, VREP_E_IO);
+    vrep_command_put(commands[0]);
+    uint8_t byte = 1;
+    int fd = open(rig.disk, O_RDONLY);
+    CHECK(fd >= 0 && pread(fd, &byte, 1, 0) == 1);
+    close(fd);
+    CHECK_EQ(byte, 0);
+    rig_free(&rig);
+}
+
 static void what_was_not_stepped_never_happened(void)
 {
     stepped();
@@ -129,6 +157,7 @@ static void what_was_not_stepped_never_happened(void)
 int main(void)
 {
     RUN(completions_come_in_the_drivers_order);
+    RUN(a_step_can_fail);
     RUN(time_is_what_the_driver_says);
     RUN(what_was_not_stepped_never_happened);
     return check_report();

@@ -9,14 +9,13 @@ from __future__ import annotations
 import errno
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from guest import GUEST_S
 from kernel import NS, Kernel, Violation
 from net import Network
 from oracle import Oracle
-from plan import Plan
+from plan import AT_SOURCE, Plan
 from sites import EAST, GROUP, GROUP_ID, SourceSite, TargetSite
 
 from vrep.errors import StateError, VrepError
@@ -48,18 +47,19 @@ class Faults:
         """all that was to break has"""
         self.failed_over = False
         """another site keeps the group"""
-        self._saved: tuple[Path, list[Any], int] | None = None
 
     def run(self) -> None:
-        """All of them, and again what did not work."""
-        rng = self._rng
-        for fault in self._plan.faults:
-            self._kernel.sleep(
-                rng.expovariate(1 / (0.2 + self._plan.writes * self._plan.write_s / 12))
-            )
-            self._kernel.note(f"fault: {fault}")
-            self._kernel.event(f"fault {fault}")
-            getattr(self, "_" + fault.replace(" ", "_"))()
+        """All of them, those of the two sites side by side, and again what did not work."""
+        rest = [1]
+        at_source = [fault for fault in self._plan.faults if fault in AT_SOURCE]
+
+        def there() -> None:
+            self._break(at_source)
+            rest.pop()
+
+        self._kernel.spawn(self._kernel.outside, there, "faults:west")
+        self._break([fault for fault in self._plan.faults if fault not in AT_SOURCE])
+        self._kernel.wait_until(lambda: not rest, 1e6, look_s=0.2)
         for what, again in (("torn write", self._power_target), ("cut", self._cut)):
             tries = 0
             while not self._kernel.events[what]:
@@ -71,6 +71,14 @@ class Faults:
         if self._plan.failover_kept:
             self._failover(keep=True)
         self.over = True
+
+    def _break(self, faults: list[str]) -> None:
+        pause_s = 0.2 + self._plan.writes * self._plan.write_s / 8
+        for fault in faults:
+            self._kernel.sleep(self._rng.expovariate(1 / pause_s))
+            self._kernel.note(f"fault: {fault}")
+            self._kernel.event(f"fault {fault}")
+            getattr(self, "_" + fault.replace(" ", "_"))()
 
     def _soon(self, process: Any) -> None:
         """Kill a process now, or at one of its next operations."""
@@ -175,6 +183,13 @@ class Faults:
         self._kernel.sleep(self._rng.random() * 3)
         self._west.spill_disk.fail_syncs = 0.0
 
+    def _bad_disk(self) -> None:
+        """Requests to the guest's disks fail, for a while."""
+        self._oracle.may_fail = True
+        self._west.bad_disk = self._rng.choice((0.1, 0.4))
+        self._kernel.sleep(1 + self._rng.random() * 3)
+        self._west.bad_disk = 0.0
+
     def _clock(self) -> None:
         """The wall clocks of both sites jump."""
         self._kernel.wall_ahead_ns += self._rng.randrange(-3600, 3600) * NS
@@ -185,17 +200,20 @@ class Faults:
         if self.failed_over:
             return
         kernel.kill(self._east.process)
-        if self._saved is None:
-            kept = directory.with_name("kept")
-            if directory.is_dir():
-                shutil.copytree(directory, kept)
-                self._saved = (kept, list(self._oracle.ledger.taken), len(self._oracle.epochs))
-        elif self._saved[2] == len(self._oracle.epochs):
-            kept, taken, _epochs = self._saved
-            shutil.rmtree(directory)
-            shutil.copytree(kept, directory)
-            self._oracle.target_is_old(taken)
-            kernel.event("old target")
+        if not directory.is_dir():
+            self._restart_target()
+            return
+        kept = directory.with_name("kept")
+        shutil.copytree(directory, kept)
+        taken, epochs = list(self._oracle.ledger.taken), len(self._oracle.epochs)
+        self._restart_target()
+        kernel.sleep(self._rng.random() * 3)
+        assert epochs == len(self._oracle.epochs), "nothing else breaks meanwhile"
+        kernel.kill(self._east.process)
+        shutil.rmtree(directory)
+        kept.rename(directory)
+        self._oracle.target_is_old(taken)
+        kernel.event("old target")
         self._restart_target()
 
     def _verify(self) -> None:

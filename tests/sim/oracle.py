@@ -19,7 +19,7 @@ from kernel import Kernel, Violation
 
 from vrep._core import layout, record
 from vrep._core.ring import RingReader
-from vrep.errors import RangeError
+from vrep.errors import RangeError, StorageError
 from vrep.keys.datakey import DataKey
 from vrep.target.manifest import EpochState, Position
 from vrep.wire import messages as m
@@ -66,6 +66,7 @@ class Flight:
     seq: int = 0
     """of its record; 0: none seen"""
     lost: bool = False
+    unsure: bool = False
     sent_ns: int = 0
 
 
@@ -111,6 +112,11 @@ class Oracle:
         self.epochs = [Epoch(1, WEST, Position())]
         self.fenced = 1
         """records of an older epoch are not written any more"""
+        self.acks = 0
+        self.may_fail = False
+        """requests to the source's disks failed"""
+        self.unsure_flush = False
+        """one of them was a sync"""
         self.amnesia = False
         """the target lost what it had acknowledged, and the source does not know yet"""
         self.deciding = False
@@ -141,24 +147,45 @@ class Oracle:
     def answered(self, flight: Flight, group: Any, source: Callable[[int], bytes]) -> None:
         """A command was answered: invariants 1, 4 and 6."""
         self.flights.remove(flight)
+        try:
+            got = group.result(flight.pending)
+        except StorageError:
+            self._failed(flight, group, source)
+            return
         at, end = flight.offset, flight.offset + flight.length
         if flight.op == "flush":
             self.flushed[flight.disk] = max(self.flushed[flight.disk], flight.stamp)
             return
         if flight.op == "read":
-            got = group.result(flight.pending)
-            if got != self.model[flight.disk][at:end]:
+            if got != self.model[flight.disk][at:end] and not flight.unsure:
                 raise Violation(f"4: a read of disk {flight.disk} at {at} shows other bytes")
             return
         if flight.op in ("write", "zero") and not flight.seq and not group.status()["gap"]:
             raise Violation(
                 f"1: the {flight.op} of disk {flight.disk} at {at} was answered without a record"
             )
-        if flight.op == "discard":
+        if flight.op == "discard" or flight.unsure:
             self.model[flight.disk][at:end] = source(flight.disk)[at:end]
         else:
             self.model[flight.disk][at:end] = flight.data
         self._touch(flight)
+
+    def _failed(self, flight: Flight, group: Any, source: Callable[[int], bytes]) -> None:
+        """A command failed: what it was to change is there or not, or in part."""
+        if not self.may_fail:
+            raise Violation(f"6: a {flight.op} of the guest failed on a disk that is well")
+        self.kernel.event("failed command")
+        at, end = flight.offset, flight.offset + flight.length
+        if flight.op not in ("flush", "read"):
+            self.model[flight.disk][at:end] = source(flight.disk)[at:end]
+            self._touch(flight)
+
+    def flush_failed(self, disk: int, source: Callable[[int], bytes]) -> None:
+        """A sync of the source's disk failed: what it lost, it lost."""
+        self.unsure_flush = True
+        for flight in self.flights:
+            flight.unsure = True  # it may be done, and lost
+        self.model[disk][:] = source(disk)
 
     def drop_guest(self) -> None:
         """What was in flight is never answered."""
@@ -178,7 +205,7 @@ class Oracle:
     # ---- the ring -----------------------------------------------------------------------
 
     def filter_opened(self, observer: RingReader, status: dict[str, Any]) -> None:
-        if status["unverified"]:
+        if status["unverified"] and not (status["unverified"] == "flush" and self.unsure_flush):
             raise Violation(f"9: the group is unverified ({status['unverified']})")
         if status["opened_as"] in ("power-loss", "new"):
             self.head = max(self.head, observer.released)
@@ -358,6 +385,7 @@ class Oracle:
                 raise Violation(
                     f"7: {message.durable_seq} was told durable, {self.store.durable} is"
                 )
+            self._told_points(message)
         elif isinstance(message, m.GroupOpened):
             self.told(message.lanes[0].durable.seq)
             if self.current.writer != WEST:
@@ -367,6 +395,17 @@ class Oracle:
             self.kernel.event("session")
         elif isinstance(message, m.Refused) and message.code == "fenced":
             self.kernel.event("fenced")
+
+    def _told_points(self, message: m.Ack) -> None:
+        """What a source is told of points can be recovered; looked at now and then."""
+        self.acks += 1
+        if self.acks % 16 or message.points is m.UNSET:
+            return
+        wanted = set(self.recoverable(self.store.durable))
+        for point in (message.points.oldest, message.points.newest):
+            at = point.position
+            if Position(at.epoch, at.lane, at.seq) not in wanted:
+                raise Violation(f"8: a source is told of a point at {at}, which is none")
 
     def _durable_seq(self) -> int:
         return int(self.store.durable.seq) if self.store is not None else 0

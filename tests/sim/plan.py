@@ -34,9 +34,15 @@ FAULTS: Final = {
     "failed sync": 1,
     "failed spill": 1,
     "old target": 1,
+    "bad disk": 2,
     "clock": 1,
 }
 """and how often each is drawn"""
+AT_SOURCE: Final = (
+    *("kill source", "kill filter", "power source", "close filter"),
+    *("mark", "pause", "failed spill", "bad disk"),
+)
+"""these break while others do at the target and between the sites"""
 CRASHES: Final = ("kill source", "kill filter", "kill target")
 
 
@@ -66,7 +72,7 @@ class Plan:
     def draw(cls, seed: int) -> Plan:
         rng = random.Random(f"plan {seed}")
         faults = [rng.choice(CRASHES), "cut", "power target"]
-        faults += rng.choices(list(FAULTS), list(FAULTS.values()), k=rng.randrange(3, 8))
+        faults += rng.choices(list(FAULTS), list(FAULTS.values()), k=rng.randrange(4, 10))
         rng.shuffle(faults)
         return cls(
             seed=seed,

@@ -17,9 +17,11 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -33,12 +35,13 @@ from world import play
 
 from vrep._core import log as native_log
 
-SEEDS: Final = 150
-FRESH: Final = 50
+SEEDS: Final = 100
+FRESH: Final = 40
 PER_SEED: Final = ("crash", "cut", "torn write")
 """what every seed has at least once"""
 EVER: Final = (
     *("crash", "cut", "torn write", "hang", "full disk", "failed sync", "old target"),
+    *("failed request", "failed flush", "failed command"),
     *("gap", "gap end", "sync copy", "spill", "fold", "merge", "mark", "stream", "re-seal"),
     *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
     *("opened new", "opened clean", "opened killed", "opened power-loss"),
@@ -99,37 +102,74 @@ def judge(seed: int, events: Counter[str], error: str) -> str:
     return f"it has no {', '.join(missing)}" if missing else ""
 
 
-def run(seeds: list[int], jobs: int) -> int:
-    began = time.monotonic()
-    command = [sys.executable, __file__, "--worker"]
-    # The order of a set of names must be the same in a replay.
-    environment = {**os.environ, "PYTHONHASHSEED": "0"}
-    workers = [
-        subprocess.Popen(
-            [*command, json.dumps(seeds[job::jobs])],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for job in range(jobs)
-    ]
-    totals: Counter[str] = Counter()
-    played, failed = set(), {}
-    for worker in workers:
+class Results:
+    """What workers tell, as it comes."""
+
+    def __init__(self, workers: list[subprocess.Popen[str]]) -> None:
+        self.totals: Counter[str] = Counter()
+        self.played: set[int] = set()
+        self.failed: dict[int, str] = {}
+        self._workers = workers
+        self._lock = threading.Lock()
+
+    def collect(self) -> None:
+        threads = [threading.Thread(target=self._read, args=(worker,)) for worker in self._workers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _read(self, worker: subprocess.Popen[str]) -> None:
         assert worker.stdout is not None
         for line in worker.stdout:
             found = json.loads(line)
-            events = Counter(found["events"])
-            played.add(found["seed"])
-            totals += events
-            error = judge(found["seed"], events, found["error"])
-            if error:
-                failed[found["seed"]] = error
-                print(f"seed {found['seed']}: {error}\n  make sim SEED={found['seed']}", flush=True)
-            if len(failed) >= FAILED_MAX:
-                worker.terminate()
+            with self._lock:
+                self._take(found["seed"], Counter(found["events"]), found["error"])
         worker.wait()
+
+    def _take(self, seed: int, events: Counter[str], error: str) -> None:
+        self.played.add(seed)
+        self.totals += events
+        error = judge(seed, events, error)
+        if error:
+            self.failed[seed] = error
+            print(f"seed {seed}: {error}\n  make sim SEED={seed}", flush=True)
+        if len(self.failed) >= FAILED_MAX:
+            self.stop()
+
+    def stop(self) -> None:
+        for worker in self._workers:
+            worker.terminate()
+
+
+def run(seeds: list[int], jobs: int) -> int:
+    began = time.monotonic()
+    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="vrep-sim-", dir=base) as root:
+        # The order of a set of names must be the same in a replay.
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "TMPDIR": root}
+        errors = (Path(root) / "errors").open("w+")
+        results = Results(
+            [
+                subprocess.Popen(
+                    [sys.executable, __file__, "--worker", json.dumps(seeds[job::jobs])],
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env=environment,
+                )
+                for job in range(jobs)
+            ]
+        )
+        try:
+            results.collect()
+        finally:
+            results.stop()
+        with errors:
+            errors.seek(0)
+            said = [line for line in errors if not line.startswith("vrep ")]
     passed_s = time.monotonic() - began
+    totals, failed, played = results.totals, results.failed, results.played
     print(", ".join(f"{what} {count}" for what, count in sorted(totals.items())))
     events = sum(count for what, count in totals.items() if what not in NOTHING)
     rate = 60 * len(played) / passed_s
@@ -137,13 +177,15 @@ def run(seeds: list[int], jobs: int) -> int:
         f"{len(played)} seeds, {events} events, {len(failed)} failed, {passed_s:.1f} s: "
         f"{rate:.0f} seeds a minute"
     )
-    never = [what for what in EVER if not totals[what]] if not failed and len(seeds) > 1 else []
+    if failed:
+        return 1
+    never = [what for what in EVER if not totals[what]] if len(seeds) > 1 else []
     if never:
         print(f"never happened: {', '.join(never)}")
-    lost = sorted(set(seeds) - played) if len(failed) < FAILED_MAX else []
+    lost = sorted(set(seeds) - played)
     if lost:
-        print(f"a worker ended before it had played {lost[:5]}")
-    return 1 if failed or never or lost else 0
+        print(f"a worker ended before it had played {lost[:5]}: {''.join(said[-20:])}")
+    return 1 if never or lost else 0
 
 
 def main() -> int:
@@ -167,6 +209,7 @@ def main() -> int:
             return run([arguments.seed], 1)
         play_all([arguments.seed], trace=True)
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # directories are removed
     base = arguments.base or random.SystemRandom().randrange(10_000, 1 << 40)
     print(f"seeds 1 to {arguments.seeds}, and {arguments.fresh} from base {base} on", flush=True)
     seeds = [*range(1, arguments.seeds + 1), *range(base, base + arguments.fresh)]

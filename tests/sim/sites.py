@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import shutil
 import types
@@ -101,6 +102,8 @@ class SourceSite:
         self.group: GroupDriver | None = None
         self.gate: Gate | None = None
         self.spill_disk = SpillDisk(kernel.rng)
+        self.bad_disk = 0.0
+        """how often a request to the guest's disks fails"""
         self.kicks: list[Task] = []
         self.ring_waiters: list[Task] = []
         self.disks = [root / f"disk{number}" for number in range(len(plan.disk_bytes))]
@@ -225,13 +228,20 @@ class SourceSite:
                 break
             self.filter.burn()
             index = kernel.rng.randrange(len(steps))
-            self._step(index, steps[index])
+            if steps[index].kind == "disk" and kernel.rng.random() < self.bad_disk:
+                self._fail(index, steps[index])
+            else:
+                self._step(index, steps[index])
             steps = group.steps()
         group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
         group.poll()
         self.look()
         self.after_turn()
-        return kernel.rng.random() * (0.002 if group.steps() else 0.2)
+        if group.steps():
+            return kernel.rng.random() * 0.002
+        return kernel.rng.random() * (
+            0.2 if self.oracle.flights or kernel.rng.random() < 0.5 else 1
+        )
 
     def look(self) -> None:
         """See what was published."""
@@ -252,6 +262,18 @@ class SourceSite:
             now = self.disks[step.disk].read_bytes()
             before = self.stable[step.disk]
             self.stable[step.disk] = before[: step.offset] + now[step.offset : end] + before[end:]
+
+    def _fail(self, index: int, step: Any) -> None:
+        """A request fails. When it was to sync, anything since the last sync may be lost: the
+        system tells that once, and then shows what is stored."""
+        assert self.group is not None
+        self.kernel.event("failed request")
+        self.group.step_failing(index, errno.EIO)
+        if step.op == FLUSH or step.flags & FUA:
+            self.kernel.event("failed flush")
+            path = self.disks[step.disk]
+            lose_sectors(path, self.stable[step.disk], self.kernel.rng, 512)
+            self.oracle.flush_failed(step.disk, self.content)
 
     def _filter_killed(self) -> None:
         """What the kernel had of the process's I/O ends, or never began."""

@@ -6,7 +6,6 @@ what is there with the oracle.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -80,7 +79,7 @@ class World:
         """Everything heals; the target catches up; what it holds is what the guest wrote."""
         kernel, west, east = self.kernel, self.west, self.east
         self.network.hung_until_ns = self.network.down_until_ns = 0
-        west.spill_disk.fail_syncs = 0.0
+        west.spill_disk.fail_syncs = west.bad_disk = 0.0
         for process, start in (
             (west.filter, west.start_filter),
             (west.source, west.start_source),
@@ -139,9 +138,8 @@ class World:
 def play(
     seed: int, keys: Path, wrapped: bytes, trace: Callable[[str], None] | None = None
 ) -> Outcome:
-    """One seed, in a directory in memory that is removed afterwards."""
-    base = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    root = Path(tempfile.mkdtemp(prefix="vrep-sim-", dir=base))
+    """One seed, in a temporary directory, which is best in memory."""
+    root = Path(tempfile.mkdtemp(prefix="vrep-sim-"))
     world = World(Plan.draw(seed), root, keys, wrapped)
     try:
         return world.run(trace)

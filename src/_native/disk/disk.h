@@ -59,6 +59,8 @@ int vrep_engine_create_stepped(struct vrep_engine **out);
 const struct vrep_io *vrep_engine_waiting(const struct vrep_engine *engine, uint32_t index);
 /* Runs it; `reap` tells. */
 void vrep_engine_step(struct vrep_engine *engine, uint32_t index);
+/* Ends it with an error, and nothing of it is done. */
+void vrep_engine_step_failing(struct vrep_engine *engine, uint32_t index, int os_error);
 /* What waits is never run: the machine lost its power. */
 void vrep_engine_forget(struct vrep_engine *engine);
 /* Waits up to timeout_ms (-1: for ever) until something completed, and reaps. A stepped one runs

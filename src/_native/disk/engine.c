@@ -248,6 +248,16 @@ void vrep_engine_step(struct vrep_engine *engine, uint32_t index)
     list_push(&engine->done, io);
 }
 
+void vrep_engine_step_failing(struct vrep_engine *engine, uint32_t index, int os_error)
+{
+    struct vrep_io *io = engine->stepped ? take(&engine->queue, index) : NULL;
+    if (io == NULL)
+        return;
+    io->sync_failed = io->op == VREP_IO_FLUSH || (io->flags & VREP_IO_FUA) != 0;
+    vrep_io_fail(io, os_error);
+    list_push(&engine->done, io);
+}
+
 void vrep_engine_forget(struct vrep_engine *engine)
 {
     while (engine->stepped && list_pop(&engine->queue) != NULL)

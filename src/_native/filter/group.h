@@ -155,6 +155,8 @@ struct vrep_group_step {
 bool vrep_group_waiting(const struct vrep_group *group, uint32_t index,
                         struct vrep_group_step *out);
 void vrep_group_step(struct vrep_group *group, uint32_t index);
+/* A request to a disk ends with an error, and nothing of it is done; a job runs. */
+void vrep_group_step_failing(struct vrep_group *group, uint32_t index, int os_error);
 /* What time it is from now on. */
 void vrep_group_set_time(struct vrep_group *group, uint64_t mono_ns, uint64_t wall_ns);
 

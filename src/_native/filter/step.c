@@ -48,6 +48,16 @@ void vrep_group_step(struct vrep_group *group, uint32_t index)
         vrep_engine_step(group->engine, index);
 }
 
+void vrep_group_step_failing(struct vrep_group *group, uint32_t index, int os_error)
+{
+    enum vrep_step_kind kind;
+    struct vrep_worker *worker = worker_of(group, &index, &kind);
+    if (worker != NULL)
+        vrep_worker_step(worker);
+    else
+        vrep_engine_step_failing(group->engine, index, os_error);
+}
+
 void vrep_group_step_all(struct vrep_group *group)
 {
     struct vrep_group_step step;

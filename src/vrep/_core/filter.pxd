@@ -134,6 +134,7 @@ cdef extern from "filter/group.h" nogil:
     void vrep_group_abandon(vrep_group *group)
     bint vrep_group_waiting(const vrep_group *group, uint32_t index, vrep_group_step *out)
     void vrep_group_step_at "vrep_group_step"(vrep_group *group, uint32_t index)
+    void vrep_group_step_failing(vrep_group *group, uint32_t index, int os_error)
     void vrep_group_set_time(vrep_group *group, uint64_t mono_ns, uint64_t wall_ns)
     void vrep_group_disown(vrep_group *group)
     int vrep_group_fd(const vrep_group *group)

@@ -19,7 +19,7 @@ from vrep._core.filter cimport (
     VREP_STEP_SLOW, Group, iovec, vrep_command, vrep_command_get,
     vrep_command_prepare, vrep_command_put, vrep_command_submit, vrep_group, vrep_group_abandon,
     vrep_group_map, vrep_group_poll, vrep_group_set_time, vrep_group_step, vrep_group_step_at,
-    vrep_group_waiting, vrep_map)
+    vrep_group_step_failing, vrep_group_waiting, vrep_map)
 from vrep.errors import AgainError, InvalidError
 
 cdef extern from "format/layout.h" nogil:
@@ -229,6 +229,11 @@ cdef class GroupDriver(Group):
     def step(self, uint32_t index=0):
         """Run one of them; ``poll`` sees what it did."""
         vrep_group_step_at(self.enter(), index)
+        self.leave()
+
+    def step_failing(self, uint32_t index, int error):
+        """End a request to a disk with an errno, with nothing of it done; run a job."""
+        vrep_group_step_failing(self.enter(), index, error)
         self.leave()
 
     def set_time(self, uint64_t mono_ns, uint64_t wall_ns):
