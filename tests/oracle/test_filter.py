@@ -67,6 +67,8 @@ class Target:
 
 
 class History:
+    ring_bytes = 1 << 20
+
     def __init__(self, rng: random.Random, root: Path) -> None:
         self.rng = rng
         self.root = root
@@ -97,7 +99,7 @@ class History:
             target_id=TARGET,
             shm_dir=self.shm,
             state_dir=self.state,
-            ring_bytes=1 << 20,
+            ring_bytes=self.ring_bytes,
             ring_descriptors=256,
             slots=32,
             bit_bytes=BIT,

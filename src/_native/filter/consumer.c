@@ -88,8 +88,10 @@ int vrep_group_consumer_detach(struct vrep_group *group, uint32_t role)
 {
     for (uint32_t i = 0; i < group->consumers_count; i++) {
         if (group->consumers[i].role == role) {
-            if (role == VREP_CONTROL_TARGET)
+            if (role == VREP_CONTROL_TARGET) {
                 vrep_consumers_poll(group); /* its last word */
+                vrep_group_delta_end(group);
+            }
             drop(group, i);
             return VREP_OK;
         }

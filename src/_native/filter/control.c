@@ -78,16 +78,20 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
     if (!group->tap)
         return VREP_E_UNSUPPORTED;
     if (all) {
-        vrep_map_mark_all_unshipped(group->map);
+        for (uint32_t i = 0; i < group->disks_count; i++)
+            vrep_sync_mark(group, (uint16_t)i, 0, group->disks[i].info.bytes);
         vrep_gap_enter(group);
         group->dirtied++;
         group->state.durable_seq = 0;
         vrep_ring_forget_durable(group->ring);
         vrep_map_acknowledge(group->map, 0);
         vrep_maintain_checkpoint(group);
+        vrep_delta_forget(group);
     }
+    if (!allowed)
+        vrep_group_delta_end(group);
     if (all || (allowed && !group->resync_allowed))
-        group->count.resync_bytes = 0;
+        group->count.resync_bytes = group->count.compared_bytes = group->count.equal_bytes = 0;
     group->resync_allowed = allowed;
     group->resync_rate = bytes_per_s;
     group->resync_filled_ns = group->now_ns;

@@ -122,12 +122,14 @@ void vrep_gap_try_end(struct vrep_group *group)
     group->state.flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED);
     group->state.flags |= VREP_STATE_SYNCED;
     vrep_maintain_state(group);
+    vrep_delta_forget(group);
     VREP_INFO("filter", "gap ends at %llu", (unsigned long long)seq);
 }
 
 int vrep_gap_give_up_ring(struct vrep_group *group)
 {
     vrep_map_generations_to_unshipped(group->map);
+    vrep_delta_forget(group);
     raise_flag(group);
     int status = vrep_ring_release(group->ring, vrep_ring_head(group->ring));
     return status == VREP_OK ? vrep_gap_restart(group, true) : status;

@@ -124,6 +124,7 @@ static void tear_down(struct vrep_group *group, bool clean)
         vrep_overlap_destroy(group->overlap);
     vrep_pool_destroy(group);
     vrep_miss_destroy(group);
+    vrep_delta_destroy(group);
     free(group->cool_io);
     int fds[] = {group->epoll_fd, group->mail_fd, group->notify_fd};
     for (int i = 0; i < 3; i++)
@@ -178,7 +179,9 @@ static int open_all(struct vrep_group *group)
         return vrep_bypass_begin(group);
     if (!group->tap)
         return VREP_OK;
-    status = vrep_recover(group);
+    status = vrep_delta_init(group);
+    if (status == VREP_OK)
+        status = vrep_recover(group);
     if (status == VREP_OK)
         status = vrep_pool_limit(group, vrep_ring_slots(group->ring));
     if (status == VREP_OK) {

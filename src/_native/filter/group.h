@@ -110,6 +110,14 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all);
 /* The ring cannot be shipped any more from here (lost history at the target): rule 12. */
 int vrep_group_lose_ring(struct vrep_group *group);
+/* A range of a disk, in bytes. */
+struct vrep_since_range {
+    uint64_t offset, length;
+};
+/* The blocks of these ranges may differ from the target's, whatever was acknowledged: they become
+ * unshipped, and a gap begins.  They are compared when a delta is on, else sent.  RANGE. */
+int vrep_group_compare(struct vrep_group *group, uint32_t disk,
+                       const struct vrep_since_range *ranges, size_t count);
 
 /* ---- hand-over: the images pass from a running VM to the filter, and back ---------------------
  *
@@ -174,11 +182,13 @@ struct vrep_group_status {
     uint64_t oldest_ns; /* CLOCK_REALTIME of the oldest change not durable (in a gap: its begin), 0:
                            none */
     uint64_t writes, write_bytes, reads, read_bytes, flushes, zeroes, zero_bytes; /* of the guest */
-    uint64_t unrecorded;   /* writes that found no room */
-    uint64_t gaps;         /* begun since open */
-    uint64_t resync_bytes; /* copied since the last resync began */
-    uint64_t errors;       /* backing errors */
-    uint32_t flush_failed; /* flushes fail until re-verified */
+    uint64_t unrecorded;     /* writes that found no room */
+    uint64_t gaps;           /* begun since open */
+    uint64_t resync_bytes;   /* copied since the last resync began */
+    uint64_t compared_bytes; /* of them, in windows of a delta */
+    uint64_t equal_bytes;    /* of them, the same as what the target holds: not sent */
+    uint64_t errors;         /* backing errors */
+    uint32_t flush_failed;   /* flushes fail until re-verified */
     uint32_t resync_allowed;
     /* A target that holds less lost what blocks that are clean here rely on: everything must become
      * unshipped again (vrep_group_resync with `all`).  0: nothing is relied on. */
@@ -210,10 +220,6 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out);
 uint64_t vrep_group_dirty_bytes(const struct vrep_group *group);
 
 /* ---- views: what differs from a base point ----------------------------------- */
-/* A range of a disk, in bytes. */
-struct vrep_since_range {
-    uint64_t offset, length;
-};
 /* From here on each disk of a view knows which blocks may differ from its base point (see
  * track/since.h), which front-ends offer under `name`. Before it is served. What is present
  * already, of a view that was served before, is marked. EXISTS when there is a base; INVALID with a

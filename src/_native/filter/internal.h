@@ -17,6 +17,7 @@
 #include "disk/disk.h"
 #include "filter/chain.h"
 #include "filter/command.h"
+#include "filter/delta.h"
 #include "filter/group.h"
 #include "filter/state.h"
 #include "filter/worker.h"
@@ -71,7 +72,9 @@ struct command {
     bool intended;       /* counted in the write-intent */
     struct vrep_job job; /* copies: extent under the range */
     bool hole;
-    struct miss *miss; /* fills */
+    struct delta_window *window; /* copies: of a delta, or NULL */
+    bool stale;                  /* copies: the range was marked again since it began */
+    struct miss *miss;           /* fills */
 };
 
 struct list {
@@ -224,6 +227,8 @@ struct vrep_group {
         bool hole, valid;
     } probe;
 
+    struct delta *delta; /* with a tap */
+
     enum vrep_handover handover;
 
     /* views */
@@ -313,9 +318,35 @@ void vrep_sync_granted(struct command *command);
 /* Marks unshipped what was written since the last good flush. */
 void vrep_sync_since_flush(struct vrep_group *group);
 void vrep_sync_init(struct vrep_group *group);
+/* The range was marked unshipped for what was written past the filter: copies in flight may have
+ * read what was there before, and do not clear it. */
+void vrep_sync_mark(struct vrep_group *group, uint16_t disk, uint64_t offset, uint64_t length);
+/* Clears what a copy covers. */
+void vrep_sync_clear(struct vrep_group *group, const struct command *copy);
 int vrep_sync_timeout_ms(const struct vrep_group *group);
 bool vrep_sync_all_zero(const struct iovec *iov, int count);
 bool vrep_sync_target_attached(const struct vrep_group *group);
+
+/* delta.c */
+int vrep_delta_init(struct vrep_group *group);
+void vrep_delta_destroy(struct vrep_group *group);
+bool vrep_delta_on(const struct vrep_group *group);
+/* Nothing that was answered counts any more. */
+void vrep_delta_forget(struct vrep_group *group);
+/* A record of this range is on its way to the target. */
+void vrep_delta_touch(struct vrep_group *group, uint16_t disk, uint64_t offset, uint64_t length);
+bool vrep_delta_full(const struct vrep_group *group);
+/* Makes a window of the beginning of an unshipped run at the cursor, and moves it on. */
+void vrep_delta_offer(struct vrep_group *group, uint64_t offset, uint64_t length);
+/* The cursor is at the end of all disks: whether it may begin again now. */
+bool vrep_delta_next_round(struct vrep_group *group);
+/* The next range to copy out of a window that was answered. */
+bool vrep_delta_ready(struct vrep_group *group, uint64_t *offset, uint64_t *length,
+                      struct delta_window **out);
+void vrep_delta_start(struct delta_window *window, struct command *copy);
+/* It was read under its range: publishes what differs, clears unshipped. */
+void vrep_delta_copied(struct vrep_group *group, struct command *copy);
+void vrep_delta_ended(struct vrep_group *group, struct command *copy);
 
 /* consumer.c */
 void vrep_consumers_poll(struct vrep_group *group);

@@ -4,7 +4,8 @@
  * A copy takes its slot before its range, never from the last half of the
  * ring; it holds whole bits, marks the open generation, publishes, then clears
  * unshipped, then releases the range.  Holes and zero data become SYNC_ZEROES;
- * nothing is passed over without a record.  One copy at a time while the guest
+ * nothing is passed over without a record, but for what a delta proves
+ * (delta.h): that one reads first, and marks what it publishes.  One copy at a time while the guest
  * has commands in flight, COPIES otherwise.  When the guest's own records keep
  * the ring more than half full, copies are owed room: until they had it, the
  * guest's changes are unrecorded, so that every resync ends. */
@@ -45,6 +46,8 @@ static void end(struct vrep_group *group, struct command *copy)
         vrep_ring_cancel(group->ring, copy->slot);
     copy->slot = NULL;
     copy->marked = false;
+    if (copy->window != NULL)
+        vrep_delta_ended(group, copy);
     if (copy->ranged)
         vrep_overlap_release(group->overlap, &copy->range, vrep_tap_granted, group);
     copy->ranged = copy->in_use = false;
@@ -53,14 +56,28 @@ static void end(struct vrep_group *group, struct command *copy)
     vrep_tap_drain(group);
 }
 
+void vrep_sync_mark(struct vrep_group *group, uint16_t disk, uint64_t offset, uint64_t length)
+{
+    vrep_map_mark_unshipped(group->map, disk, offset, length);
+    for (uint32_t i = 0; i < COPIES; i++)
+        if (group->copies[i].in_use && group->copies[i].base.disk == disk)
+            group->copies[i].stale = true;
+}
+
+void vrep_sync_clear(struct vrep_group *group, const struct command *copy)
+{
+    if (!copy->stale)
+        vrep_map_clear_unshipped(group->map, copy->base.disk, copy->at, copy->bytes);
+    vrep_fault("sync.after_clear");
+    group->count.resync_bytes += copy->bytes;
+}
+
 static void publish(struct vrep_group *group, struct command *copy)
 {
     vrep_tap_publish(group, copy->slot);
     copy->slot = NULL;
     vrep_fault("sync.after_publish");
-    vrep_map_clear_unshipped(group->map, copy->base.disk, copy->at, copy->bytes);
-    vrep_fault("sync.after_clear");
-    group->count.resync_bytes += copy->bytes;
+    vrep_sync_clear(group, copy);
 }
 
 static void copied(struct command *copy)
@@ -70,6 +87,8 @@ static void copied(struct command *copy)
         /* The block stays unshipped; others go first. */
         group->count.errors++;
         group->resync_retry_ns = group->now_ns + RETRY_NS;
+    } else if (copy->window != NULL) {
+        vrep_delta_copied(group, copy);
     } else {
         int count = vrep_payload_iov(group, copy);
         if (vrep_sync_all_zero(copy->room, count)) {
@@ -131,7 +150,8 @@ void vrep_sync_granted(struct command *copy)
         vrep_worker_post(group->prober, &copy->job);
         return;
     }
-    vrep_tap_grant(group, copy, VREP_KIND_SYNC);
+    if (copy->window == NULL)
+        vrep_tap_grant(group, copy, VREP_KIND_SYNC);
     vrep_fault("sync.after_grant");
     int count = vrep_payload_iov(group, copy);
     vrep_backing_start(copy, VREP_IO_READ, 0, copy->at, copy->bytes, copy->room, count, copied);
@@ -238,7 +258,7 @@ static bool next_run(struct vrep_group *group, uint64_t *offset, uint64_t *lengt
             group->cursor_disk++;
             continue;
         }
-        if (wrapped || group->copies_inflight > 0) {
+        if (wrapped || group->copies_inflight > 0 || !vrep_delta_next_round(group)) {
             group->cursor = group->disks[group->cursor_disk].info.bytes; /* stay at the end */
             return false;
         }
@@ -247,7 +267,9 @@ static bool next_run(struct vrep_group *group, uint64_t *offset, uint64_t *lengt
     }
 }
 
-static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bool hole)
+/* The range is of the cursor's disk, or of the window. */
+static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bool hole,
+                  struct delta_window *window)
 {
     struct command *copy = NULL;
     for (uint32_t i = 0; i < COPIES && copy == NULL; i++)
@@ -261,20 +283,23 @@ static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bo
     copy->in_use = true;
     copy->slot = slot;
     copy->hole = hole;
-    copy->marked = false;
+    copy->marked = copy->stale = false;
     copy->generation = NO_GENERATION;
     copy->base.disk = group->cursor_disk;
     copy->base.op = VREP_OP_READ;
     copy->base.flags = 0;
     copy->base.offset = copy->at = offset;
     copy->base.length = copy->bytes = length;
-    copy->range.disk = group->cursor_disk;
+    if (window != NULL)
+        vrep_delta_start(window, copy);
+    else
+        group->cursor = offset + length;
+    copy->range.disk = copy->base.disk;
     copy->range.offset = offset;
     copy->range.length = length;
     copy->ranged = true;
     group->copies_inflight++;
     group->copies_bytes += length;
-    group->cursor = offset + length;
     if (!hole)
         group->resync_budget -= (int64_t)length;
     group->resync_owed -= group->resync_owed > 0 ? (int64_t)length : 0;
@@ -307,44 +332,91 @@ static bool cut_absent(struct vrep_group *group, uint64_t offset, uint64_t *leng
     return true;
 }
 
+enum look { LOOK_NOTHING, LOOK_HOLE, LOOK_DATA };
+
+/* What stands next at the cursor: the part of an unshipped run that is a hole, or the run from
+ * where it has data.  *known is how far that is known. */
+static enum look look(struct vrep_group *group, uint64_t *offset, uint64_t *length, uint64_t *known)
+{
+    uint64_t bit = vrep_map_header(group->map)->bit_bytes;
+    if (!next_run(group, offset, length))
+        return LOOK_NOTHING;
+    if (!cut_absent(group, *offset, length)) {
+        group->resync_owed = 0;
+        return LOOK_NOTHING;
+    }
+    bool probed = group->probe.valid && group->probe.disk == group->cursor_disk &&
+                  group->probe.offset <= *offset &&
+                  *offset - group->probe.offset < group->probe.length;
+    if (!probed) {
+        if (!group->probe_job.busy) {
+            group->probe.valid = false;
+            group->probe.disk = group->cursor_disk;
+            group->probe.offset = *offset;
+            vrep_worker_post(group->prober, &group->probe_job);
+        }
+        return LOOK_NOTHING;
+    }
+    *known = group->probe.offset + group->probe.length - *offset;
+    uint64_t run = *known < *length ? *known : *length;
+    if (group->probe.hole) {
+        bool to_end = *offset + run == group->disks[group->cursor_disk].info.bytes;
+        uint64_t whole = to_end ? run : run / bit * bit;
+        if (whole > 0) {
+            *length = whole;
+            return LOOK_HOLE;
+        }
+    }
+    return LOOK_DATA;
+}
+
 static bool start_next(struct vrep_group *group)
 {
-    uint64_t offset, length, bit = vrep_map_header(group->map)->bit_bytes;
+    uint64_t offset, length, known, bit = vrep_map_header(group->map)->bit_bytes;
     if (!budget_left(group)) {
         group->resync_owed =
             0; /* the limit holds copies back, not the ring: the guest may record */
         return false;
     }
-    if (!room_left(group) || !next_run(group, &offset, &length))
+    if (!room_left(group))
         return false;
-    if (!cut_absent(group, offset, &length)) {
-        group->resync_owed = 0;
+    enum look found = look(group, &offset, &length, &known);
+    if (found == LOOK_NOTHING)
         return false;
-    }
-    bool probed = group->probe.valid && group->probe.disk == group->cursor_disk &&
-                  group->probe.offset <= offset &&
-                  offset - group->probe.offset < group->probe.length;
-    if (!probed) {
-        if (!group->probe_job.busy) {
-            group->probe.valid = false;
-            group->probe.disk = group->cursor_disk;
-            group->probe.offset = offset;
-            vrep_worker_post(group->prober, &group->probe_job);
-        }
-        return false;
-    }
-    uint64_t known = group->probe.offset + group->probe.length - offset;
+    if (found == LOOK_HOLE)
+        return start(group, offset, length, true, NULL);
     uint64_t run = known < length ? known : length;
-    if (group->probe.hole) {
-        bool to_end = offset + run == group->disks[group->cursor_disk].info.bytes;
-        uint64_t whole = to_end ? run : run / bit * bit;
-        if (whole > 0)
-            return start(group, offset, whole, true);
-    }
     run = (run + bit - 1) / bit * bit;
     if (run > COPY_BYTES_MAX)
         run = COPY_BYTES_MAX;
-    return start(group, offset, run < length ? run : length, false);
+    return start(group, offset, run < length ? run : length, false, NULL);
+}
+
+/* The same with a delta: data only out of windows that were answered. */
+static bool start_known(struct vrep_group *group)
+{
+    uint64_t offset, length, known;
+    struct delta_window *window = NULL;
+    if (!budget_left(group)) {
+        group->resync_owed = 0;
+        return false;
+    }
+    if (!vrep_delta_ready(group, &offset, &length, &window) &&
+        look(group, &offset, &length, &known) != LOOK_HOLE) {
+        /* Answers are waited for, not room. */
+        group->resync_owed = 0;
+        group->resync_starved_ns = 0;
+        return false;
+    }
+    return room_left(group) && start(group, offset, length, window == NULL, window);
+}
+
+/* Windows ahead of the copies, so that their answers are there when they are due. */
+static void look_ahead(struct vrep_group *group)
+{
+    uint64_t offset, length, known;
+    while (!vrep_delta_full(group) && look(group, &offset, &length, &known) == LOOK_DATA)
+        vrep_delta_offer(group, offset, length);
 }
 
 void vrep_sync_pump(struct vrep_group *group)
@@ -375,7 +447,11 @@ void vrep_sync_pump(struct vrep_group *group)
         return;
     uint32_t limit = group->inflight > 0 ? 1 : COPIES;
     uint32_t started = 0;
-    while (started < COPIES && group->copies_inflight < limit && start_next(group))
+    bool delta = vrep_delta_on(group);
+    if (delta)
+        look_ahead(group);
+    while (started < COPIES && group->copies_inflight < limit &&
+           (delta ? start_known(group) : start_next(group)))
         started++;
     group->resync_again = started > 0 && group->copies_inflight < limit;
     vrep_gap_try_end(group);

@@ -50,6 +50,7 @@ void vrep_tap_grant(struct vrep_group *group, struct command *command, uint8_t k
     command->generation =
         vrep_map_mark(group->map, command->base.disk, command->at, command->bytes);
     command->marked = true;
+    vrep_delta_touch(group, command->base.disk, command->at, command->bytes);
     group->dirtied++;
     fill_slot(command, kind);
     vrep_ring_grant(group->ring, command->slot, group->now_ns);

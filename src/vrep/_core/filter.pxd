@@ -114,6 +114,8 @@ cdef extern from "filter/group.h" nogil:
         uint64_t unrecorded
         uint64_t gaps
         uint64_t resync_bytes
+        uint64_t compared_bytes
+        uint64_t equal_bytes
         uint64_t errors
         uint32_t flush_failed
         uint32_t resync_allowed
@@ -158,6 +160,8 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_take_back(vrep_group *group)
     int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
     uint64_t vrep_group_dirty_bytes(const vrep_group *group)
+    int vrep_group_compare(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,
+                           size_t count)
     int vrep_group_since_begin(vrep_group *group, const char *name)
     int vrep_group_since_mark(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,
                               size_t count)
@@ -166,6 +170,28 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_fill(vrep_group *group, uint64_t ticket, const void *data, int status)
     int vrep_group_fill_next(vrep_group *group, uint16_t disk, uint64_t start, uint64_t most,
                              vrep_miss *out)
+
+
+cdef extern from "filter/delta.h" nogil:
+    enum:
+        VREP_DELTA_WINDOWS
+        VREP_DELTA_WINDOW_BYTES
+        VREP_DELTA_KEYS_MAX
+        VREP_HASH_SECRET_BYTES
+    struct vrep_delta_window:
+        uint64_t id
+        uint64_t offset
+        uint64_t length
+        uint16_t disk
+    struct vrep_delta_hash:
+        uint64_t low
+        uint64_t high
+    int vrep_group_delta_begin(vrep_group *group, const uint8_t (*secrets)[192], uint32_t count)
+    void vrep_group_delta_end(vrep_group *group)
+    int vrep_group_delta_take(vrep_group *group, vrep_delta_window *out, uint32_t max,
+                              uint32_t *count, uint64_t *at_least)
+    int vrep_group_delta_answer(vrep_group *group, uint64_t id, const uint8_t *keys,
+                                const vrep_delta_hash *hashes, uint32_t units)
 
 
 cdef class Group:

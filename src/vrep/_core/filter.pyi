@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
+DELTA_KEYS_MAX: int
+DELTA_WINDOWS: int
+DELTA_WINDOW_BYTES: int
 MISSES_MAX: int
 HANDOVER: dict[int, str]
 OPENED: dict[int, str]
@@ -24,6 +27,12 @@ class Disk(NamedTuple):
 
 class Miss(NamedTuple):
     ticket: int
+    disk: int
+    offset: int
+    length: int
+
+class Window(NamedTuple):
+    id: int
     disk: int
     offset: int
     length: int
@@ -57,6 +66,8 @@ class GroupStatus(TypedDict):
     unrecorded: int
     gaps: int
     resync_bytes: int
+    compared_bytes: int
+    equal_bytes: int
     errors: int
     flush_failed: bool
     resync_allowed: bool
@@ -104,6 +115,11 @@ class Group:
     ) -> tuple[int, int, int]: ...
     def consumer_detach(self, role: _Role) -> None: ...
     def lose_ring(self) -> None: ...
+    def compare(self, disk: int, ranges: Buffer | NDArray[np.void]) -> None: ...
+    def delta_begin(self, secrets: Iterable[bytes]) -> None: ...
+    def delta_end(self) -> None: ...
+    def delta_take(self, most: int = ...) -> tuple[list[Window], int]: ...
+    def delta_answer(self, id: int, keys: Buffer, hashes: Buffer) -> None: ...
     def since(self, name: str, changes: Iterable[Buffer | NDArray[np.void]]) -> None: ...
     def let_go(self) -> None: ...
     def take_back(self) -> None: ...

@@ -34,6 +34,9 @@ UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush"
 HANDOVER = {0: "", 1: "in", 2: "letting-go", 3: "out", 4: "past"}
 ROLES = {"observer": VREP_CONTROL_OBSERVER, "target": VREP_CONTROL_TARGET}
 MISSES_MAX = 64
+DELTA_WINDOWS = VREP_DELTA_WINDOWS
+DELTA_WINDOW_BYTES = VREP_DELTA_WINDOW_BYTES
+DELTA_KEYS_MAX = VREP_DELTA_KEYS_MAX
 
 
 class Disk(NamedTuple):
@@ -60,6 +63,15 @@ class Miss(NamedTuple):
     length: int
 
 
+class Window(NamedTuple):
+    """A range that is to be compared with what the target holds; sizes are bytes."""
+
+    id: int
+    disk: int
+    offset: int
+    length: int
+
+
 cdef struct mark_request:
     const char *label
     uint16_t label_bytes
@@ -75,6 +87,27 @@ cdef struct since_request:
     uint32_t disk
     const vrep_since_range *ranges
     size_t count
+
+cdef struct compare_request:
+    uint32_t disk
+    const vrep_since_range *ranges
+    size_t count
+
+cdef struct delta_request:
+    const uint8_t *secrets
+    uint32_t count
+
+cdef struct take_request:
+    vrep_delta_window windows[64]
+    uint32_t most
+    uint32_t count
+    uint64_t at_least
+
+cdef struct answer_request:
+    uint64_t id
+    const uint8_t *keys
+    const vrep_delta_hash *hashes
+    uint32_t units
 
 cdef struct attach_request:
     uint32_t role
@@ -102,6 +135,32 @@ cdef int run_since(vrep_group *group, void *argument) noexcept nogil:
     if request.name != NULL:
         return vrep_group_since_begin(group, request.name)
     return vrep_group_since_mark(group, request.disk, request.ranges, request.count)
+
+
+cdef int run_compare(vrep_group *group, void *argument) noexcept nogil:
+    cdef compare_request *request = <compare_request *>argument
+    return vrep_group_compare(group, request.disk, request.ranges, request.count)
+
+
+cdef int run_delta_begin(vrep_group *group, void *argument) noexcept nogil:
+    cdef delta_request *request = <delta_request *>argument
+    return vrep_group_delta_begin(group, <const uint8_t (*)[192]>request.secrets, request.count)
+
+
+cdef int run_delta_end(vrep_group *group, void *argument) noexcept nogil:
+    vrep_group_delta_end(group)
+    return VREP_OK
+
+
+cdef int run_delta_take(vrep_group *group, void *argument) noexcept nogil:
+    cdef take_request *request = <take_request *>argument
+    return vrep_group_delta_take(group, request.windows, request.most, &request.count,
+                                 &request.at_least)
+
+
+cdef int run_delta_answer(vrep_group *group, void *argument) noexcept nogil:
+    cdef answer_request *request = <answer_request *>argument
+    return vrep_group_delta_answer(group, request.id, request.keys, request.hashes, request.units)
 
 
 cdef int run_attach(vrep_group *group, void *argument) noexcept nogil:
@@ -304,6 +363,71 @@ cdef class Group:
                 time.sleep(0.001)  # a sync copy in flight ends first
             else:
                 return
+
+    def compare(self, uint32_t disk, ranges):
+        """Blocks of a disk may differ from the target's: they become unshipped, and a gap begins.
+
+        :param ranges: (offset, length) rows, each a uint64. RangeError: one is not of the disk.
+        """
+        cdef compare_request request
+        cdef Py_buffer view
+        PyObject_GetBuffer(ranges, &view, PyBUF_SIMPLE)
+        try:
+            if view.len % sizeof(vrep_since_range):
+                raise InvalidError(f"{view.len} bytes are no (offset, length) rows")
+            request.disk = disk
+            request.ranges = <const vrep_since_range *>view.buf
+            request.count = <size_t>view.len // sizeof(vrep_since_range)
+            self.call(run_compare, &request)
+        finally:
+            PyBuffer_Release(&view)
+
+    def delta_begin(self, secrets):
+        """Compare unshipped blocks from now on, instead of sending all of them; see
+        filter/delta.h. `secrets` are those that hashes may have been made with, each 192 bytes."""
+        cdef delta_request request
+        cdef bytes joined = b"".join(secrets)
+        if not joined or len(joined) % VREP_HASH_SECRET_BYTES:
+            raise InvalidError(f"a hash secret has {VREP_HASH_SECRET_BYTES} bytes")
+        request.secrets = <const uint8_t *>joined
+        request.count = <uint32_t>(len(joined) // VREP_HASH_SECRET_BYTES)
+        self.call(run_delta_begin, &request)
+
+    def delta_end(self):
+        """Send whole blocks again."""
+        self.call(run_delta_end, NULL)
+
+    def delta_take(self, uint32_t most=DELTA_WINDOWS):
+        """Windows to ask the target for, and the seq up to which it must be durable before it
+        is asked. GoneError: nothing is compared."""
+        cdef take_request request
+        request.most = min(most, VREP_DELTA_WINDOWS, 64)
+        self.call(run_delta_take, &request)
+        found = [Window(request.windows[i].id, request.windows[i].disk,
+                        request.windows[i].offset, request.windows[i].length)
+                 for i in range(request.count)]
+        return found, request.at_least
+
+    def delta_answer(self, uint64_t id, keys, hashes):
+        """What the target holds of a window: for each 4 KiB a byte, 0 or 1 + the number of the
+        secret, and 16 bytes of hash. NotFoundError: the window is gone, which does no harm."""
+        cdef answer_request request
+        cdef Py_buffer numbers, values
+        request.id = id
+        PyObject_GetBuffer(keys, &numbers, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(hashes, &values, PyBUF_SIMPLE)
+            try:
+                if numbers.len > VREP_DELTA_WINDOW_BYTES or values.len != 16 * numbers.len:
+                    raise InvalidError(f"{values.len} bytes of hashes for {numbers.len} blocks")
+                request.keys = <const uint8_t *>numbers.buf
+                request.hashes = <const vrep_delta_hash *>values.buf
+                request.units = <uint32_t>numbers.len
+                self.call(run_delta_answer, &request)
+            finally:
+                PyBuffer_Release(&values)
+        finally:
+            PyBuffer_Release(&numbers)
 
     def since(self, str name, changes):
         """Let front-ends offer, as the dirty bitmap ``name``, which blocks of a view may differ
