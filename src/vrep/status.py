@@ -286,11 +286,20 @@ def _target(
         "total_bytes": int(filtered["total_bytes"]) if filtered else 0,
         "bytes_sent": int(session["bytes_sent"]) if session else 0,
         "records_sent": int(session["records_sent"]) if session else 0,
+        "compared_bytes": int(filtered.get("compared_bytes", 0)) if filtered else 0,
+        "equal_bytes": int(filtered.get("equal_bytes", 0)) if filtered else 0,
+        "hash_bytes": _hash_bytes(session),
         "compression": session.get("compression") if session else None,
         "round_trip_ms": round(session["round_trip_s"] * 1000, 3)
         if session and session["round_trip_s"] is not None
         else None,
     }
+
+
+def _hash_bytes(session: Mapping[str, Any] | None) -> int:
+    """What comparing cost on the wire, both ways."""
+    count = (session or {}).get("delta") or {}
+    return int(count.get("hash_bytes", 0)) + int(count.get("question_bytes", 0))
 
 
 def _points(known: Mapping[str, Any] | None) -> dict[str, Any]:

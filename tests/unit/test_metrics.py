@@ -34,6 +34,9 @@ vrep_target_durable_seq gauge group,target
 vrep_target_round_trip_seconds gauge group,target
 vrep_target_sent_bytes_total counter group,target
 vrep_target_sent_records_total counter group,target
+vrep_target_compared_bytes gauge group,target
+vrep_target_equal_bytes gauge group,target
+vrep_target_hash_bytes_total counter group,target
 vrep_store_bytes gauge group
 vrep_store_durable_seq gauge group
 vrep_store_segments gauge group
@@ -49,7 +52,7 @@ TARGET = {
     "site": "east", "connected": True, "rpo_ms": 250, "lag_bytes": 1, "dirty_bytes": 2,
     "spill_bytes": 1,
     "unshipped_bytes": 3, "seq": 10, "durable_seq": 9, "round_trip_ms": 1.5, "bytes_sent": 4,
-    "records_sent": 5,
+    "records_sent": 5, "compared_bytes": 6, "equal_bytes": 7, "hash_bytes": 8,
 }  # fmt: skip
 STATUS: dict[str, Any] = {
     "site": {"name": "west"},

@@ -29,10 +29,12 @@ FILTERED: dict[str, Any] = {
     "head": 9, "durable": 9, "oldest_ns": 0, "ring_bytes": 100, "ring_free_bytes": 100,
     "dirty_bytes": 0, "unshipped_bytes": 0, "total_bytes": 4096, "gap": False, "gap_seq": 0,
     "unverified": "", "flush_failed": False, "clients": 1, "guest_paused": False, "handover": "",
+    "compared_bytes": 4, "equal_bytes": 3,
 }  # fmt: skip
 SESSION: dict[str, Any] = {
     "connected": True, "fenced": False, "conditions": [], "error": "", "received_seq": 9,
     "bytes_sent": 1, "records_sent": 1, "round_trip_s": None,
+    "delta": {"hash_bytes": 20, "question_bytes": 3},
 }  # fmt: skip
 
 
@@ -353,5 +355,6 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
     assert (groups["web"]["state"], groups["web"]["conditions"]) == ("spilling", [])
     assert (target["spill_bytes"], target["whole_in_s"]) == (5 << 20, 7.5)
     assert target["lag_bytes"] >= 5 << 20
+    assert (target["compared_bytes"], target["equal_bytes"], target["hash_bytes"]) == (4, 3, 23)
     assert groups["full"]["conditions"] == ["spill-full"]
     assert groups["lost"]["conditions"] == ["history-lost"]

@@ -7,6 +7,7 @@ disks are passed through meanwhile, unreplicated, so that its VM can run.
 
 from __future__ import annotations
 
+import base64
 import math
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
+import numpy as np
 import structlog
 
 from vrep._core.filter import Group
@@ -129,6 +131,11 @@ class FilterHost:
                 "mark": self._mark,
                 "resync": self._resync,
                 "lose_ring": self._lose_ring,
+                "compare": self._compare,
+                "delta_begin": self._delta_begin,
+                "delta_take": self._delta_take,
+                "delta_answer": self._delta_answer,
+                "delta_end": self._delta_end,
                 "handover_begin": self._handover_begin,
                 "handover_cancel": self._handover_cancel,
                 "let_go": self._let_go,
@@ -458,6 +465,36 @@ class FilterHost:
 
     def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:
         self._host(params).group.lose_ring()
+        return {}
+
+    # ---- comparing -----------------------------------------------------------------
+
+    def _compare(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Ranges of a disk may differ from what the target holds."""
+        ranges = np.array(params["ranges"], "<u8").reshape(-1, 2)
+        self._host(params).group.compare(int(params["disk"]), ranges)
+        return {}
+
+    def _delta_begin(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        secrets = [base64.b64decode(secret) for secret in params["secrets"]]
+        self._host(params).group.delta_begin(secrets)
+        return {}
+
+    def _delta_take(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        windows, at_least = self._host(params).group.delta_take(int(params["most"]))
+        return {"windows": windows, "at_least": at_least}
+
+    def _delta_answer(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        group = self._host(params).group
+        for number, keys, hashes in params["answers"]:
+            try:
+                group.delta_answer(int(number), base64.b64decode(keys), base64.b64decode(hashes))
+            except NotFoundError:
+                continue  # forgotten meanwhile: it is asked for again, or sent
+        return {}
+
+    def _delta_end(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.delta_end()
         return {}
 
     def _pause_guest(self, params: Mapping[str, Any]) -> dict[str, Any]:

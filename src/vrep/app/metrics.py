@@ -65,6 +65,11 @@ METRICS: Final = (
     Definition("vrep_target_round_trip_seconds", "gauge", _TARGET, "of the connection"),
     Definition("vrep_target_sent_bytes_total", "counter", _TARGET, "sealed bytes since the start"),
     Definition("vrep_target_sent_records_total", "counter", _TARGET, "records since the start"),
+    Definition("vrep_target_compared_bytes", "gauge", _TARGET, "compared since the resync began"),
+    Definition("vrep_target_equal_bytes", "gauge", _TARGET, "of that, equal there: not sent"),
+    Definition(
+        "vrep_target_hash_bytes_total", "counter", _TARGET, "hashes and questions since the start"
+    ),
     Definition("vrep_store_bytes", "gauge", _GROUP, "bytes of history held here"),
     Definition("vrep_store_durable_seq", "gauge", _GROUP, "newest record durable here"),
     Definition("vrep_store_segments", "gauge", _GROUP, "segments of history held here"),
@@ -117,6 +122,9 @@ def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
             yield "vrep_target_round_trip_seconds", labels, target["round_trip_ms"] / 1000
         yield "vrep_target_sent_bytes_total", labels, float(target["bytes_sent"])
         yield "vrep_target_sent_records_total", labels, float(target["records_sent"])
+        yield "vrep_target_compared_bytes", labels, float(target["compared_bytes"])
+        yield "vrep_target_equal_bytes", labels, float(target["equal_bytes"])
+        yield "vrep_target_hash_bytes_total", labels, float(target["hash_bytes"])
 
 
 def _stored(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:

@@ -6,15 +6,24 @@ filter restarts, the hold is lost and is taken anew.
 
 from __future__ import annotations
 
+import base64
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vrep._core import layout
+from vrep._core.filter import Window
 from vrep._core.ring import RingReader
 from vrep.control import ControlClient
 from vrep.errors import RangeError
+
+COMPARE_RANGES: Final = 10_000
+"""in one call: well within a control line"""
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
 
 
 class RingHold:
@@ -58,6 +67,36 @@ class RingHold:
     def resync_all(self) -> None:
         """Everything becomes unshipped: nothing that the target holds counts any more."""
         self._control.call("resync", group=self.group, allowed=False, bytes_per_s=0, all=True)
+
+    # ---- comparing with what the target holds ------------------------------------------
+
+    def compare(self, disk: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """These ranges (offset, length) of a disk may differ from what the target holds, whatever
+        it acknowledged: they become unshipped, and a gap begins that ends when all of it is equal
+        or sent. While a session compares (`source.delta`), only what differs is sent. RangeError:
+        a range is not of the disk."""
+        for at in range(0, len(ranges), COMPARE_RANGES):
+            part = [[offset, length] for offset, length in ranges[at : at + COMPARE_RANGES]]
+            self._control.call("compare", group=self.group, disk=disk, ranges=part)
+
+    def delta_begin(self, secrets: Sequence[bytes]) -> None:
+        """Compare unshipped blocks from now on."""
+        plain = [_text(secret) for secret in secrets]
+        self._control.call("delta_begin", group=self.group, secrets=plain)
+
+    def delta_take(self, most: int) -> tuple[list[Window], int]:
+        """Windows to ask the target for, and the seq up to which it must be durable first."""
+        found = self._control.call("delta_take", group=self.group, most=most)
+        return [Window(*row) for row in found["windows"]], int(found["at_least"])
+
+    def delta_answer(self, answers: Sequence[tuple[int, bytes, bytes]]) -> None:
+        """What the target holds of windows, as (id, keys, hashes)."""
+        plain = [[number, _text(keys), _text(hashes)] for number, keys, hashes in answers]
+        self._control.call("delta_answer", group=self.group, answers=plain)
+
+    def delta_end(self) -> None:
+        """Send whole blocks again."""
+        self._control.call("delta_end", group=self.group)
 
     def jumps(self, after: int) -> bool:
         """Whether the record of the ring that follows `after` is a gap-begin that may follow any

@@ -29,6 +29,8 @@ from vrep.errors import (
     NotFoundError,
     PeerError,
     StateError,
+    TenantKeyError,
+    UnsupportedError,
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
@@ -37,6 +39,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.source.attach import RingHold
 from vrep.source.bandwidth import Bandwidth
+from vrep.source.delta import Delta, HashBook, Line
 from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
@@ -496,7 +499,7 @@ class GroupSession:
         feed.mend(durable_seq)
         if durable_seq < acknowledged:
             log.warning(
-                "the target lost what it had acknowledged: everything is sent again",
+                "the target lost what it had acknowledged: everything is compared or sent",
                 group=self.name,
                 durable_seq=durable_seq,
                 acknowledged=acknowledged,
@@ -573,8 +576,20 @@ class GroupSession:
         self.view.connected, self.view.error = True, ""
         if self._spiller is not None:
             self._spiller.connected = True
-        hold.resync(True, definition.options.rate_bytes_per_s)
         log.info("replicating", group=self.name, resume_seq=durable, epoch=definition.epoch)
+        with self._comparing(transport, hold, definition, data_key, opened) as delta:
+            hold.resync(True, definition.options.rate_bytes_per_s)
+            self._flow(transport, hold, feed, shipper, delta)
+
+    def _flow(
+        self,
+        transport: FrameTransport,
+        hold: RingHold,
+        feed: Feed,
+        shipper: Shipper,
+        delta: Delta | None,
+    ) -> None:
+        """Ship and listen until the connection ends."""
         failure: list[BaseException] = []
         thread = threading.Thread(
             target=self._ship,
@@ -585,7 +600,7 @@ class GroupSession:
         thread.start()
         halt = Halt(self.name, self._groups, self._filter, transport)
         try:
-            self._listen(transport, hold, feed, shipper, halt)
+            self._listen(transport, hold, feed, shipper, halt, delta)
         except VrepError as error:
             raise (failure[0] if failure else error) from None
         finally:
@@ -597,6 +612,45 @@ class GroupSession:
             self._bytes_before += shipper.bytes_sent
             self._records_before += shipper.records_sent
             self._stop_resync(hold)
+
+    @contextlib.contextmanager
+    def _comparing(
+        self,
+        transport: FrameTransport,
+        hold: RingHold,
+        definition: GroupDefinition,
+        data_key: DataKey,
+        opened: m.GroupOpened,
+    ) -> Iterator[Delta | None]:
+        """Compare what is unshipped with what the target holds, if it holds anything and can say
+        what. What was sealed under a data key that cannot be opened is sent again."""
+        if opened.empty or m.FEATURE_HASHES not in transport.peer_features:
+            yield None
+            return
+        keys = {data_key.generation: data_key}
+        for index in range(len(definition.wrapped_keys)):
+            with contextlib.suppress(TenantKeyError):
+                key = self._open_key(definition, index)
+                keys[key.generation] = key
+        parent = definition.parent
+        delta = Delta(
+            hold,
+            transport,
+            HashBook(keys.values()),
+            bytes.fromhex(definition.group_id),
+            Line(definition.epoch, parent.epoch, parent.seq),
+            self.view.delta,
+        )
+        try:
+            delta.start()
+        except UnsupportedError as error:  # a filter of an older release
+            log.info("nothing is compared", group=self.name, error=str(error))
+            yield None
+            return
+        try:
+            yield delta
+        finally:
+            delta.stop()
 
     @staticmethod
     def _ship(shipper: Shipper, transport: FrameTransport, failure: list[BaseException]) -> None:
@@ -658,6 +712,7 @@ class GroupSession:
         feed: Feed,
         shipper: Shipper,
         halt: Halt,
+        delta: Delta | None,
     ) -> None:
         next_status = 0.0
         while not self._stopping.is_set():
@@ -668,6 +723,9 @@ class GroupSession:
             self.view.compression = self._effort.level if self._effort is not None else None
             if event is not None and isinstance(event.message, m.Request):
                 halt.answer(event.message)
+            elif event is not None and isinstance(event.message, m.Response):
+                if delta is not None:
+                    delta.answered(event.message)
             elif event is not None and not self._take(event.message, feed, shipper):
                 return
             if transport.renewal_due:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from vrep.source.delta import DeltaCount
 from vrep.wire import messages as m
 
 __all__ = ["Backlog", "SessionView", "spill_view"]
@@ -34,6 +35,8 @@ class SessionView:
     attempts: int = 0
     history_lost: bool = False
     """the target lost what it had acknowledged, and does not hold it again yet"""
+    delta: DeltaCount = field(default_factory=DeltaCount)
+    """of all connections since the process began"""
     spill: dict[str, Any] = field(default_factory=dict)
     """empty without one; see `spill_view`"""
 

@@ -22,6 +22,7 @@ from vrep.errors import (
 from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config
+from vrep.target.delta import error_code
 from vrep.target.epochs import entry_of, plain, wire_epoch
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
@@ -233,6 +234,9 @@ class Target:
             case m.OpenGroup():
                 self._open(transport, sessions, channel, message)
                 return
+            case m.Request(method=m.HASHES_METHOD):
+                self._ask_hashes(transport, sessions, message)
+                return
             case m.Request():
                 transport.post(self._answer(transport, message))
                 return
@@ -285,12 +289,29 @@ class Target:
         sessions[channel] = (host, session)
         log.info("a source sends", group=message.name, peer=peer, epoch=session.epoch.epoch)
 
+    def _ask_hashes(
+        self,
+        transport: FrameTransport,
+        sessions: dict[int, tuple[GroupHost, Session]],
+        request: m.Request,
+    ) -> None:
+        """Only who sends a group may ask what is held of it; the session answers when it can."""
+        group_id = request.params.get("group_id")
+        try:
+            for host, session in sessions.values():
+                if host.group_id == group_id and not session.ended:
+                    session.delta.ask(request)
+                    return
+            raise NotFoundError("the group is not open on this connection")
+        except VrepError as error:
+            code, text = error_code(error), str(error)[:4096]
+            transport.post(m.Response(id=request.id, error=code, text=text))
+
     def _answer(self, transport: FrameTransport, request: m.Request) -> m.Response:
         try:
             return m.Response(id=request.id, result=self._ask(transport, request))
         except VrepError as error:
-            code = re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()[:32]
-            return m.Response(id=request.id, error=code, text=str(error)[:4096])
+            return m.Response(id=request.id, error=error_code(error), text=str(error)[:4096])
         except (KeyError, ValueError, TypeError) as error:
             return m.Response(id=request.id, error="invalid", text=str(error)[:4096])
 

@@ -565,6 +565,8 @@ class GroupHost:
     def _remove(self) -> None:
         with self._lock:
             store = self.require()
+            if self._session is not None:
+                self._session.delta.release()  # it may read, for a source that compares
             if runs.pinned(store.directory):
                 raise BusyError("a recovery reads the history of this group")
             self._end_session(None)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vrep._core import layout, record
 from vrep.errors import IntegrityError, PeerError, ProtocolError, StateError, UnsupportedError
+from vrep.target.delta import DeltaDesk
 from vrep.target.manifest import EpochEntry, Position
 from vrep.target.span import Point
 from vrep.target.store import GroupStore
@@ -81,6 +82,13 @@ class Session:
         self._taking = threading.Lock()
         self._lock = threading.Lock()
         self._acked_s = 0.0
+        self.delta = DeltaDesk(
+            store.directory.parent,
+            store.group_id,
+            epoch.epoch,
+            lambda: self._seq(self.store.durable),
+            transport.post,
+        )
 
     # ---- what comes, on the connection's thread ----------------------------------
 
@@ -262,6 +270,7 @@ class Session:
         nothing of the session is on its way to the store any more."""
         self.mute()
         self.store.unlisten(self.acknowledge)
+        self.delta.close()
         with self._lock:
             if self._told:
                 return

@@ -8,7 +8,7 @@ them: seq 0 is "nothing yet".  Sizes are bytes, times nanoseconds since 1970.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -17,6 +17,11 @@ from vrep.errors import ProtocolError
 from vrep.wire.frames import FrameType
 
 __all__ = [
+    "FEATURES",
+    "FEATURE_HASHES",
+    "HASHES_METHOD",
+    "HASH_ANSWER_BYTES",
+    "HASH_VERSION",
     "TIME_MAX",
     "UNSET",
     "Ack",
@@ -26,6 +31,12 @@ __all__ = [
     "EpochInfo",
     "Error",
     "GroupOpened",
+    "HashAnswer",
+    "HashQuestion",
+    "HashRange",
+    "HashRecord",
+    "HashRun",
+    "HashStream",
     "Hello",
     "Join",
     "Joined",
@@ -45,9 +56,12 @@ __all__ = [
     "Status",
     "StreamStart",
     "Welcome",
+    "decode_hash_answer",
+    "decode_hash_question",
     "decode_message",
     "encode_message",
     "frame_type",
+    "plain_part",
 ]
 
 _U63 = (1 << 63) - 1
@@ -300,6 +314,77 @@ class Response(_Message, frozen=True, kw_only=True):
     text: Text = ""
 
 
+FEATURE_HASHES: Final = "hashes"
+"""a server that says so in WELCOME answers questions about the hashes of what it holds"""
+FEATURES: Final = (FEATURE_HASHES,)
+"""of this release"""
+HASHES_METHOD: Final = "group.hashes"
+"""a Request whose params are a HashQuestion, and its result a HashAnswer"""
+HASH_VERSION: Final = 1
+HASH_ANSWER_BYTES: Final = 4 << 20
+"""of pieces in one answer, about: a range that would go past it is left for the next question"""
+_HASH_ROWS: Final = 1 << 17
+
+
+class HashRange(_Part, frozen=True, kw_only=True):
+    """A part of a disk, in whole 4 KiB blocks but for the disk's end."""
+
+    disk: Annotated[int, Meta(ge=0, le=63)]
+    offset: Bytes
+    length: Annotated[int, Meta(ge=1, le=64 << 20)]
+
+
+class HashQuestion(_Part, frozen=True, kw_only=True):
+    """What hashes does the target hold of these ranges, at its durable position?"""
+
+    version: Annotated[int, Meta(ge=1, le=255)] = HASH_VERSION
+    group_id: Id16
+    at_least: Seq
+    """it looks when it is durable up to here, in the epoch of the channel that asks"""
+    ranges: Annotated[list[HashRange], Meta(min_length=1, max_length=64)]
+
+
+class HashStream(_Part, frozen=True, kw_only=True):
+    """A stream that sealed records, and under which data key."""
+
+    id: Id16
+    key_generation: Annotated[int, Meta(ge=1, le=0xFFFF_FFFF)]
+
+
+class HashRecord(_Part, frozen=True, kw_only=True):
+    """A record's header and hash piece, as they are stored."""
+
+    header: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    stream: Annotated[int, Meta(ge=0, le=_HASH_ROWS)]
+    """of the answer's"""
+    word: Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
+    """the piece word"""
+    piece: Annotated[bytes, Meta(min_length=32, max_length=(128 << 10) + 16)]
+
+
+class HashRun(_Part, frozen=True, array_like=True):
+    """Whole 4 KiB blocks of a range of which a record is the newest."""
+
+    range: Annotated[int, Meta(ge=0, le=63)]
+    offset: Bytes
+    """of the disk"""
+    length: Annotated[int, Meta(ge=4096, le=64 << 20)]
+    record: Annotated[int, Meta(ge=0, le=_HASH_ROWS)]
+    """of the answer's"""
+
+
+class HashAnswer(_Part, frozen=True, kw_only=True):
+    """What the target holds of the first `answered` ranges. What no run covers has no hash."""
+
+    version: Annotated[int, Meta(ge=1, le=255)] = HASH_VERSION
+    position: Position
+    """where it looked: durable, and at or past what was wanted"""
+    answered: Annotated[int, Meta(ge=1, le=64)]
+    streams: Annotated[list[HashStream], Meta(max_length=_HASH_ROWS)]
+    records: Annotated[list[HashRecord], Meta(max_length=_HASH_ROWS)]
+    runs: Annotated[list[HashRun], Meta(max_length=_HASH_ROWS)]
+
+
 class Data(msgspec.Struct, frozen=True):
     """Concatenated sealed records, as they were sealed and as they are stored.
     Not MessagePack: the payload is the bytes themselves."""
@@ -356,6 +441,36 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 
 def frame_type(message: Message) -> FrameType:
     return _TYPES[type(message)]
+
+
+def plain_part(part: HashQuestion | HashAnswer) -> dict[str, Any]:
+    """A part as it stands in the params of a Request or the result of a Response."""
+    plain = msgspec.to_builtins(part, builtin_types=(bytes,))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def decode_hash_question(params: Any) -> HashQuestion:
+    """The question in a Request; ProtocolError for anything that is not one."""
+    return _part(params, HashQuestion)
+
+
+def decode_hash_answer(result: Any) -> HashAnswer:
+    """The answer in a Response; ProtocolError for anything that is not one."""
+    return _part(result, HashAnswer)
+
+
+_P = TypeVar("_P", HashQuestion, HashAnswer)
+
+
+def _part(plain: Any, kind: type[_P]) -> _P:
+    try:
+        part = msgspec.convert(plain, kind)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ProtocolError(f"a {kind.__name__} is malformed: {error}") from None
+    if part.version != HASH_VERSION:
+        raise ProtocolError(f"a {kind.__name__} of version {part.version}")
+    return part
 
 
 def encode_message(message: Message) -> bytes:

@@ -152,7 +152,7 @@ def connect(
     connection = Connection(Role.CLIENT, versions=versions, allocate=allocate)
     transport = FrameTransport(stream, connection, peer=peer, timeouts=timeouts, clock=clock)
     try:
-        transport.greet(identity.site_id, identity.name, _software)
+        transport.greet(identity.site_id, identity.name, _software, m.FEATURES)
     except BaseException:
         transport.close()
         raise
@@ -376,7 +376,7 @@ class Listener:
             stream, connection, peer=peer, timeouts=self._timeouts, clock=self._clock
         )
         try:
-            transport.greet(self._identity.site_id, self._identity.name, _software)
+            transport.greet(self._identity.site_id, self._identity.name, _software, m.FEATURES)
             if peer is None:
                 self._join(transport)
                 return

@@ -14,6 +14,7 @@ transport is of no more use and must be closed.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class FrameTransport:
         self._spoke_s = self._clock.monotonic()
         self._pinged_at_s = 0.0
         self._ping_id = 0
-        self._request_id = 0
+        self._request_ids = itertools.count(1)
         self._ping_sent: dict[int, float] = {}
 
     @property
@@ -327,13 +328,18 @@ class FrameTransport:
             raise TimeLimitError(f"no answer of {self.name} within {timeout_s:g} s")
         return event
 
+    def question(self, method: str, params: Mapping[str, Any]) -> int:
+        """Post a question; who receives finds its answer by this number. For any thread."""
+        number = next(self._request_ids)
+        self.post(m.Request(id=number, method=method, params=dict(params)))
+        return number
+
     def ask(
         self, method: str, params: Mapping[str, Any] | None = None, timeout_s: float | None = None
     ) -> Any:
         """Send a question and wait for its answer: for an owner that has no
         other thread receiving. PeerRefusedError when the answer is an error."""
-        self._request_id += 1
-        number = self._request_id
+        number = next(self._request_ids)
         self.send(m.Request(id=number, method=method, params=dict(params or {})))
         limit = self.timeouts.dead_after_s if timeout_s is None else timeout_s
         deadline = self._clock.monotonic() + limit
