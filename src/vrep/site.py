@@ -375,16 +375,103 @@ class Site:
         """Put the filter under the disks of a running VM (``qmp:SOCKET``, ``libvirt:NAME``) that
         this group protects, without a pause that its guest notices; `dry_run` only says how.
         UnsupportedError: a block graph that is not known, and was left as it is. Without `vm`: a
-        group that was detached is served again, for a VM that is started on its socket."""
+        group that was detached is served again, for a VM that is started on its socket.
+
+        Of a libvirt domain the definition is kept as object ``domain.xml``, and its NVRAM as
+        ``nvram``, if it has one."""
         from vrep.hypervisor.attach import RECONNECT_S
 
         if vm is None:
             self.groups.update(group, detached=False)
             self._tell("filter", "reload")
             return None
-        return self._attacher(group).attach(
+        result = self._attacher(group).attach(
             vm, dry_run=dry_run, reconnect_s=RECONNECT_S if reconnect_s is None else reconnect_s
         )
+        if dry_run or not vm.startswith("libvirt:"):
+            return result
+        put, missing = self._keep_domain(group, vm.partition(":")[2])
+        return msgspec.structs.replace(result, objects=put, objects_missing=missing)
+
+    def _keep_domain(self, group: str, domain: str) -> tuple[tuple[str, ...], str]:
+        """Put what is kept of a libvirt domain beside its disks; why something is missing: the VM
+        is attached all the same."""
+        from vrep.hypervisor.domain import describe
+
+        put: list[str] = []
+        try:
+            found, missing = describe(domain)
+            for name, data in found.items():
+                self.object_put(group, name, data)
+                put.append(name)
+        except errors.VrepError as error:
+            missing = str(error)
+        return tuple(put), missing
+
+    # ---- objects ---------------------------------------------------------------------
+
+    def object_put(
+        self, group: str, name: str, data: bytes, *, wait_s: float = 0.0
+    ) -> dict[str, Any]:
+        """Let a small blob travel with a group, sealed, its name too: {"name", "bytes",
+        "durable"}. It is a version of its name from the next position on. It is kept here until a
+        target holds it, so it may be put in a gap, before the first sync, or while the filter does
+        not run. With `wait_s` the target holds it, or `TimeLimitError` is raised."""
+        from vrep.objects import ObjectDirectory
+
+        definition = self.groups.load(group)
+        room = definition.options.ring_bytes // 4
+        if len(data) > room:
+            raise errors.InvalidError(
+                f"object {name!r} has {len(data)} bytes; {group!r}'s ring takes {room} at most"
+            )
+        objects = ObjectDirectory(self.groups.path(group))
+        one = objects.put(name, data, time.time_ns())
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                self._filter().call("publish_objects", group=group)
+            except errors.VrepError:
+                if wait_s:
+                    raise
+            durable = one not in objects.due()
+            if durable or time.monotonic() >= deadline:
+                break
+            time.sleep(0.05)
+        if wait_s and not durable:
+            raise errors.TimeLimitError(
+                f"object {name!r} is not durable at the target after {wait_s:g} s: it is kept "
+                "here until it is"
+            )
+        return {"name": name, "bytes": len(data), "durable": durable}
+
+    def objects(self, group: str, at: str = "latest") -> list[dict[str, Any]]:
+        """The objects of a group, by name: at the site that holds its history, as they were at a
+        point, {"name", "bytes", "point", "time"}; at its source, the newest, {"name", "bytes",
+        "durable", "time"}."""
+        if group in set(self.groups.names()) and at == "latest":
+            return self._own_objects(group)
+        from vrep.recovery.object_records import list_objects
+
+        return [msgspec.to_builtins(each) for each in list_objects(self.paths, group, at)]
+
+    def _own_objects(self, group: str) -> list[dict[str, Any]]:
+        from vrep.objects import ObjectDirectory, parse
+
+        objects = ObjectDirectory(self.groups.path(group))
+        due = objects.due()
+        found = []
+        for one in objects.ids():
+            plain = parse(objects.load(one))
+            row = {"name": plain.name, "bytes": len(plain.data), "durable": one not in due}
+            found.append({**row, "time": utc(plain.wall_ns / 1e9)})
+        return sorted(found, key=lambda row: str(row["name"]))
+
+    def object_get(self, group: str, name: str, at: str = "latest") -> bytes:
+        """The bytes of an object at a point, at the site that holds the group's history."""
+        from vrep.recovery.object_records import get_object
+
+        return get_object(self.paths, group, name, at)
 
     def detach(self, group: str, *, dry_run: bool = False) -> AttachResult:
         """Undo `attach`: the VM's disks are as they were, the filter lets them alone, and nothing

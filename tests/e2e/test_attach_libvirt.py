@@ -100,6 +100,7 @@ def test_a_domain_is_attached_and_detached(
         result = pair.a.attach(GROUP, "libvirt:web")
         assert result is not None
         assert result.disks[0].topology in ("format", "storage")  # libvirt 9; later ones
+        assert (result.objects, result.objects_missing) == (("domain.xml",), "")
         write(2, 2)
         wait_until("the sync ends", lambda: pair.status()["state"] == "replicating")
         pair.settle()
@@ -107,6 +108,7 @@ def test_a_domain_is_attached_and_detached(
         assert held[MIB : MIB + 4] == bytes([1] * 4)
         assert held[2 * MIB : 2 * MIB + 4] == bytes([2] * 4)
         assert pair.read_view()["root"] == held
+        assert b"<name>web</name>" in pair.b.object_get(GROUP, "domain.xml")
         pair.a.detach(GROUP)
         after = monitor("query-named-block-nodes")
         for node in [*before, *after]:

@@ -34,6 +34,7 @@ pause
 resume
 resync
 resize
+object put|list|get
 status
 checkpoint
 points

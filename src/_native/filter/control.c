@@ -73,6 +73,47 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
     return VREP_OK;
 }
 
+int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes, uint64_t *seq)
+{
+    if (!group->tap)
+        return VREP_E_UNSUPPORTED;
+    if (bytes <= sizeof(struct vrep_object) || bytes > VREP_OBJECT_BYTES_MAX)
+        return VREP_E_INVALID;
+    if (vrep_handover_blind(group))
+        return VREP_E_BUSY;
+    if (vrep_ring_half_full(group->ring) ||
+        vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
+        return VREP_E_FULL;
+    struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, bytes);
+    if (slot == NULL)
+        return VREP_E_FULL;
+    /* A step at a time: its chunks may lie anywhere, and no memory is taken here. */
+    struct iovec iov[COPY_BYTES_MAX / VREP_CHUNK_BYTES + 2];
+    for (uint32_t at = 0; at < bytes; at += COPY_BYTES_MAX) {
+        uint32_t step = bytes - at < COPY_BYTES_MAX ? bytes - at : COPY_BYTES_MAX;
+        int count =
+            vrep_ring_iov(group->ring, slot, at, step, iov, (int)(sizeof iov / sizeof *iov));
+        if (count < 0) {
+            vrep_ring_cancel(group->ring, slot);
+            return VREP_E_CORRUPT;
+        }
+        const uint8_t *from = (const uint8_t *)data + at;
+        for (int i = 0; i < count; i++) {
+            memcpy(iov[i].iov_base, from, iov[i].iov_len);
+            from += iov[i].iov_len;
+        }
+    }
+    slot->kind = VREP_KIND_OBJECT;
+    slot->generation = NO_GENERATION;
+    slot->disk = 0;
+    slot->offset = 0;
+    slot->length = bytes;
+    slot->flags = 0;
+    slot->lane = 0;
+    *seq = vrep_tap_publish(group, slot);
+    return VREP_OK;
+}
+
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all)
 {
     if (!group->tap)

@@ -105,6 +105,9 @@ int vrep_group_consumer_detach(struct vrep_group *group, uint32_t role);
  * its position. FULL when there is no room, GONE in a gap. */
 int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
                     uint64_t *seq);
+/* Inserts an OBJECT record: `data` is its plaintext (struct vrep_object, name, blob), copied. In a
+ * gap, too. FULL when more than half of the ring is used, or it has no room; INVALID. */
+int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes, uint64_t *seq);
 /* Sync copies of unshipped blocks run only while allowed; rate 0 = unlimited.  Everything becomes
  * unshipped with `all` (first sync: the gap starts with it). */
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all);

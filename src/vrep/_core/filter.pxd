@@ -154,6 +154,7 @@ cdef extern from "filter/group.h" nogil:
                                    uint64_t durable, int *fds)
     int vrep_group_consumer_detach(vrep_group *group, uint32_t role)
     int vrep_group_mark(vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq)
+    int vrep_group_object(vrep_group *group, const void *data, uint32_t length, uint64_t *seq)
     int vrep_group_resync(vrep_group *group, bint allowed, uint64_t bytes_per_s, bint all)
     int vrep_group_lose_ring(vrep_group *group)
     int vrep_group_let_go(vrep_group *group)

@@ -77,6 +77,11 @@ cdef struct mark_request:
     uint16_t label_bytes
     uint64_t seq
 
+cdef struct object_request:
+    const void *data
+    uint32_t length
+    uint64_t seq
+
 cdef struct resync_request:
     bint allowed
     bint everything
@@ -123,6 +128,11 @@ cdef int run_status(vrep_group *group, void *argument) noexcept nogil:
 cdef int run_mark(vrep_group *group, void *argument) noexcept nogil:
     cdef mark_request *request = <mark_request *>argument
     return vrep_group_mark(group, request.label, request.label_bytes, &request.seq)
+
+
+cdef int run_object(vrep_group *group, void *argument) noexcept nogil:
+    cdef object_request *request = <object_request *>argument
+    return vrep_group_object(group, request.data, request.length, &request.seq)
 
 
 cdef int run_resync(vrep_group *group, void *argument) noexcept nogil:
@@ -325,6 +335,24 @@ cdef class Group:
         request.label = <const char *>text
         request.label_bytes = <uint16_t>len(text)
         self.call(run_mark, &request)
+        return request.seq
+
+    def put_object(self, data):
+        """Put an object (its plaintext: struct, name, blob) into the order; return its seq.
+
+        FullError when the ring has no room for it now.
+        """
+        cdef object_request request
+        cdef Py_buffer view
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            if view.len > 0xffffffff:
+                raise InvalidError(f"an object of {view.len} bytes")
+            request.data = view.buf
+            request.length = <uint32_t>view.len
+            self.call(run_object, &request)
+        finally:
+            PyBuffer_Release(&view)
         return request.seq
 
     def resync(self, bint allowed=True, *, uint64_t bytes_per_s=0, bint everything=False):

@@ -28,6 +28,7 @@ COMMANDS: Final = {
     "resume": "cli_group",
     "resync": "cli_group",
     "resize": "cli_vm",
+    "object": "cli_object",
     "status": "cli_status",
     "checkpoint": "cli_group",
     "points": "cli_recover",

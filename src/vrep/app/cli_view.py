@@ -45,6 +45,9 @@ def points_text(found: PointList) -> str:
     lines += [
         f"{v.point}: {v.state}: {v.text}" for v in found.verdicts if v.text and v.state != "good"
     ]
+    lines += [
+        f"object {each.name}: {size_text(each.bytes)}, of {each.time}" for each in found.objects
+    ]
     verdict = found.verdict
     if verdict.whole:
         how = "with the tenant's key" if verdict.sealed else "without a key: order and digests only"
@@ -85,6 +88,7 @@ def export_text(result: ExportResult) -> str:
         lines.append(
             f"  {disk.path}: {size_text(disk.bytes)}, {size_text(disk.data_bytes)} of data{digest}"
         )
+    lines += [f"  {each.path}: {size_text(each.bytes)}" for each in result.objects]
     return "\n".join(lines)
 
 

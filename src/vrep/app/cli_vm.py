@@ -104,8 +104,12 @@ def _show(group: str, result: Result, as_json: bool, done: str) -> None:
             lines.append(f"# {disk.name}: {disk.topology}, {disk.below} under {disk.top}")
         lines += [msgspec.json.encode(command).decode() for command in result.commands]
     else:
+        if result.objects:
+            lines.append(f"kept beside its disks: {', '.join(result.objects)}")
+        if result.objects_missing:
+            lines.append(f"not kept: {result.objects_missing}")
         took = f" in {result.switch_ms:.1f} ms" if result.switch_ms else ""
-        lines.append(done + took)
+        lines.insert(0, done + took)
     emit(answer, as_json, "\n".join(lines))
 
 

@@ -22,6 +22,7 @@ import structlog
 
 from vrep._core.filter import Group
 from vrep._core.serve import Server
+from vrep.app.publishing import Publisher
 from vrep.app.resizing import note_sizes, open_disks, plan_resize
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
@@ -67,6 +68,8 @@ class _Hosted:
     """empty: passed through, without a ring"""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
+    publisher: Publisher | None = None
+    """of its objects; None: passed through"""
     handover_until: float = 0.0
     """a VM that has not switched by then (monotonic) is not waited for"""
 
@@ -142,6 +145,7 @@ class FilterHost:
                 "take_back": self._take_back,
                 "release": self._release,
                 "resize": self._resize,
+                "publish_objects": self._publish_objects,
                 "stop": self._stop_requested,
             },
         )
@@ -187,6 +191,9 @@ class FilterHost:
             for one in gone:
                 self._try_close(one)
             self._end_late_handovers()
+            for one in list(self._hosted.values()):
+                if one.publisher is not None:
+                    one.publisher.step(one.group)
             for name in missing:
                 self._try_open(name)
 
@@ -287,7 +294,9 @@ class FilterHost:
         shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
         group = self._open_group(definition, shm, handover=handover)
         server = None if pauses_guest(definition) else self._serve_or_close(definition, group)
-        return _Hosted(definition, group, server, str(shm / "ring"))
+        publisher = Publisher(definition.name, self._groups.path(definition.name))
+        publisher.begin(group)
+        return _Hosted(definition, group, server, str(shm / "ring"), publisher=publisher)
 
     def _open_group(
         self,
@@ -453,6 +462,8 @@ class FilterHost:
         that the group has."""
         hosted = self._host(params)
         allowed, rate = params.get("allowed"), params.get("bytes_per_s")
+        if params.get("all") and hosted.publisher is not None:
+            hosted.publisher.lost()
         with self._resyncing:  # a session that begins meanwhile has the last word
             if allowed is None:
                 allowed = hosted.group.status()["resync_allowed"]
@@ -464,7 +475,19 @@ class FilterHost:
         return {}
 
     def _lose_ring(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        self._host(params).group.lose_ring()
+        hosted = self._host(params)
+        with self._scanning:  # nothing is published between the two
+            if hosted.publisher is not None:
+                hosted.publisher.lost()
+            hosted.group.lose_ring()
+        return {}
+
+    def _publish_objects(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Put what is due into the order now."""
+        with self._scanning:
+            hosted = self._host(params)
+            if hosted.publisher is not None:
+                hosted.publisher.step(hosted.group)
         return {}
 
     # ---- comparing -----------------------------------------------------------------

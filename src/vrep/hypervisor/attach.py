@@ -56,6 +56,10 @@ class Result(msgspec.Struct, frozen=True):
     dry_run: bool
     switch_ms: float = 0.0
     """time that the VM's disks stood still, at most: from the command to its answer"""
+    objects: tuple[str, ...] = ()
+    """names of the objects that were put: the VM's definition, its NVRAM"""
+    objects_missing: str = ""
+    """why one of them is not kept"""
 
 
 class Attacher:

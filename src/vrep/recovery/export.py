@@ -35,13 +35,16 @@ from vrep.recovery.check import Verdict, check_history
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.held import find_group
 from vrep.recovery.history import format_time, resolve
+from vrep.recovery.object_records import objects_at, write_objects
 from vrep.target.manifest import DiskEntry, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["ExportResult", "ExportedDisk", "export"]
+__all__ = ["ExportResult", "ExportedDisk", "ExportedObject", "export"]
 
 FORMATS: Final = ("raw", "qcow2")
 CHUNK_BYTES: Final = 4 << 20
+OBJECTS: Final = "objects"
+"""directory of the objects, beside the disks; not there when there are none"""
 HOLE_BYTES: Final = 4 << 10
 WORKERS: Final = 2
 Progress = Callable[[str, int, int], None]
@@ -60,6 +63,14 @@ class ExportedDisk(msgspec.Struct, frozen=True):
     sha256: str | None
 
 
+class ExportedObject(msgspec.Struct, frozen=True):
+    """An object that was written."""
+
+    name: str
+    path: str
+    bytes: int
+
+
 class ExportResult(msgspec.Struct, frozen=True):
     """What was exported."""
 
@@ -69,6 +80,7 @@ class ExportResult(msgspec.Struct, frozen=True):
     time: str
     format: str
     disks: list[ExportedDisk]
+    objects: list[ExportedObject]
     bytes: int
     seconds: float
     verdict: Verdict
@@ -97,7 +109,8 @@ def export(
         targets = [
             (disk, out / f"{disk.name}.{format}") for disk in reader.disks_at(point.position)
         ]
-        for _disk, path in targets:
+        beside = out / OBJECTS
+        for path in (*(path for _disk, path in targets), beside):
             if path.exists() or path.is_symlink():
                 raise errors.ExistsError(f"{path}: an export never replaces a file")
         verdict = check_history(
@@ -106,12 +119,14 @@ def export(
             access,
             progress=None if progress is None else lambda d, t: progress("check", d, t),
         )
+        objects = objects_at(reader, access, point.position)
         fetcher = Fetcher(reader, _checked_map(reader, point.position), access)
         disks = []
         with _storage(out):
             out.mkdir(parents=True, exist_ok=True)
             for disk, path in targets:
                 disks.append(_export_disk(fetcher, disk, path, format, progress, sha256))
+            written = write_objects(objects, beside)
             sync_directory(out)
     return ExportResult(
         group=held.name,
@@ -120,6 +135,7 @@ def export(
         time=format_time(point.wall_ns),
         format=format,
         disks=disks,
+        objects=[ExportedObject(info.name, str(path), info.bytes) for info, path in written],
         bytes=sum(disk.bytes for disk in disks),
         seconds=round(time.monotonic() - began, 3),
         verdict=verdict,

@@ -15,6 +15,7 @@ from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import Progress, Verdict, check_history
 from vrep.recovery.held import find_group
 from vrep.recovery.history import History, Mark, Range, format_time
+from vrep.recovery.object_records import ObjectInfo, object_info, objects_at
 from vrep.recovery.verdict import VerdictBook, VerdictInfo, judge
 from vrep.target.manifest import EpochEntry, Position
 from vrep.target.reader import StoreReader
@@ -79,6 +80,8 @@ class PointList(msgspec.Struct, frozen=True):
     """of the check of the whole history, made just now"""
     verdicts: list[VerdictInfo]
     """of verifications (see `vrep verify`), by point"""
+    objects: list[ObjectInfo] = []
+    """at the newest point; their names are sealed: empty without the key"""
 
 
 def _info(position: Position, wall_ns: int) -> PointInfo:
@@ -180,10 +183,22 @@ def _list(
         gaps=[_gap(history, gap) for gap in history.gaps],
         marks=marks,
         epochs=[_epoch(entry) for entry in reader.epochs],
+        objects=_objects(reader, access, history),
         key_held=access is not None,
         verdict=verdict,
         verdicts=_shown(judge(verdicts, reader.manifest, reader.durable, history), verdict),
     )
+
+
+def _objects(reader: StoreReader, access: KeyAccess | None, history: History) -> list[ObjectInfo]:
+    """Those of the newest point. A damaged one stands in the verdict of the check."""
+    if access is None or history.newest is None:
+        return []
+    try:
+        found = objects_at(reader, access, history.newest)
+    except errors.IntegrityError:
+        return []
+    return [object_info(*each) for each in found.values()]
 
 
 def _shown(verdicts: list[VerdictInfo], verdict: Verdict) -> list[VerdictInfo]:
