@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import queue
 import random
 import socket
@@ -22,6 +23,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.keys import SiteIdentity
+from vrep.keys.identity import utc_now
 from vrep.wire import messages as m
 from vrep.wire.address import parse_address
 from vrep.wire.invite import Invite, InviteBook, InviteError, decode_invite, encode_invite
@@ -38,8 +40,10 @@ QUICK = Timeouts(connect_s=10, handshake_s=0.3, ping_after_s=0.1, dead_after_s=0
 class Site:
     """A site in a directory of its own."""
 
-    def __init__(self, where: Path, name: str) -> None:
-        self.identity = SiteIdentity.create(where / name, name)
+    def __init__(
+        self, where: Path, name: str, now: Callable[[], datetime.datetime] = utc_now
+    ) -> None:
+        self.identity = SiteIdentity.create(where / name, name, now=now)
         self.peers = PeerRegistry(where / name)
         self.invites = InviteBook(where / name)
 
@@ -204,6 +208,33 @@ def test_a_removed_peer_is_refused_at_once(world: World) -> None:
             ask(transport, 3)
     world.b.trust(world.a)
     with connect(world.a.identity, peer) as transport:
+        ask(transport)
+
+
+@pytest.mark.parametrize("years", [-30, 30])
+def test_dates_of_certificates_play_no_part(world: World, years: int) -> None:
+    """A peer is trusted until it is removed: replication must not end with a date, nor because a
+    host woke up in 1970. To each end the other's certificate is not valid yet, or not any more."""
+    then = utc_now() + datetime.timedelta(days=365 * years)
+    world.a, world.b = (Site(world.where, name, lambda: then) for name in ("early", "late"))
+    listener = world.listen()
+    peer = world.a.trust(world.b, listener.address)
+    world.b.trust(world.a)
+    with connect(world.a.identity, peer) as transport:
+        ask(transport)
+    PeerRegistry(world.where / "late").remove("early")
+    assert isinstance(refused(world, peer), TrustError)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((1, 1), (1, 2)), ((1, 2), (1, 1)), ((1, 9), (1, 3))])
+def test_neighbouring_releases_talk_whichever_is_upgraded_first(
+    world: World, ours: tuple[int, int], theirs: tuple[int, int]
+) -> None:
+    listener = world.listen(versions=theirs)
+    peer = world.a.trust(world.b, listener.address)
+    world.b.trust(world.a)
+    with connect(world.a.identity, peer, versions=ours) as transport:
+        assert transport.connection.version == min(ours[1], theirs[1])
         ask(transport)
 
 

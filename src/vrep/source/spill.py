@@ -269,7 +269,7 @@ class Spill:
         self._next_number += 1
         self._fd = fd
         try:
-            os.pwrite(fd, native.header(head), 0)
+            _write(fd, memoryview(native.header(head)), 0)
             self._commit(file, memoryview(room)[:count], after, epoch, int(head["wall_ns"]))
             sync_directory(self.directory)
         except BaseException:
@@ -338,10 +338,7 @@ class Spill:
         tail = native.commit(block, [sealed])
         at = start
         for part in (sealed, memoryview(tail)):
-            view = part
-            while view:
-                count = os.pwrite(self._fd, view, at)
-                view, at = view[count:], at + count
+            at = _write(self._fd, part, at)
         os.fdatasync(self._fd)
         with self._lock:
             file.commits.append(_Commit(file.last, last, start, end, wall_ns))
@@ -451,6 +448,14 @@ def _read_commit(
 def _damaged(file: _File, after: int, error: Exception) -> CorruptError:
     why = getattr(error, "detail", None) or getattr(error, "strerror", None) or error
     return CorruptError(f"{file.path}: after position {after}: {why}")
+
+
+def _write(fd: int, view: memoryview, at: int) -> int:
+    """Write all of it, however little goes at once; where it ends."""
+    while view:
+        count = os.pwrite(fd, view, at)
+        view, at = view[count:], at + count
+    return at
 
 
 def _read(fd: int, start: int, end: int) -> bytearray:

@@ -47,6 +47,8 @@ from vrep.wire.transport import FrameTransport, Timeouts
 
 __all__ = ["Handler", "Listener", "client_context", "connect", "join_site", "server_context"]
 
+NO_CHECK_TIME: Final = 0x200000
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), which Python does not name"""
 CONNECTIONS_MAX: Final = 256
 STRANGERS_MAX: Final = 32
 """connections whose peer is not known yet"""
@@ -82,6 +84,9 @@ def server_context(identity: SiteIdentity, peers: list[Peer]) -> ssl.SSLContext:
     """For accepting: trusts the peers' certificates and no other."""
     context = _context(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL
+    # A certificate is pinned until it is removed; its dates are not to be judged by a clock that
+    # a host may have lost.
+    context.verify_flags |= NO_CHECK_TIME
     context.num_tickets = 0
     context.load_cert_chain(identity.certificate_path, identity.key_path)
     if peers:
