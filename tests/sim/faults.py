@@ -14,7 +14,7 @@ from typing import Any
 from guest import GUEST_S
 from kernel import NS, Kernel, Violation
 from net import Network
-from oracle import Oracle
+from oracle import DISK_BYTES_MAX, Oracle
 from plan import AT_SOURCE, Plan
 from sites import EAST, GROUP, GROUP_ID, SourceSite, TargetSite
 
@@ -225,6 +225,30 @@ class Faults:
             self._kernel.event("mark")
         except VrepError as error:
             self._kernel.note(f"no mark: {error}")
+
+    def _resize(self) -> None:
+        """A disk becomes larger or smaller; cut off on the way, the next start does it. Now and
+        then its record is lost with the ring."""
+        west, rng, oracle = self._west, self._rng, self._oracle
+        disk = rng.randrange(len(oracle.sizes))
+        size = max(16 << 10, oracle.sizes[disk] + 512 * rng.randrange(-64, 65))
+        if west.group is None or size == oracle.sizes[disk] or size > DISK_BYTES_MAX:
+            return
+        lost = rng.random() < 0.3
+        if lost:
+            self._hang()
+        elif rng.random() < 0.4:
+            west.filter.fuse = rng.randrange(60)
+        try:
+            west.ask("filter", "resize", group=GROUP, disk=f"d{disk}", size=size, shrink=True)
+        except VrepError as error:
+            self._kernel.note(f"not resized: {error}")
+        west.filter.fuse = -1
+        if west.filter.dead:
+            oracle.source_came_back(False, west.content)
+            self._start_filter()
+        elif lost:
+            self._power_source()
 
     def _pause(self) -> None:
         self._west.groups.update(GROUP, paused=True)

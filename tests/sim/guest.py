@@ -62,9 +62,9 @@ class Guest:
         group, gate = self._west.group, self._west.gate
         if group is None or gate is None or not gate.open:
             return
-        rng, plan, oracle = self._rng, self._plan, self._oracle
+        rng, oracle = self._rng, self._oracle
         disk = 0 if rng.random() < 0.8 else 1
-        size = plan.disk_bytes[disk]
+        size = oracle.sizes[disk]
         op = rng.choices(("write", "zero", "discard", "flush", "read"), (40, 4, 2, 6, 5))[0]
         length = rng.choice((512, 1024, 4096, 4096, 4096, 8192, 512 * rng.randrange(1, 30)))
         offset = rng.randrange((size - length) // 512 + 1) * 512

@@ -32,6 +32,7 @@ ZEROES: Final = (layout.KIND_ZEROES, layout.KIND_SYNC_ZEROES)
 ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
 WEST: Final = b"\xaa" * 16
 SECTOR: Final = 512
+DISK_BYTES_MAX: Final = 512 << 10
 HASH_PIECE: Final = 0x80000000
 _HEADER: Final = layout.RECORD.itemsize
 
@@ -90,6 +91,21 @@ class Ledger:
     """the highest seq that it said was durable"""
 
 
+class Image:
+    """Disks: what is in front of their end, and what lies behind it, which a larger size shows."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes = sizes
+        self._bytes = [bytearray(DISK_BYTES_MAX) for _ in sizes]
+
+    def put(self, disk: int, offset: int, data: bytes) -> None:
+        self._bytes[disk][offset : offset + len(data)] = data
+
+    def read(self, disk: int, size: int | None = None) -> bytearray:
+        """A disk, or as much of it as another one of this size has."""
+        return self._bytes[disk][: self.sizes[disk] if size is None else size]
+
+
 class Oracle:
     """The truth of one simulated world."""
 
@@ -100,6 +116,8 @@ class Oracle:
         self.records: dict[int, Record] = {}
         self.head = 0
         self.flights: list[Flight] = []
+        self.sizes = list(plan.disk_bytes)
+        """of the disks, now"""
         self.model = [bytearray(size) for size in plan.disk_bytes]
         self.touched = [np.zeros(-(-size // SECTOR), np.int64) for size in plan.disk_bytes]
         """when a sector was last written, as the guest knows it"""
@@ -129,8 +147,8 @@ class Oracle:
         self._image_of: list[tuple[int, int, int]] = []
         self._image = self._empty()
 
-    def _empty(self) -> list[bytearray]:
-        return [bytearray(size) for size in self.plan.disk_bytes]
+    def _empty(self) -> Image:
+        return Image(list(self.plan.disk_bytes))
 
     # ---- the guest ----------------------------------------------------------------------
 
@@ -201,6 +219,18 @@ class Oracle:
             and offset < flight.offset + flight.length
             for flight in self.flights
         )
+
+    def resized(self, sizes: list[int]) -> None:
+        """The filter opened disks of these sizes: what is new reads zero."""
+        for disk, size in enumerate(sizes):
+            sectors = -(-size // SECTOR)
+            self.model[disk] = self.model[disk][:size].ljust(size, b"\0")
+            self.touched[disk] = np.resize(self.touched[disk], sectors)
+            if size > self.sizes[disk]:
+                self.touched[disk][-(-self.sizes[disk] // SECTOR) :] = 0
+            if size != self.sizes[disk]:
+                self.kernel.event("resize")
+        self.sizes = list(sizes)
 
     # ---- the ring -----------------------------------------------------------------------
 
@@ -499,22 +529,23 @@ class Oracle:
                 found.append(Position(epoch, 0, seq))
         return found
 
-    def apply(self, image: list[bytearray], seq: int) -> None:
+    def apply(self, image: Image, seq: int) -> None:
         one = self.records[seq]
-        end = one.offset + one.length
         if one.kind in WRITES:
-            image[one.disk][one.offset : end] = one.data
+            image.put(one.disk, one.offset, one.data)
         elif one.kind in ZEROES:
-            image[one.disk][one.offset : end] = bytes(one.length)
+            image.put(one.disk, one.offset, bytes(one.length))
+        elif one.kind == layout.KIND_RESIZE:
+            image.sizes[one.disk] = one.offset
 
-    def image(self, point: Position) -> list[bytearray]:
+    def image(self, point: Position) -> Image:
         """What every disk holds at a point."""
         image = self._empty()
         for _epoch, seq, _kind in self.history(point):
             self.apply(image, seq)
         return image
 
-    def durable_image(self) -> list[bytearray]:
+    def durable_image(self) -> Image:
         """What the target's newest durable point of the accepted writer holds."""
         durable = self.store.durable if self.store is not None else Position()
         wanted = self.history(durable) if durable.epoch else []
@@ -532,8 +563,10 @@ class Oracle:
             return
         self.amnesia = False
         bit = self.plan.bit_bytes
-        for disk, there in enumerate(self.durable_image()):
+        image = self.durable_image()
+        for disk in range(len(self.sizes)):
             here = source(disk)
+            there = image.read(disk, len(here))
             if here == there:
                 continue
             dirty = group.dirty(disk)

@@ -36,11 +36,12 @@ FAULTS: Final = {
     "old target": 1,
     "bad disk": 2,
     "clock": 1,
+    "resize": 3,
 }
 """and how often each is drawn"""
 AT_SOURCE: Final = (
     *("kill source", "kill filter", "power source", "close filter"),
-    *("mark", "pause", "failed spill", "bad disk"),
+    *("mark", "pause", "failed spill", "bad disk", "resize"),
 )
 """these break while others do at the target and between the sites"""
 CRASHES: Final = ("kill source", "kill filter", "kill target")

@@ -78,7 +78,12 @@ class Recoveries:
         self._kernel.event("recovery")
         found = resolve(reader, f"pos:{point}", access, 0)
         fetcher = Fetcher(reader, reader.extent_map(found.position), access)
-        for disk, truth in enumerate(self._oracle.image(point)):
+        image = self._oracle.image(point)
+        sizes = [disk.bytes for disk in reader.disks_at(point)]
+        if sizes != image.sizes:
+            raise Violation(f"8: the disks have {sizes} bytes at {point}, not {image.sizes}")
+        for disk in range(len(sizes)):
+            truth = image.read(disk)
             got = fetcher.read(disk, 0, len(truth)) or bytes(len(truth))
             if got != truth:
                 at = next(i for i in range(len(truth)) if got[i] != truth[i])

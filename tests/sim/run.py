@@ -44,7 +44,7 @@ EVER: Final = (
     *("failed request", "failed flush", "failed command"),
     *("gap", "gap end", "sync copy", "spill", "fold", "merge", "mark", "stream", "re-seal"),
     *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
-    *("opened new", "opened clean", "opened killed", "opened power-loss"),
+    *("resize", "opened new", "opened clean", "opened killed", "opened power-loss"),
 )
 """what every run has at least once"""
 COLLECT_EVERY: Final = 10

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from disks import Descriptors, SpillDisk, SpillOs, StoreFiles, lose_sectors
-from kernel import NS, Kernel, Process, Task, patched
+from kernel import NS, Kernel, Process, Task, Violation, patched
 from net import Controls, Network, Peers, Wires
 
 from vrep._core.filter_driver import GroupDriver
@@ -55,6 +55,7 @@ WEST: Final = types.SimpleNamespace(site_id="aa" * 16, name="west")
 EAST: Final = types.SimpleNamespace(site_id="bb" * 16, name="east")
 DATA_KEY: Final = DataKey(GROUP_ID, 1, bytes(range(32)))
 FLUSH, ZERO = 3, 4
+DRAIN_S: Final = 30.0
 FUA: Final = 1
 RECORD_ROOM: Final = 512 << 10
 """the largest record here, sealed: a copy of 256 KiB"""
@@ -70,7 +71,8 @@ def make_keys(root: Path) -> bytes:
 class Gate:
     """In the place of the NBD server: the guest talks to the group itself."""
 
-    def __init__(self, group: Any, **_options: Any) -> None:
+    def __init__(self, site: SourceSite, group: Any) -> None:
+        self._site = site
         self.group = group
         self.open = False
 
@@ -78,7 +80,11 @@ class Gate:
         self.open = True
 
     def stop(self, **_options: Any) -> None:
+        """When it returns, all that was sent is answered."""
         self.open = False
+        oracle = self._site.oracle
+        if not self._site.kernel.wait_until(lambda: not oracle.flights, DRAIN_S):
+            raise Violation("5: a command of the guest is never answered")
 
     def clients(self) -> list[Any]:
         return [self] if self.open else []
@@ -164,10 +170,12 @@ class SourceSite:
 
     def _run_filter(self) -> None:
         process = self.filter
-        with self._filter_names(process):
-            config = Config(filter=FilterConfig(shm_dir=str(self.paths.root / "shm")))
-            self.host = filterd.FilterHost(self.paths, config)
-            self.host.start()
+        filterd.Group = self._open_group  # type: ignore
+        filterd.Server = self._open_gate  # type: ignore
+        filterd.ControlServer = self.controls.server(process)  # type: ignore
+        config = Config(filter=FilterConfig(shm_dir=str(self.paths.root / "shm")))
+        self.host = filterd.FilterHost(self.paths, config)
+        self.host.start()
         self.kernel.spawn(process, self._keep_filter, "filter:run")
         pause_s = 0.0
         while True:
@@ -177,19 +185,7 @@ class SourceSite:
     def _keep_filter(self) -> None:
         while True:
             self.kernel.sleep(filterd.SCAN_EVERY_S)
-            if self.group is None:
-                with self._filter_names(self.filter):
-                    self.host._scan()
-
-    @contextlib.contextmanager
-    def _filter_names(self, process: Process) -> Iterator[None]:
-        names = {
-            "Group": self._open_group,
-            "Server": self._open_gate,
-            "ControlServer": self.controls.server(process),
-        }
-        with patched(filterd, **names):
-            yield
+            self.host._scan()
 
     def _open_group(self, disks: Any, **options: Any) -> GroupDriver:
         assert self.group is None
@@ -202,11 +198,16 @@ class SourceSite:
         if self._observer is not None:
             self._observer.close()
         self._observer = RingReader(self._ring_path())
+        sizes = [size for _name, size in group.disks]
+        if sizes != self.oracle.sizes:
+            # A new size is synced before anything is recorded, and so is all below it.
+            self.stable = [path.read_bytes() for path in self.disks]
+            self.oracle.resized(sizes)
         self.oracle.filter_opened(self._observer, group.status())
         return group
 
     def _open_gate(self, group: Any, **options: Any) -> Gate:
-        self.gate = Gate(group, **options)
+        self.gate = Gate(self, group)
         return self.gate
 
     def _ring_path(self) -> Path:
@@ -292,11 +293,21 @@ class SourceSite:
         group.kill()
         self.oracle.filter_killed()
 
+    def close_group(self, group: GroupDriver) -> None:
+        """It is closed: what waits is done first, by hand, to know what is stable afterwards."""
+        for _ in range(1000):
+            steps = group.steps()
+            if not steps:
+                break
+            self._step(0, steps[0])
+            group.poll()
+        self.look()
+        self.group = None
+
     def close_filter(self) -> None:
-        """A clean stop; of one of its own threads."""
-        self.oracle.drop_guest()
+        """A clean stop."""
         self.host.close()
-        self.group = self.gate = None
+        self.gate = None
         self.stable = [path.read_bytes() for path in self.disks]
 
     def lose_power(self) -> bool:
@@ -385,6 +396,10 @@ class SimGroup(GroupDriver):
     def lose_ring(self) -> None:
         self.site.look()
         super().lose_ring()
+
+    def close(self, clean: bool = True) -> None:
+        self.site.close_group(self)
+        super().close(clean)
 
 
 class SimReader(RingReader):
@@ -578,7 +593,7 @@ def small_world(oracle: Oracle) -> Iterator[None]:
 
     priority = types.SimpleNamespace(PRIO_PROCESS=0, setpriority=lambda *_args: None)
     keep: list[Any] = []
-    for module in (source_daemon, target_daemon, source_attach, spill, target_lease):
+    for module in (filterd, source_daemon, target_daemon, source_attach, spill, target_lease):
         keep.append((module, dict(vars(module))))
     try:
         with (

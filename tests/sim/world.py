@@ -97,8 +97,11 @@ class World:
             durable = east.store.durable if east.store else None
             raise Violation(f"9: it does not become whole again: {status}, {durable}")
         self._check_map()
-        for disk, there in enumerate(self.oracle.durable_image()):
-            here = west.content(disk)
+        image = self.oracle.durable_image()
+        if image.sizes != self.oracle.sizes:
+            raise Violation(f"8: the target's disks have {image.sizes} bytes")
+        for disk in range(len(image.sizes)):
+            here, there = west.content(disk), image.read(disk)
             if here != self.oracle.model[disk]:
                 raise Violation(f"4: disk {disk} is not what the guest wrote")
             if here != there:
