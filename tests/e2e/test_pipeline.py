@@ -129,7 +129,7 @@ class Faults:
 
     def one(self) -> None:
         kind = self.rng.choice(
-            ["filter", "source", "target", "site", "pause", "cut", "mark", "mark", "starve"]
+            ["filter", "source", "target", "site", "both", "pause", "cut", "mark", "mark", "starve"]
         )
         self.done.append(kind)
         getattr(self, kind)()
@@ -150,6 +150,9 @@ class Faults:
 
     def site(self) -> None:
         self._restart("filter", "source")
+
+    def both(self) -> None:
+        self._restart("filter", "source", "target")
 
     def pause(self) -> None:
         self.pair.a.pause(GROUP)

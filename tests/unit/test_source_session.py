@@ -344,7 +344,7 @@ def test_a_filter_that_restarts_while_the_source_connects_is_held_at_once(
 
     def connect(*_args: Any, **_options: Any) -> Link:
         connecting.set()
-        go_on.wait(WAIT_S)
+        go_on.wait(3 * WAIT_S)  # longer than the test waits for the other ring
         return Link(done)
 
     def open_group(_one: Any, _transport: Any, hold: Hold, *_args: Any) -> None:
