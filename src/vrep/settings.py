@@ -85,7 +85,9 @@ class TargetConfig(_Section, frozen=True, kw_only=True):
     window_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 30)] = 64 << 20
     """bytes of one group that may be on their way or not yet synced"""
     reserve_bytes: Size = 64 << 20
-    """space kept back, so that recovery works on a full disk"""
+    """space kept back, so that recovery and folding work on a full disk"""
+    group_reserve_bytes: Size = 64 << 20
+    """of each group: space that the others leave to it when the disk becomes full"""
     fold_rate: Size = 64 << 20
     """bytes a second that folding old history may read and write; 0: unlimited"""
     source_gone_s: Annotated[float, Meta(ge=20, le=3600)] = 20.0

@@ -26,6 +26,7 @@ from vrep.target.delta import error_code
 from vrep.target.epochs import entry_of, plain, wire_epoch
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
+from vrep.target.reserve import Reserve
 from vrep.target.rooms import Rooms
 from vrep.target.session import Session
 from vrep.target.store import StoreOptions
@@ -79,7 +80,7 @@ class Target:
             # Half of the promise: the other half is for the commit that is under way.
             commit_s=settings.commit_s / 2,
             segment_bytes=settings.segment_bytes,
-            reserve_bytes=settings.reserve_bytes,
+            reserve=Reserve(settings.reserve_bytes, settings.group_reserve_bytes),
             fold_rate=settings.fold_rate,
             held=held,
         )

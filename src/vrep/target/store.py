@@ -51,6 +51,7 @@ from vrep.target.manifest import (
     Position,
 )
 from vrep.target.reader import StoreReader
+from vrep.target.reserve import Reserve
 from vrep.target.segment import (
     Batch,
     SegmentId,
@@ -97,6 +98,8 @@ class StoreOptions:
     segment_bytes: int = 64 << 20
     reserve_bytes: int = 64 << 20
     """appending stops while the filesystem has less room, so that recovery can work"""
+    reserve: Reserve | None = None
+    """shared by the stores of one filesystem; None: `reserve_bytes` alone"""
     merge: bool = True
     """whether a thread merges indexes and folds"""
     fold_rate: int = 0
@@ -138,6 +141,7 @@ class GroupStore:
         self._appended_ticket = 0
         self._lease = lease
         self._files = files
+        self._reserve = options.reserve or Reserve(options.reserve_bytes)
         self._wall_ns = wall_ns
         self._order = record.Order()
         self._has_stream = False
@@ -151,7 +155,7 @@ class GroupStore:
             files,
             wall_ns,
             segment_bytes=options.segment_bytes,
-            reserve_bytes=options.reserve_bytes,
+            reserve_bytes=lambda: self._reserve.kept(group_id),
             fold_rate=options.fold_rate,
             held=lambda: options.held(group_id),
             used=self.used_bytes,
@@ -202,6 +206,7 @@ class GroupStore:
         except BaseException:
             lease.close()
             raise
+        store._reserve.enter(group_id)
         store._journal.start()
         if store.options.merge:
             store._upkeep.start(group_id.hex()[:8])
@@ -443,8 +448,9 @@ class GroupStore:
                 # the window becomes shorter.
                 self._upkeep.wake()
                 raise StoreFullError(f"the group's quota of {quota} bytes is used up")
-            if room < need + self.options.reserve_bytes:
-                raise StoreFullError(f"{room} bytes are free, {self.options.reserve_bytes} kept")
+            if not self._reserve.admit(self.group_id, room, need):
+                kept = self._reserve.kept(self.group_id)
+                raise StoreFullError(f"{room} bytes are free, {kept} kept")
             end = self._write(batches)
         except OSError as error:
             if is_full(error):
@@ -665,6 +671,7 @@ class GroupStore:
         if self._closed:
             return
         self._closed = True
+        self._reserve.leave(self.group_id)
         self._journal.close()
         self._upkeep.close()
         self._writer.close()

@@ -50,7 +50,7 @@ class Upkeep:
         wall_ns: Callable[[], int],
         *,
         segment_bytes: int,
-        reserve_bytes: int,
+        reserve_bytes: Callable[[], int],
         fold_rate: int,
         held: Callable[[], Sequence[Position]],
         used: Callable[[], int],
@@ -158,7 +158,8 @@ class Upkeep:
         if manifest.quota_bytes and self._used() >= SHORTEN * manifest.quota_bytes:
             return True
         bounded = manifest.quota_bytes or manifest.window_s
-        low = self._reserve_bytes + 2 * self._segment_bytes if self._reserve_bytes else 0
+        kept = self._reserve_bytes()
+        low = kept + 2 * self._segment_bytes if kept else 0
         return bool(bounded) and self._files.free_bytes(self._directory) < low
 
     # ---- runs --------------------------------------------------------------------------
