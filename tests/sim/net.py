@@ -8,7 +8,7 @@ way an arbitrary first part arrives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,8 @@ class Network:
         self.down_until_ns = 0
         self.slow_ns = 2_000_000
         self.capacity = 1 << 16
+        self.features: Sequence[str] = ()
+        """that both sites say they have"""
         self._serve: tuple[Process, Callable[[Stream], None]] | None = None
         self._open: list[tuple[Pipe, Pipe]] = []
 
@@ -225,7 +227,8 @@ class Wires:
         connection = Connection(Role.CLIENT)
         transport = FrameTransport(stream, connection, peer=peer, timeouts=timeouts, clock=clock)
         try:
-            transport.greet(identity.site_id, identity.name, "vrep simulated")
+            features = self._network.features
+            transport.greet(identity.site_id, identity.name, "vrep simulated", features)
         except BaseException:
             transport.close()
             raise
@@ -270,7 +273,8 @@ class Listener:
             stream, connection, peer=self._peer, timeouts=self._options["timeouts"]
         )
         try:
-            transport.greet(self._identity.site_id, self._identity.name, "vrep simulated")
+            site, features = self._identity, self._network.features
+            transport.greet(site.site_id, site.name, "vrep simulated", features)
             self._handler(transport)
         except ProtocolError as error:
             # Nothing here changes bytes, so a rule that is broken is a defect of one of the ends.
@@ -330,7 +334,7 @@ class Controls:
         if process is None or process.dead:
             raise UnreachableError(f"{path}: connection refused")
         kernel = self._kernel
-        kernel.event("control call")
+        kernel.event("hashes" if method == "delta_answer" else "control call")
         answer: list[Reply | VrepError] = []
         done: list[Task] = []
 

@@ -61,6 +61,8 @@ class Plan:
     spill_bytes: int = 0
     spill_segment_bytes: int = 0
     window_s: int = 0
+    delta: bool = False
+    """whether resyncs compare hashes"""
     quota_bytes: int = 0
     slow_ns: int = 0
     writes: int = 0
@@ -86,6 +88,7 @@ class Plan:
             spill_bytes=rng.choice((0, 96 << 10, 1 << 20, 4 << 20)),
             spill_segment_bytes=rng.choice((16, 64)) << 10,
             window_s=rng.choice((0, 0, 2, 20)),
+            delta=rng.random() < 0.7,
             quota_bytes=0,
             slow_ns=rng.choice((200_000, 2_000_000, 20_000_000)),
             writes=rng.randrange(70, 140),

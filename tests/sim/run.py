@@ -42,7 +42,18 @@ PER_SEED: Final = ("crash", "cut", "torn write")
 EVER: Final = (
     *("crash", "cut", "torn write", "hang", "full disk", "failed sync", "old target"),
     *("failed request", "failed flush", "failed command"),
-    *("gap", "gap end", "sync copy", "spill", "fold", "merge", "mark", "stream", "re-seal"),
+    *(
+        "gap",
+        "gap end",
+        "sync copy",
+        "hashes",
+        "spill",
+        "fold",
+        "merge",
+        "mark",
+        "stream",
+        "re-seal",
+    ),
     *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
     *("resize", "opened new", "opened clean", "opened killed", "opened power-loss"),
 )

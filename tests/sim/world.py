@@ -23,6 +23,8 @@ from plan import Plan
 from recoveries import Recoveries
 from sites import DATA_KEY, SourceSite, TargetSite, small_world
 
+from vrep.wire import messages as m
+
 HEAL_S: Final = 900.0
 """simulated seconds in which everything must be whole again"""
 
@@ -45,6 +47,7 @@ class World:
         self.oracle = oracle = Oracle(kernel, plan, DATA_KEY)
         self.network = network = Network(kernel)
         network.slow_ns = plan.slow_ns
+        network.features = m.FEATURES if plan.delta else ()
         for name in ("west", "east"):
             (root / name).mkdir()
             shutil.copytree(keys, root / name / "keys")

@@ -27,6 +27,7 @@ struct vrep_engine {
     struct list queue, done; /* under lock */
     bool stop;
     bool stepped; /* no threads: `queue` waits for vrep_engine_step */
+    void *bounce; /* of a stepped one */
     int event_fd;
     uint32_t threads, started; /* started: under lock, numbers the threads */
     pthread_t thread[THREADS_MAX];
@@ -148,9 +149,15 @@ int vrep_engine_create(uint32_t threads, struct vrep_engine **out)
 int vrep_engine_create_stepped(struct vrep_engine **out)
 {
     int status = create(out);
-    if (status == VREP_OK)
-        (*out)->stepped = true;
-    return status;
+    if (status != VREP_OK)
+        return status;
+    (*out)->stepped = true;
+    if (posix_memalign(&(*out)->bounce, BOUNCE_ALIGN, STEP_BYTES) != 0) {
+        (*out)->bounce = NULL;
+        vrep_engine_destroy(*out);
+        return VREP_E_NOMEM;
+    }
+    return VREP_OK;
 }
 
 void vrep_engine_wait(struct vrep_engine *engine, int timeout_ms)
@@ -182,6 +189,7 @@ void vrep_engine_destroy(struct vrep_engine *engine)
     close(engine->event_fd);
     pthread_cond_destroy(&engine->work);
     pthread_mutex_destroy(&engine->lock);
+    free(engine->bounce);
     free(engine);
 }
 
@@ -243,8 +251,7 @@ void vrep_engine_step(struct vrep_engine *engine, uint32_t index)
     struct vrep_io *io = engine->stepped ? take(&engine->queue, index) : NULL;
     if (io == NULL)
         return;
-    static _Thread_local uint8_t bounce[STEP_BYTES] __attribute__((aligned(BOUNCE_ALIGN)));
-    vrep_disk_run(io, 0, bounce, sizeof bounce);
+    vrep_disk_run(io, 0, engine->bounce, STEP_BYTES);
     list_push(&engine->done, io);
 }
 
