@@ -24,7 +24,7 @@ from bench.pipeline import replicate, tap, vhost
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "value", "unit", "against", "ratio", "target", "met", "void")
-PIPELINE = ("tap", "vhost", "write", "single", "large", "steady", "first", "rto")
+PIPELINE = ("tap", "vhost", "write", "single", "large", "steady", "first", "delta", "rto")
 QUICK: dict[str, list[str]] = {
     "disk": ["--mib", "64", "--runs", "1", "--seconds", "0.3"],
     "filter": ["--writes", "20000", "--runs", "3"],

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import nbd
-from bench.pipeline import image, limits
+from bench.pipeline import delta, image, limits
 from bench.pipeline.lab import GROUP, ROOT, Lab, lab, wait_for
 from bench.pipeline.tap import running
 from bench.rows import Row, plain, row
@@ -44,9 +44,10 @@ class Plan:
     disk_bytes: int = 512 * MIB
     backlog_bytes: int = 768 * MIB
     sync_bytes: int = 10240 * MIB
+    delta_bytes: int = 2048 * MIB
 
 
-QUICK = Plan(2, 4.0, 2.0, 8.0, 6.0, 256 * MIB, 256 * MIB, 512 * MIB)
+QUICK = Plan(2, 4.0, 2.0, 8.0, 6.0, 256 * MIB, 256 * MIB, 512 * MIB, 256 * MIB)
 
 
 @dataclass
@@ -411,6 +412,8 @@ def rows(plan: Plan, only: str = "") -> list[Row]:
             show(steady_rows(directory, plan))
         if only in ("", "first"):
             show(first_sync_rows(directory, plan))
+        if only in ("", "delta"):
+            show(delta.rows(directory, plan.runs, plan.delta_bytes))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return found

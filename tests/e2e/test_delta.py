@@ -4,11 +4,12 @@ store, and of a group that its operator wants compared."""
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sites import MIB, Pair, wait_until
+from sites import GROUP, MIB, Pair, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -58,4 +59,51 @@ def test_a_disk_changed_past_the_filter_is_compared(pair: Pair, rng: random.Rand
     after = pair.settle()
     assert after["unverified"] == ""
     assert units * BLOCK <= sent(pair, before) <= units * BLOCK * 1.05 + 8192
+    pair.same_as_source()
+
+
+def test_an_operator_has_a_disk_compared(pair: Pair, rng: random.Random) -> None:
+    """In the session that made the first sync, while a guest writes; hash traffic is counted
+    apart, and is small."""
+    fill(pair, rng)
+    units = change(pair, rng)
+    before = pair.status()
+    pair.a.resync(GROUP)
+    with pair.client() as client:
+        for _ in range(200):
+            unit = rng.randrange(SIZE // BLOCK)
+            client.write(unit * BLOCK, rng.randbytes(BLOCK))
+            units += 1
+    after = pair.settle()
+    target = after["targets"][0]
+    assert target["equal_bytes"] > SIZE // 2
+    # What the guest writes meanwhile may travel twice: as its record, and as a block.
+    assert sent(pair, before) <= 2 * units * BLOCK * 1.05 + 8192
+    assert 0 < target["hash_bytes"] < SIZE // 40
+    pair.same_as_source()
+
+
+def test_a_target_that_lost_its_newest_history_gets_the_difference(
+    pair: Pair, rng: random.Random
+) -> None:
+    """Its store is that of an earlier moment."""
+    fill(pair, rng)
+    pair.stop("target")
+    kept = pair.root / "kept"
+    shutil.copytree(pair.store, kept)
+    pair.start("target")
+    pair.listening()
+    units = rng.sample(range(SIZE // BLOCK), 60)
+    with pair.client() as client:
+        for unit in units:
+            client.write(unit * BLOCK, rng.randbytes(BLOCK))
+    pair.settle()
+    pair.stop("target")
+    shutil.rmtree(pair.store)
+    kept.rename(pair.store)
+    before = pair.status()
+    pair.start("target")
+    wait_until("it is seen", lambda: pair.status()["targets"][0]["compared_bytes"] > 0)
+    pair.settle()
+    assert sent(pair, before) <= len(units) * BLOCK * 1.05 + 8192
     pair.same_as_source()

@@ -46,6 +46,7 @@ BATCH_WINDOWS: Final = DELTA_WINDOWS // 2
 """asked for at once: the filter copies one half while the other is asked for"""
 IDLE_S: Final = 0.2
 BUSY_S: Final = 0.005
+FILL_S: Final = 1.0
 ANSWER_S: Final = 20.0
 """an answer that takes longer is not waited for: its windows are sent whole"""
 OPENERS_MAX: Final = 64
@@ -200,7 +201,11 @@ class Delta:
         group_id: bytes,
         line: Line,
         count: DeltaCount | None = None,
+        *,
+        empty: bool = False,
     ) -> None:
+        """`empty`: the target holds nothing yet. Then the first sync is not compared."""
+        self._empty = empty
         self.count = count or DeltaCount()
         self._hold = hold
         self._transport = transport
@@ -214,8 +219,9 @@ class Delta:
 
     def start(self) -> None:
         """From now on the filter compares. After the stream was opened: what the target held of
-        an older one is durable or gone then."""
-        self._hold.delta_begin(self._book.secrets)
+        an older one is durable or gone then. UnsupportedError: the filter cannot."""
+        if not self._empty:
+            self._hold.delta_begin(self._book.secrets)
         self._thread.start()
 
     def stop(self) -> None:
@@ -235,6 +241,7 @@ class Delta:
 
     def _run(self) -> None:
         try:
+            self._let_fill()
             while not self._stopping.is_set():
                 windows, at_least = self._hold.delta_take(BATCH_WINDOWS)
                 if windows:
@@ -249,6 +256,15 @@ class Delta:
             log.exception("comparing failed", group=self._hold.group)
         finally:
             self._end()
+
+    def _let_fill(self) -> None:
+        """Until a target that was empty has everything."""
+        if not self._empty:
+            return
+        while self._hold.status()["gap"]:
+            if self._stopping.wait(FILL_S):
+                return
+        self._hold.delta_begin(self._book.secrets)
 
     def _end(self) -> None:
         try:

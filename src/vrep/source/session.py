@@ -622,9 +622,9 @@ class GroupSession:
         data_key: DataKey,
         opened: m.GroupOpened,
     ) -> Iterator[Delta | None]:
-        """Compare what is unshipped with what the target holds, if it holds anything and can say
-        what. What was sealed under a data key that cannot be opened is sent again."""
-        if opened.empty or m.FEATURE_HASHES not in transport.peer_features:
+        """Compare what is unshipped with what the target holds, if it can say what. What was
+        sealed under a data key that cannot be opened is sent again."""
+        if m.FEATURE_HASHES not in transport.peer_features:
             yield None
             return
         keys = {data_key.generation: data_key}
@@ -640,6 +640,7 @@ class GroupSession:
             bytes.fromhex(definition.group_id),
             Line(definition.epoch, parent.epoch, parent.seq),
             self.view.delta,
+            empty=opened.empty,
         )
         try:
             delta.start()
