@@ -146,15 +146,19 @@ class ControlServer:
         self._socket.listen(CONNECTIONS_MAX)
 
     def _accept(self) -> None:
+        failing = False
         while True:
             try:
                 connection, _address = self._socket.accept()
             except OSError as error:
                 if self._closed:
                     return
-                log.warning("no control connection", path=str(self.path), error=str(error))
+                if not failing:
+                    log.warning("no control connection", path=str(self.path), error=str(error))
+                failing = True
                 time.sleep(ACCEPT_AGAIN_S)  # out of descriptors or memory: it passes
                 continue
+            failing = False
             with self._lock:
                 if self._closed or len(self._connections) >= CONNECTIONS_MAX:
                     connection.close()

@@ -162,6 +162,22 @@ def test_a_clock_that_was_wrong_drops_nothing_young(rig: Rig) -> None:
     assert rig.horizon.seq > 90  # the future holds nothing back
 
 
+def test_a_clock_that_is_behind_its_source_drops_nothing(rig: Rig) -> None:
+    """To a target whose clock is slow, all that is new is of the future: that may be its own fault.
+    Once it is right again, the window is what it should be."""
+    rig.store.set_limits(100, 0)
+    for number in range(60):
+        rig.write(number % 6)
+    now = rig.feed.wall_ns
+    for behind_s in (400, 3600, 10**6):
+        rig.feed.wall_ns = now - behind_s * NS
+        rig.keep_up()
+        assert not rig.horizon.seq
+    rig.feed.wall_ns = now + 99 * NS
+    rig.keep_up()
+    assert rig.horizon.seq > 40
+
+
 def test_the_horizon_is_never_in_a_gap(rig: Rig) -> None:
     rig.store.set_limits(50, 0)
     for number in range(20):

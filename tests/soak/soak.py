@@ -222,8 +222,12 @@ class Soak:
     # ---- what must hold --------------------------------------------------------------
 
     def look_at_one(self) -> None:
-        if self.marks.kept:
-            self.look_at(self.rng.choice(self.marks.kept[-120:]))
+        """Mostly a mark that the window still holds; now and then any, which may be folded."""
+        young_s = time.monotonic() - 0.8 * WINDOW_S
+        young = [mark for mark in self.marks.kept if mark.made_s > young_s]
+        chosen = young if young and self.rng.random() < 0.8 else self.marks.kept
+        if chosen:
+            self.look_at(self.rng.choice(chosen))
 
     def look_at(self, mark: Mark) -> None:
         """A mark recovers to what the clients had written, or is not offered."""

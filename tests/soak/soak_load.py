@@ -38,6 +38,7 @@ class Mark:
 
     label: str
     seq: int
+    made_s: float
     content: dict[str, list[int]]
 
 
@@ -136,7 +137,8 @@ class Marks:
                 return None
             content = {writer.disk: hashes(writer.model) for writer in self.writers}
         self.made += 1
-        self.kept = [*self.kept[-MARKS_MAX + 1 :], Mark(label, seq, content)]
+        made = Mark(label, seq, time.monotonic(), content)
+        self.kept = [*self.kept[-MARKS_MAX + 1 :], made]
         return self.kept[-1]
 
 

@@ -2,7 +2,8 @@
 
 The horizon moves by whole segments, since only those can be folded: to the end of the newest one
 of which every record is older than the window, by the source's clock. A record from the future (a
-clock that was set wrong and back) says nothing, and holds nothing back. When the quota is nearly
+clock that was set wrong and back) says nothing, and holds nothing back once one of a time that can
+be follows; until then it may be the target's own clock that is slow. When the quota is nearly
 used up, or the disk is nearly full, the horizon moves on by one segment at a time although it is
 inside the window: the history becomes shorter before replication stops, and `Usage` says so.
 
@@ -41,11 +42,18 @@ def next_by_time(
 ) -> Position | None:
     """Where the horizon belongs by the window; None where it is."""
     cutoff_ns, best = now_ns - manifest.window_s * NS, None
+    doubtful: Position | None = None
     for row in _behind(manifest):
         newest_ns = int(Index.open(entry_path(directory, row)).trailer["wall_last_ns"])
-        if cutoff_ns < newest_ns <= now_ns + FUTURE_S * NS:
+        end = Position.of(row["last"])
+        if newest_ns > now_ns + FUTURE_S * NS:
+            # Whose clock is wrong, only what follows can say: ours may be slow.
+            doubtful = end if recoverable(end) else doubtful
+            continue
+        best, doubtful = doubtful or best, None
+        if newest_ns > cutoff_ns:
             break
-        if recoverable(end := Position.of(row["last"])):
+        if recoverable(end):
             best = end
     return best
 
