@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vrep.recovery.export import ExportResult
     from vrep.recovery.fold import FoldResult
     from vrep.recovery.points import PointList
+    from vrep.recovery.untaken import Untaken
     from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
     from vrep.rotate import Rotation
@@ -655,18 +656,39 @@ class Site:
         *,
         pause: bool = False,
         wait_s: float = 120.0,
+        discard_untaken: bool = False,
         moved: Callable[[ViewInfo], None] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> GroupDefinition:
         """At the old site, once the group is protected back to it: return the group to it, onto
         the disks that it had here, and protect it to the other site again. `moved` hears of the
-        view as soon as its VM may run here: the disks are filled meanwhile."""
+        view as soon as its VM may run here: the disks are filled meanwhile. Refused when those
+        disks hold writes that were not taken over and not exported, unless `discard_untaken`."""
         from vrep.recovery.failback import failback
 
         return failback(
-            self.paths, group, self.group_options(), pause=pause, wait_s=wait_s, moved=moved,
-            progress=progress,
+            self.paths, group, self.group_options(), pause=pause, wait_s=wait_s,
+            discard_untaken=discard_untaken, moved=moved, progress=progress,
         )  # fmt: skip
+
+    def untaken(self, group: str) -> Untaken:
+        """What this site wrote of a group that the site which took it over does not have."""
+        from vrep.recovery.untaken import find_untaken
+
+        return find_untaken(self.paths, group)
+
+    def export_untaken(
+        self,
+        group: str,
+        out: str | os.PathLike[str],
+        *,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Untaken:
+        """Write the disks of a group that was taken over as they are here, and the list of extents
+        that were not taken, into new files of a directory. Refused while a VM uses them."""
+        from vrep.recovery.untaken import export_untaken
+
+        return export_untaken(self.paths, group, Path(out), progress=progress)
 
     def reverse(
         self, group: str, *, progress: Callable[[int, int], None] | None = None

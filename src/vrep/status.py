@@ -32,7 +32,7 @@ STATES: Final = (
     "error",
 )
 CRITICAL_STATES: Final = frozenset({"offline", "unverified", "failed-over", "error"})
-CRITICAL_CONDITIONS: Final = frozenset({"target-full", "verify-failed"})
+CRITICAL_CONDITIONS: Final = frozenset({"target-full", "two-vms", "verify-failed"})
 HARMLESS: Final = frozenset({"testing", "unprotected"})
 """conditions that are no reason for a warning"""
 WELL: Final = 0
@@ -97,17 +97,24 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
                 answer["groups"][own]["history"] = {**_points(store), "bytes": store.get("bytes")}
                 continue
             shown = name if name not in answer["groups"] else key
+            also: set[str] = set()
+            old: dict[str, Any] = {}
             if mine is not None and mine.yielded:
                 shown = own
+                old = {"untaken": _noted(site, own)}
+                also |= {"untaken-writes"} if old["untaken"]["bytes"] else set()
+            if _two_run(site, key, store):
+                also.add("two-vms")
             verified = _verified(site, key, store)
             failed = verified is not None and verified["state"] in ("bad", "damaged")
-            also = {"verify-failed"} if failed else set()
+            also |= {"verify-failed"} if failed else set()
             answer["groups"][shown] = {
                 "role": "target",
                 **store,
                 **_points(store),
                 "conditions": sorted({*store["conditions"], *views.get(key, ()), *also}),
                 "verdict": verified,
+                **old,
             }
     if group is not None and not answer["groups"]:
         raise errors.NotFoundError(f"no group {group!r} is protected or stored here")
@@ -135,6 +142,28 @@ def _held(site: Site) -> dict[str, dict[str, Any]]:
             "disks": disks,
         }
     return found
+
+
+def _noted(site: Site, group: str) -> dict[str, Any]:
+    """What was not taken of a group that this site gave up; nothing once it was exported."""
+    from vrep.recovery.untaken import read_untaken
+
+    try:
+        found = read_untaken(site.paths, group)
+    except errors.VrepError as error:
+        return {"after": None, "to": None, "bytes": 0, "exported": None, "error": str(error)}
+    size = 0 if found.exported else found.bytes
+    return {"after": found.after, "to": None, "bytes": size, "exported": found.exported or None}
+
+
+def _two_run(site: Site, group_id: str, store: Mapping[str, Any]) -> bool:
+    """Whether the old source says that clients use its disks, and some use those here."""
+    source = store.get("source") or {}
+    if "old-source-alive" not in store["conditions"] or not source.get("guest_clients"):
+        return False
+    from vrep.recovery.view import clients_here
+
+    return clients_here(site.paths, group_id) > 0
 
 
 def _verified(site: Site, group_id: str, store: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -227,6 +256,11 @@ def _protected(
             error = error or str(session["error"])
     if definition.fenced or (session is not None and session["fenced"]):
         conditions.append("fenced")
+    if clients and session is not None and session.get("rival_clients"):
+        conditions.append("two-vms")
+    untaken = _untaken(definition, filtered)
+    if untaken["bytes"]:
+        conditions.append("untaken-writes")
     if definition.halted and not definition.fenced:
         conditions.append("moving")
     if filtered is not None and filtered["guest_paused"]:
@@ -254,6 +288,20 @@ def _protected(
         ],
         "filter": dict(filtered) if filtered else None,
         "created": definition.created,
+        "untaken": untaken,
+    }
+
+
+def _untaken(definition: GroupDefinition, filtered: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How much of what this site wrote the site that took the group over does not have, behind
+    which position, and the last one here; `vrep.Site.untaken` lists the extents."""
+    left = definition.left if definition.fenced else None
+    return {
+        "after": f"pos:{left.epoch}/{left.lane}/{left.seq}" if left is not None else None,
+        "to": f"pos:{definition.epoch}/0/{int(filtered['head'])}"
+        if definition.fenced and filtered
+        else None,
+        "bytes": int(filtered["dirty_bytes"]) if definition.fenced and filtered else 0,
     }
 
 

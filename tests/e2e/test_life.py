@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -260,3 +262,60 @@ def test_a_vm_runs_from_a_disk_that_is_being_filled(make_life: Callable[..., Lif
     life.settle(east)
     compare("the device", device.read_bytes(), bytes(life.oracle))
     life.check_view(west, "latest", bytes(life.oracle))
+
+
+def test_both_sites_say_that_two_vms_run(make_life: Callable[..., Life], tmp_path: Path) -> None:
+    life = make_life().up()
+    west, east = life.west, life.east
+    with life.client(west) as client:
+        life.write(client)
+    life.settle(west)
+    taken = bytes(life.oracle)
+    with pytest.raises(errors.StateError, match="written here"):
+        west.site.untaken(GROUP)
+    stale = life.client(west)
+    view = east.site.failover_start(GROUP, force=True)
+    fork = view.point
+    east.site.failover_commit(GROUP)
+    client = life.client(east, view)
+    life.write(client)
+    stale.write(1 << 20, b"s" * 4096)  # an abandoned write
+    stale.flush()
+    wait_until("west knows", lambda: "two-vms" in west.group()["conditions"])
+    wait_until("east knows", lambda: "two-vms" in east.group()["conditions"])
+    status = west.group()
+    assert status["state"] == "failed-over"
+    assert "untaken-writes" in status["conditions"]
+    assert status["untaken"]["after"] == fork
+    assert status["untaken"]["bytes"] == 65536
+    assert int(status["untaken"]["to"].split("/")[2]) > int(fork.split("/")[2])
+    with pytest.raises(errors.BusyError):
+        east.site.reverse(GROUP)  # the stale VM has the disks
+    with pytest.raises(errors.BusyError):
+        west.site.export_untaken(GROUP, tmp_path)
+    stale.close()
+    wait_until("nobody uses them", lambda: not west.group()["clients"])
+    client.close()
+    east.site.reverse(GROUP)
+    life.settle(east)
+    left = west.site.untaken(GROUP)
+    assert [(d.name, d.extents) for d in left.disks] == [("root", [(1 << 20, 65536)])]
+    assert (left.after, left.known, left.exported) == (fork, True, "")
+    with pytest.raises(errors.StateError, match="--discard-untaken"):
+        west.site.failback(GROUP, pause=True)
+    assert "untaken-writes" in west.group()["conditions"]
+    assert west.site.export_untaken(GROUP, tmp_path / "out").bytes == 65536
+    with pytest.raises(errors.ExistsError):
+        west.site.export_untaken(GROUP, tmp_path / "out")
+    found = bytearray((tmp_path / "out" / f"{GROUP}-root.raw").read_bytes())
+    assert found[1 << 20 : (1 << 20) + 4096] == b"s" * 4096
+    found[1 << 20 : (1 << 20) + 4096] = taken[1 << 20 : (1 << 20) + 4096]
+    compare("the stale disk", bytes(found), taken)
+    listed = json.loads((tmp_path / "out" / f"{GROUP}-untaken.json").read_text())
+    assert listed["disks"][0]["extents"] == [[1 << 20, 65536]]
+    west.site.failback(GROUP, pause=True)
+    with life.client(west) as client:
+        life.check(client)  # the abandoned write shows nowhere
+    life.settle(west)
+    assert west.group()["conditions"] == []
+    life.check_view(east, "latest", bytes(life.oracle))

@@ -9,8 +9,8 @@ import typer
 
 from vrep.app.cli_common import At, Directory, Group, Json, Since, site_of
 from vrep.app.cli_output import Progress, emit
-from vrep.app.cli_view import changes_text, export_text, points_text, view_text
-from vrep.errors import IntegrityError
+from vrep.app.cli_view import changes_text, export_text, points_text, untaken_text, view_text
+from vrep.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from vrep.recovery.view import ViewInfo
@@ -163,6 +163,10 @@ def failback(
     group: Group,
     pause: Pause = False,
     wait: Wait = 120.0,
+    discard: Annotated[
+        bool,
+        typer.Option("--discard-untaken", help="Give up what was written here and not taken over."),
+    ] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
@@ -174,7 +178,12 @@ def failback(
 
     with Progress("failback", as_json) as progress:
         made = site_of(directory).failback(
-            group, pause=pause, wait_s=wait, moved=moved, progress=progress.step
+            group,
+            pause=pause,
+            wait_s=wait,
+            discard_untaken=discard,
+            moved=moved,
+            progress=progress.step,
         )
     emit(
         {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
@@ -192,10 +201,25 @@ def export(
     sha256: Annotated[
         bool, typer.Option("--sha256", help="Hash each file and print the digests.")
     ] = False,
+    untaken: Annotated[
+        bool,
+        typer.Option(
+            "--untaken",
+            help="At a site that was replaced: its disks as they are, and which extents of them "
+            "hold writes that were not taken over.",
+        ),
+    ] = False,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
     """Write the disks as they were into files."""
+    if untaken:
+        if at != "latest" or format_ != "raw" or sha256:
+            raise UsageError("--untaken: the disks as they are, raw; no other option goes with it")
+        with Progress("export", as_json) as progress:
+            left = site_of(directory).export_untaken(group, out, progress=progress.step)
+        emit(left, as_json, lambda: untaken_text(left))
+        return
     with Progress("export", as_json) as progress:
         result = site_of(directory).export(
             group, out, at=at, format=format_, sha256=sha256, progress=progress.step

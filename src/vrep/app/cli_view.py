@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vrep.recovery.changes import ChangeList
     from vrep.recovery.export import ExportResult
     from vrep.recovery.points import PointList
+    from vrep.recovery.untaken import Untaken
     from vrep.recovery.verdict import VerdictInfo
     from vrep.recovery.view import ViewInfo
 
@@ -22,6 +23,17 @@ def view_text(view: ViewInfo) -> str:
     lines += [f"  {disk.name}: {disk.uri}" for disk in view.disks]
     if view.bitmap:
         lines.append(f"  what may differ from {view.since}: {view.bitmap}")
+    return "\n".join(lines)
+
+
+def untaken_text(left: Untaken) -> str:
+    """How much was not taken over, and where it went."""
+    count = sum(len(disk.extents) for disk in left.disks)
+    behind = f" behind {left.after}" if left.after else ""
+    lines = [f"{left.group}: {size_text(left.bytes)} in {count} extent(s) not taken over{behind}"]
+    if not left.known:
+        lines.append("  no change map was there: every block is named")
+    lines.append(f"  exported to {left.exported}")
     return "\n".join(lines)
 
 

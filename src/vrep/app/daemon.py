@@ -72,7 +72,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
         return Source(paths, config.source, timeouts=timeouts(config))
     if role == "target":
         from vrep.recovery.old_site import give_way
-        from vrep.recovery.view import points_in_use
+        from vrep.recovery.view import clients_here, points_in_use
         from vrep.target.daemon import Target
 
         keep_memory()
@@ -82,6 +82,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
             timeouts=timeouts(config),
             held=lambda group_id: points_in_use(paths, group_id),
             gives_way=lambda site_id, told: give_way(paths, site_id, told),
+            clients=lambda group_id: clients_here(paths, group_id),
         )
     raise UsageError(f"no role {role!r}")
 

@@ -15,6 +15,7 @@ from vrep.paths import SitePaths
 from vrep.recovery.failover import Failover
 from vrep.recovery.move import WAIT_S, move
 from vrep.recovery.reverse import reverse
+from vrep.recovery.untaken import find_untaken
 from vrep.recovery.view import ViewInfo
 
 __all__ = ["failback"]
@@ -29,11 +30,14 @@ def failback(
     *,
     pause: bool = False,
     wait_s: float = WAIT_S,
+    discard_untaken: bool = False,
     moved: Callable[[ViewInfo], None] | None = None,
     progress: Progress | None = None,
 ) -> GroupDefinition:
-    """Return a group to this site, which wrote it before. `moved` hears of the view as soon as its
-    VM may run; `progress` of the bytes of each part. See `move` and `reverse`."""
+    """Return a group to this site, which wrote it before. StateError when its disks here hold
+    writes that were not taken over and not exported, unless `discard_untaken`. `moved` hears of the
+    view as soon as its VM may run; `progress` of the bytes of each part. See `move` and `reverse`.
+    """
     failover = Failover(paths, group)
     mine = GroupDirectory(paths.root).of_id(failover.held.hex)
     if mine is None:
@@ -44,6 +48,14 @@ def failback(
     def part(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(name, done, total)
 
+    if mine.yielded and failover.view() is None:
+        left = find_untaken(paths, mine.name)
+        if left.bytes and not left.exported and not discard_untaken:
+            raise errors.StateError(
+                f"the disks of {mine.name!r} here hold writes that were not taken over, in "
+                f"{left.bytes} bytes: 'vrep export {mine.name} --untaken' keeps them, "
+                "--discard-untaken gives them up"
+            )
     if mine.yielded:
         onto = {disk.name: disk.uri for disk in mine.disks}
         view = move(

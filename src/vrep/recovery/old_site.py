@@ -15,6 +15,7 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
 from vrep.paths import SitePaths
+from vrep.recovery.untaken import note_untaken, untaken_path
 from vrep.target.epochs import entry_of
 from vrep.target.manifest import EpochEntry, Position, load_newest
 
@@ -59,9 +60,10 @@ def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
     if known is epochs[-1]:
         raise errors.StateError(f"{definition.name!r} is written here: nobody took it over")
     left = left_at(epochs, definition.epoch)
-    if not definition.yielded:
+    first = not definition.yielded
+    if first:
         _require_unused(paths, definition)
-    groups.update(
+    definition = groups.update(
         definition.name,
         fenced=True,
         yielded=True,
@@ -69,6 +71,8 @@ def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
     )
     _tell(paths, "source", "reload")
     _tell(paths, "filter", "release", group=definition.name)
+    if first or not untaken_path(paths, definition.name).exists():
+        note_untaken(paths, definition)
 
 
 def _require_writer(paths: SitePaths, site_id: str, group_id: str) -> None:

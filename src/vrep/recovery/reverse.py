@@ -40,12 +40,14 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.recovery.failover import Failover
+from vrep.recovery.untaken import read_untaken
 from vrep.recovery.view import PROTECTED, ViewDirectory, ViewRecord, describe, ended
 from vrep.settings import load_config
 from vrep.target.epochs import plain
 from vrep.target.manifest import EpochEntry, EpochState
 from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
+from vrep.wire.transport import PeerRefusedError
 
 __all__ = ["reverse"]
 
@@ -131,7 +133,11 @@ def _follow(paths: SitePaths, peer: Peer, group_id: str, epochs: Sequence[EpochE
     """Let the old site give way. Its answer is asked for again when it was lost."""
     params = {"group_id": group_id, "epochs": [plain(entry) for entry in epochs]}
     with connect(SiteIdentity.load(paths.root), peer) as transport:
-        transport.ask("group.follow", params, timeout_s=FOLLOW_S)
+        try:
+            transport.ask("group.follow", params, timeout_s=FOLLOW_S)
+        except PeerRefusedError as error:
+            kinds = {"busy-error": errors.BusyError, "fenced-error": errors.FencedError}
+            raise kinds.get(error.code, errors.StateError)(error.detail) from None
 
 
 def _define(
@@ -196,10 +202,22 @@ def _switch(
         with contextlib.suppress(errors.UnreachableError):
             ControlClient(paths.socket(role)).call("reload")
     used = {disk.uri for disk in definition.disks}
+    if _has_untaken(paths, definition.name):
+        return  # what was written to the older disks is nowhere else
     for other in Failover(paths, definition.group_id).protected_views():
         if other.id != view.id and not used & {other.disk_uri(d) for d in other.load().disks}:
             with ended(other):
                 other.remove()
+
+
+def _has_untaken(paths: SitePaths, name: str) -> bool:
+    """Whether an earlier reign of this site left writes that no other site took and nobody
+    exported."""
+    try:
+        found = read_untaken(paths, name)
+    except errors.NotFoundError:
+        return False
+    return bool(found.bytes) and not found.exported
 
 
 def _sync(path: Path) -> None:

@@ -303,6 +303,26 @@ def points_in_use(paths: SitePaths, group_id: bytes) -> list[Position]:
     return found
 
 
+def clients_here(paths: SitePaths, group_id: str) -> int:
+    """How many clients use the disks of a group at this site: of a failover's view, or of the
+    group that they became."""
+    from vrep.groups import GroupDirectory
+
+    count = 0
+    for view in view_directories(paths):
+        with contextlib.suppress(errors.VrepError):
+            record = view.load()
+            if record.group_id == group_id and record.kind == "failover":
+                status = ControlClient(view.control).call("status", timeout=2.0)
+                count += len(status["clients"])
+    definition = GroupDirectory(paths.root).of_id(group_id)
+    if definition is not None and not definition.yielded:
+        with contextlib.suppress(errors.VrepError):
+            served = ControlClient(paths.socket("filter")).call("status", timeout=2.0)
+            count += int(served.get(definition.name, {}).get("clients", 0))
+    return count
+
+
 # ---- the process of a view ---------------------------------------------------------------
 
 

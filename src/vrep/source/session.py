@@ -77,6 +77,15 @@ class RefusedError(PeerError):
         self.code = code
 
 
+class ReplacedError(FencedError):
+    """This writer was replaced by a newer epoch and is refused."""
+
+    def __init__(self, message: m.Refused) -> None:
+        super().__init__(message.text)
+        at = message.epoch.parent if message.epoch is not None else None
+        self.left = ParentPosition(at.epoch, at.lane, at.seq) if at is not None else None
+
+
 class GroupSession:
     """Replicates one group until stopped."""
 
@@ -227,12 +236,14 @@ class GroupSession:
             log.warning("replication interrupted", group=self.name, error=text)
         self.view.error = text
 
-    def _set_fenced(self, fenced: bool, text: str) -> None:
+    def _set_fenced(self, fenced: bool, text: str, left: ParentPosition | None = None) -> None:
         if fenced != self.view.fenced:
             log.warning("fenced" if fenced else "no longer fenced", group=self.name, reason=text)
         self.view.fenced, self.view.error = fenced, text if fenced else ""
+        if not fenced:
+            self.view.rival_clients = None
         try:
-            self._groups.update(self.name, fenced=fenced)
+            self._groups.update(self.name, fenced=fenced, left=left if fenced else None)
         finally:
             if self._groups.load(self.name).options.on_fence == "pause":
                 self._filter.call("pause_guest", group=self.name, paused=fenced)
@@ -241,7 +252,7 @@ class GroupSession:
         """It is refused whether or not that can be written down and the filter told; the next
         refusal tries again."""
         try:
-            self._set_fenced(True, str(error))
+            self._set_fenced(True, str(error), getattr(error, "left", None))
         except VrepError as failed:
             log.warning("fenced, and not all is done", group=self.name, error=str(failed))
 
@@ -386,7 +397,8 @@ class GroupSession:
                 except (VrepError, KeyError):  # of a group that is not served, nor passed through
                     clients = None
                 params = {"group_id": definition.group_id, "state": state, "clients": clients}
-                transport.ask("group.report", params)
+                answer = transport.ask("group.report", params)
+                self.view.rival_clients = answer.get("clients")
         except (VrepError, OSError) as error:
             log.debug("the target was not told", group=self.name, error=str(error))
 
@@ -460,7 +472,7 @@ class GroupSession:
     @staticmethod
     def _refused(message: m.Refused) -> None:
         if message.code == "fenced":
-            raise FencedError(message.text)
+            raise ReplacedError(message)
         raise RefusedError(message.code, message.text)
 
     def _adopt_epoch(self, definition: GroupDefinition, epoch: m.EpochInfo) -> GroupDefinition:

@@ -37,6 +37,8 @@ class SessionView:
     """the target lost what it had acknowledged, and does not hold it again yet"""
     delta: DeltaCount = field(default_factory=DeltaCount)
     """of all connections since the process began"""
+    rival_clients: int | None = None
+    """how many use the disks at the site that took the group over; None: it did not say"""
     spill: dict[str, Any] = field(default_factory=dict)
     """empty without one; see `spill_view`"""
 

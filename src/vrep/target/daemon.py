@@ -65,13 +65,16 @@ class Target:
         timeouts: Timeouts | None = None,
         held: Callable[[bytes], Sequence[Position]] = lambda _group_id: (),
         gives_way: Callable[[str, Mapping[str, Any]], object] = lambda _site, _told: None,
+        clients: Callable[[str], int] = lambda _group_id: 0,
     ) -> None:
         """`held` names the points of a group that are in use: no fold takes what they need.
-        `gives_way` lets go of a group that this site wrote, for the site that took it over."""
+        `gives_way` lets go of a group that this site wrote, for the site that took it over.
+        `clients` counts who uses the disks of a group that this site took over."""
         self._paths = paths
         self._config = config
         self._timeouts = timeouts or Timeouts()
         self._gives_way = gives_way
+        self._clients = clients
         self._identity = SiteIdentity.load(paths.root)
         self._peers = PeerRegistry(paths.root)
         self._invites = InviteBook(paths.root)
@@ -322,7 +325,11 @@ class Target:
         match request.method:
             case "group.report":
                 status = _report_of(request.params)
-                self._of(request.params).report(site_id, transport.name, status)
+                host = self._of(request.params)
+                host.report(site_id, transport.name, status)
+                if host.written_by(site_id):
+                    return {}
+                return {"clients": self._clients(host.group_id.hex())}
             case "group.keep":
                 window_s, quota = int(request.params["window_s"]), int(request.params["quota"])
                 self._of(request.params).keep(site_id, window_s, quota)

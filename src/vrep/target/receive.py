@@ -431,6 +431,11 @@ class GroupHost:
             if not self._heard(site_id, site, status):
                 raise FencedError("only a site that wrote the group may report on it")
 
+    def written_by(self, site_id: bytes) -> bool:
+        """Whether a site is the writer of the current epoch, as far as that is known."""
+        store = self._store
+        return store is None or store.manifest.current_epoch.writer == site_id
+
     def _last_sign(self) -> Sign:
         """Of a session whose connection died unnoticed the source may know already, and have
         reported since."""
