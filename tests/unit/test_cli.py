@@ -354,7 +354,9 @@ def test_the_short_way_means_what_the_parser_means(
         *,
         force: bool = False,
         since: str | None = None,
+        onto: dict[str, str] | None = None,
     ) -> None:
+        assert not onto
         calls.append((site.paths.root, group, at, force, since))
         raise Stopped
 

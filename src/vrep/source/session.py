@@ -398,7 +398,8 @@ class GroupSession:
                     clients = None
                 params = {"group_id": definition.group_id, "state": state, "clients": clients}
                 answer = transport.ask("group.report", params)
-                self.view.rival_clients = answer.get("clients")
+                rivals = answer.get("clients") if isinstance(answer, dict) else None
+                self.view.rival_clients = rivals if isinstance(rivals, int) else None
         except (VrepError, OSError) as error:
             log.debug("the target was not told", group=self.name, error=str(error))
 
