@@ -95,6 +95,8 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     left: ParentPosition | None = None
     """the position of this writer where the site that took over goes on, once that is known: what
     was written here behind it was not taken"""
+    mirrored: bool = False
+    """its VM writes the disks itself, and sends a copy of each write to the filter"""
     options: GroupOptions = GroupOptions()
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""

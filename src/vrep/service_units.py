@@ -156,9 +156,11 @@ def tmpfiles(options: UnitOptions) -> str:
 
 
 def apparmor() -> str:
-    """What libvirt's QEMU needs: the NBD sockets of groups and of recovered disks."""
+    """What libvirt's QEMU needs: the NBD sockets of groups and of recovered disks, and the image
+    that it stores a bitmap in when a mirror is begun again."""
     return (
         f"# The disks that vrep serves.\n{RUN_DIR}/nbd-*.sock rw,\n{RUN_DIR}/view-*-nbd.sock rw,\n"
+        f"{RUN_DIR}/bitmap-*/image rwk,\n"
     )
 
 

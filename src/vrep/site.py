@@ -21,7 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
@@ -42,6 +42,7 @@ from vrep.settings import Config, load_config, set_listen
 if TYPE_CHECKING:
     from vrep.hypervisor.attach import Attacher
     from vrep.hypervisor.attach import Result as AttachResult
+    from vrep.hypervisor.attach_mirror import MirrorAttacher
     from vrep.keys.identity import SiteIdentity
     from vrep.keys.release import ReleaseEntry
     from vrep.keys.tenant import KeyInfo, TenantKeyring
@@ -372,11 +373,15 @@ class Site:
         *,
         dry_run: bool = False,
         reconnect_s: int | None = None,
+        mode: Literal["inline", "mirror"] = "inline",
     ) -> AttachResult | None:
         """Put the filter under the disks of a running VM (``qmp:SOCKET``, ``libvirt:NAME``) that
         this group protects, without a pause that its guest notices; `dry_run` only says how.
         UnsupportedError: a block graph that is not known, and was left as it is. Without `vm`: a
         group that was detached is served again, for a VM that is started on its socket.
+
+        In the mode `mirror` the VM goes on writing its disks itself, and sends a copy of each
+        write: whatever becomes of the filter, the VM goes on.
 
         Of a libvirt domain the definition is kept as object ``domain.xml``, and its NVRAM as
         ``nvram``, if it has one."""
@@ -386,9 +391,11 @@ class Site:
             self.groups.update(group, detached=False)
             self._tell("filter", "reload")
             return None
-        result = self._attacher(group).attach(
-            vm, dry_run=dry_run, reconnect_s=RECONNECT_S if reconnect_s is None else reconnect_s
-        )
+        if mode == "mirror":
+            result = self._mirror_attacher(group).attach(vm, dry_run=dry_run)
+        else:
+            delay = RECONNECT_S if reconnect_s is None else reconnect_s
+            result = self._attacher(group).attach(vm, dry_run=dry_run, reconnect_s=delay)
         if dry_run or not vm.startswith("libvirt:"):
             return result
         put, missing = self._keep_domain(group, vm.partition(":")[2])
@@ -477,12 +484,22 @@ class Site:
     def detach(self, group: str, *, dry_run: bool = False) -> AttachResult:
         """Undo `attach`: the VM's disks are as they were, the filter lets them alone, and nothing
         that is written from then on is replicated. For a VM that is off: the same, without it."""
+        from vrep.hypervisor.record import AttachmentFile
+
+        record = AttachmentFile(self.groups, group).load()
+        if record is not None and record.mode == "mirror":
+            return self._mirror_attacher(group).detach(dry_run=dry_run)
         return self._attacher(group).detach(dry_run=dry_run)
 
     def _attacher(self, group: str) -> Attacher:
         from vrep.hypervisor.attach import Attacher
 
         return Attacher(self.groups, self._filter(), group, self.paths.nbd_socket(group))
+
+    def _mirror_attacher(self, group: str) -> MirrorAttacher:
+        from vrep.hypervisor.attach_mirror import MirrorAttacher
+
+        return MirrorAttacher(self.groups, self._filter(), group, self.paths.nbd_socket(group))
 
     def checkpoint(
         self,

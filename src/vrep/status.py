@@ -270,7 +270,7 @@ def _protected(
     if definition.keys_at_target not in ("", definition.keys_digest):
         conditions.append("keys-unsent")
     if filtered is not None and filtered["handover"]:
-        conditions.append("handing-over")
+        conditions.append("mirror-lost" if filtered["mirror"] else "handing-over")
     if filtered is not None and filtered["flush_failed"]:
         conditions.append("flush-failed")
     return {

@@ -55,6 +55,23 @@ struct vrep_group {
     uint32_t turns; /* flush_wakeups called */
 };
 
+bool vrep_group_is_mirror(const struct vrep_group *group)
+{
+    (void)group;
+    return false;
+}
+
+int vrep_group_mirror_join(struct vrep_group *group, uint32_t disk, int fd)
+{
+    (void)group, (void)disk, (void)fd;
+    return VREP_OK;
+}
+
+void vrep_group_mirror_leave(struct vrep_group *group, int fd)
+{
+    (void)group, (void)fd;
+}
+
 struct vrep_command *vrep_command_get(struct vrep_group *group)
 {
     for (int i = 0; i < DOUBLE_COMMANDS; i++) {

@@ -48,7 +48,6 @@ export
 verify
 demo
 """
-LATER = (["attach", "web", "--vm", "qmp:/run/vm.sock", "--mirror"],)
 
 
 def commands() -> dict[str, Any]:
@@ -104,16 +103,6 @@ def test_every_command_and_option_says_what_it_does() -> None:
             and "--guest" not in param.opts
         ]
     assert silent == []
-
-
-@pytest.mark.parametrize("arguments", LATER, ids=" ".join)
-def test_what_is_not_built_says_so(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    code, answer, error = run_json(capsys, *arguments)
-    assert (code, answer) == (11, None)
-    assert error["error"]["type"] == "NotYetError"
-    assert "not built in this release" in error["error"]["text"]
 
 
 @pytest.mark.parametrize(

@@ -237,8 +237,9 @@ static int check_bounds(const struct vrep_group *group, const struct vrep_comman
     bool data = command->op == VREP_OP_READ || command->op == VREP_OP_WRITE;
     if (command->length > (data ? VREP_WRITE_BYTES_MAX : UINT32_MAX))
         return VREP_E_INVALID;
-    if (command->op != VREP_OP_READ && ((group->config.flags & VREP_GROUP_READ_ONLY) != 0 ||
-                                        group->disks[command->disk].info.read_only))
+    if (command->op != VREP_OP_READ && !group->mirror.on &&
+        ((group->config.flags & VREP_GROUP_READ_ONLY) != 0 ||
+         group->disks[command->disk].info.read_only))
         return VREP_E_READONLY;
     return VREP_OK;
 }
@@ -272,7 +273,7 @@ int vrep_command_prepare(struct vrep_command *base)
     command->bytes = base->length;
     if (base->op == VREP_OP_READ || base->op == VREP_OP_FLUSH)
         return VREP_OK;
-    if (base->op == VREP_OP_DISCARD) {
+    if (base->op == VREP_OP_DISCARD && !group->mirror.on) {
         trim_discard(group, command);
         if (command->bytes == 0)
             return VREP_OK;

@@ -41,6 +41,8 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
         return VREP_E_UNSUPPORTED;
     if (label_bytes > 255)
         return VREP_E_INVALID;
+    if (group->mirror.on)
+        (void)vrep_mirror_whole(group);
     if (vrep_map_gap(group->map))
         return VREP_E_GONE;
     if (vrep_handover_blind(group))
@@ -189,6 +191,11 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->handover = group->handover;
     out->handover_waiting = group->handover == VREP_HANDOVER_IN && group->wanted;
     out->sizes_due = (uint32_t)__builtin_popcountll(group->sizes_due);
+    out->mirror = group->mirror.on;
+    out->mirror_waits = group->mirror.on && !vrep_handover_blind(group) &&
+                        vrep_map_unshipped_bits(group->map) == 0 && !vrep_mirror_settled(group);
+    out->mirror_copies = group->mirror.copies;
+    out->mirror_losses = group->mirror.losses;
     return VREP_OK;
 }
 

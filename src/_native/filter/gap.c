@@ -91,7 +91,7 @@ int vrep_gap_restart(struct vrep_group *group, bool jump)
 bool vrep_gap_due(const struct vrep_group *group)
 {
     return vrep_map_gap(group->map) && vrep_map_unshipped_bits(group->map) == 0 &&
-           group->copies_inflight == 0 && group->distrust == 0;
+           group->copies_inflight == 0 && group->distrust == 0 && vrep_mirror_settled(group);
 }
 
 void vrep_gap_try_end(struct vrep_group *group)
@@ -99,7 +99,7 @@ void vrep_gap_try_end(struct vrep_group *group)
     struct vrep_map_header *header = header_of(group);
     if (!vrep_gap_due(group) || header->gap_open == 0 ||
         vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit ||
-        !vrep_resize_publish(group))
+        (group->mirror.on && !vrep_mirror_whole(group)) || !vrep_resize_publish(group))
         return;
     struct vrep_ring_slot *fresh = vrep_ring_reserve(group->ring, 0);
     struct vrep_ring_slot *end = fresh == NULL ? NULL : vrep_ring_reserve(group->ring, 0);

@@ -28,6 +28,10 @@ static int check_config(const struct vrep_group_config *config)
         if (config->disks[i].name == NULL || config->disks[i].uri == NULL ||
             strlen(config->disks[i].name) >= VREP_NAME_BYTES)
             return VREP_E_INVALID;
+    if ((config->flags & VREP_GROUP_MIRROR) != 0 &&
+        (config->flags & (VREP_GROUP_TAP | VREP_GROUP_HANDOVER | VREP_GROUP_BYPASS)) !=
+            VREP_GROUP_TAP)
+        return VREP_E_INVALID;
     if ((config->flags & VREP_GROUP_BYPASS) != 0)
         return config->state_dir == NULL ||
                        (config->flags & (VREP_GROUP_TAP | VREP_GROUP_READ_ONLY)) != 0
@@ -62,6 +66,8 @@ static int open_disk(struct vrep_group *group, uint32_t index, const struct vrep
             flags |= VREP_DISK_READ_ONLY;
         if (group->handover == VREP_HANDOVER_IN)
             flags |= VREP_DISK_HANDOVER;
+        if (group->mirror.on)
+            flags |= VREP_DISK_READ_ONLY | VREP_DISK_NO_LOCK;
         status = vrep_disk_open(group->engine, from->uri, flags, &disk->disk);
     }
     if (status != VREP_OK) {
@@ -203,6 +209,11 @@ int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **
     group->tap = (config->flags & VREP_GROUP_TAP) != 0;
     if ((config->flags & VREP_GROUP_HANDOVER) != 0)
         group->handover = VREP_HANDOVER_IN;
+    if ((config->flags & VREP_GROUP_MIRROR) != 0) {
+        group->mirror.on = true;
+        group->mirror.copies = 1; /* those of an earlier run may have seen a part of a write, too */
+        group->handover = VREP_HANDOVER_MIRROR;
+    }
     if (group->config.private_bytes < VREP_WRITE_BYTES_MAX)
         group->config.private_bytes =
             config->private_bytes == 0 ? PRIVATE_BYTES_DEFAULT : VREP_WRITE_BYTES_MAX;

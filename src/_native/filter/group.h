@@ -33,6 +33,8 @@ struct vrep_group_disk {
 #define VREP_GROUP_HANDOVER 16u
 /* No threads and no clock of its own, for simulators: see "stepped". */
 #define VREP_GROUP_STEPPED 32u
+/* A VM writes the disks itself, and sends a copy of each write: see "mirror". */
+#define VREP_GROUP_MIRROR 64u
 struct vrep_group_config {
     uint8_t group_id[16];
     uint8_t target_id[16];
@@ -138,7 +140,8 @@ enum vrep_handover {
     VREP_HANDOVER_IN,      /* waits until the VM lets go */
     VREP_HANDOVER_LETTING, /* the flag is being stored, copies in flight end */
     VREP_HANDOVER_OUT,     /* the locks are gone */
-    VREP_HANDOVER_PAST     /* and another has a disk */
+    VREP_HANDOVER_PAST,    /* and another has a disk */
+    VREP_HANDOVER_MIRROR   /* a mirror that may miss writes */
 };
 /* Begins to let go; OUT follows.  BUSY in a hand-over. */
 int vrep_group_let_go(struct vrep_group *group);
@@ -171,6 +174,29 @@ void vrep_group_step_failing(struct vrep_group *group, uint32_t index, int os_er
 /* What time it is from now on. */
 void vrep_group_set_time(struct vrep_group *group, uint64_t mono_ns, uint64_t wall_ns);
 
+/* ---- mirror: a VM keeps its disks, and sends a copy of each write (VREP_GROUP_MIRROR) ----------
+ *
+ * The disks are opened to be read only and without locks.  A group opens as VREP_HANDOVER_MIRROR:
+ * writes may be missing, so a gap is open and nothing is copied.  After `live` it is
+ * VREP_HANDOVER_NONE, until a connection closes; see mirror.c for the rules. */
+bool vrep_group_is_mirror(const struct vrep_group *group);
+/* Of a front-end: a connection begins to send a disk's writes, or ends; before its fd is closed.
+ * Nothing to do without VREP_GROUP_MIRROR.  FULL: too many. */
+int vrep_group_mirror_join(struct vrep_group *group, uint32_t disk, int fd);
+void vrep_group_mirror_leave(struct vrep_group *group, int fd);
+/* Every write of each disk is sent from now on, and every one that was not has been marked.  GONE:
+ * a disk has no connection, or one closed; BUSY: it is live. */
+int vrep_group_mirror_live(struct vrep_group *group);
+struct vrep_since_range;
+/* These ranges may hold what was not sent.  RANGE: past the disk's end, and nothing is marked. */
+int vrep_group_mirror_mark(struct vrep_group *group, uint32_t disk,
+                           const struct vrep_since_range *ranges, size_t count);
+/* Anything may have been written: all is unshipped and unverified (VREP_UNVERIFIED_PAST). */
+int vrep_group_mirror_distrust(struct vrep_group *group);
+/* The VM's writes were drained after `copies` (of the status) was read.  GONE: a connection
+ * closed. */
+int vrep_group_mirror_barrier(struct vrep_group *group, uint64_t copies);
+
 struct vrep_group_status {
     uint64_t head, released, durable, received, read;
     uint64_t ring_free_bytes, ring_bytes;
@@ -199,6 +225,10 @@ struct vrep_group_status {
     uint32_t handover;         /* VREP_HANDOVER_* */
     uint32_t handover_waiting; /* a command waits for it */
     uint32_t sizes_due;        /* disks whose size is not in the order yet */
+    uint32_t mirror;           /* VREP_GROUP_MIRROR */
+    uint32_t mirror_waits;     /* a gap would end behind a barrier */
+    uint64_t mirror_copies;    /* sync copies begun */
+    uint64_t mirror_losses;    /* times that a connection of a live one closed */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

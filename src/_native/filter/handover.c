@@ -56,17 +56,22 @@ static void let_go(struct vrep_group *group)
     group->handover = VREP_HANDOVER_OUT;
 }
 
+int vrep_handover_distrust(struct vrep_group *group)
+{
+    vrep_map_header(group->map)->unverified = VREP_UNVERIFIED_PAST;
+    group->state.unverified = VREP_UNVERIFIED_PAST;
+    group->state.flags |= VREP_STATE_UNVERIFIED;
+    return vrep_group_resync(group, group->resync_allowed, group->resync_rate, true);
+}
+
 /* Another writes a disk from here on: what was recorded stays a history, what follows is a gap. */
 static int past(struct vrep_group *group)
 {
     if (group->handover == VREP_HANDOVER_PAST)
         return VREP_OK;
     group->handover = VREP_HANDOVER_PAST;
-    vrep_map_header(group->map)->unverified = VREP_UNVERIFIED_PAST;
-    group->state.unverified = VREP_UNVERIFIED_PAST;
-    group->state.flags |= VREP_STATE_UNVERIFIED;
     VREP_INFO("filter", "a VM writes the disks past the filter");
-    return vrep_group_resync(group, group->resync_allowed, group->resync_rate, true);
+    return vrep_handover_distrust(group);
 }
 
 void vrep_handover_poll(struct vrep_group *group)
@@ -98,7 +103,7 @@ int vrep_handover_timeout_ms(const struct vrep_group *group)
 
 int vrep_group_let_go(struct vrep_group *group)
 {
-    if (!group->tap)
+    if (!group->tap || group->mirror.on)
         return VREP_E_UNSUPPORTED;
     if (group->handover != VREP_HANDOVER_NONE)
         return VREP_E_BUSY;
@@ -110,7 +115,8 @@ int vrep_group_let_go(struct vrep_group *group)
 
 int vrep_group_take_back(struct vrep_group *group)
 {
-    if (group->handover == VREP_HANDOVER_NONE || group->handover == VREP_HANDOVER_IN)
+    if (group->handover == VREP_HANDOVER_NONE || group->handover == VREP_HANDOVER_IN ||
+        group->mirror.on)
         return VREP_E_INVALID;
     if (all_free(group)) {
         end(group);

@@ -9,6 +9,7 @@
 #define VREP_FILTER_INTERNAL_H
 
 #include <limits.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -33,6 +34,7 @@
 #define SLOTS_OWN 16u /* in-flight entries of the group itself: copies, gap records, marks */
 #define CONSUMERS 8u
 #define MISSES 64u
+#define MIRROR_CLIENTS 64u
 #define FILTERS_MAX 4u
 #define CALLS_MAX 64u
 #define COPY_BYTES_MAX (256u << 10)
@@ -230,6 +232,13 @@ struct vrep_group {
     struct delta *delta; /* with a tap */
 
     enum vrep_handover handover;
+    struct {
+        bool on; /* VREP_GROUP_MIRROR */
+        struct pollfd clients[MIRROR_CLIENTS];
+        uint16_t disk_of[MIRROR_CLIENTS];
+        uint32_t clients_count;
+        uint64_t copies, barrier, losses;
+    } mirror;
 
     /* views */
     pthread_mutex_t miss_lock; /* guards misses' states, wakes the fetching thread */
@@ -378,11 +387,20 @@ void vrep_state_stamp(struct vrep_group *group);
 bool vrep_handover_over(struct vrep_group *group);
 void vrep_handover_poll(struct vrep_group *group);
 int vrep_handover_timeout_ms(const struct vrep_group *group);
+/* A gap that only a copy of everything ends: a VM wrote the disks past the filter. */
+int vrep_handover_distrust(struct vrep_group *group);
 /* While the VM may write past the filter, what the backing holds is not what the order says. */
 static inline bool vrep_handover_blind(const struct vrep_group *group)
 {
     return group->handover != VREP_HANDOVER_NONE;
 }
+
+/* mirror.c */
+/* Whether nothing is missing of what a live mirror sends; when a connection closed, the gap has
+ * begun. */
+bool vrep_mirror_whole(struct vrep_group *group);
+/* Whether what sync copies saw of writes under way has been sent since. */
+bool vrep_mirror_settled(const struct vrep_group *group);
 
 /* recover.c */
 /* What a group is found as at open; file names, and what follows from the durable state. */

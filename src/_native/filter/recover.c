@@ -9,7 +9,10 @@
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
  *   anything that these do not explain: UNEXPLAINED, everything, with a reason; so is a state that
- *   says that a VM may have written past the filter, and a VM that does (a hand-over)
+ *   says that a VM may have written past the filter, and a VM that does (a hand-over, a mirror)
+ *
+ * A mirror that is opened again with its shared memory whole is KILLED, however it ended: its gap
+ * is open until its VM has told what it wrote meanwhile (mirror.c).
  *
  * After a pass-through (bypass.c) the state is open: KILLED when it marked in the shared memory
  * that is still there, else UNEXPLAINED. */
@@ -166,7 +169,10 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
     if (!found->resized && !sizes_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_SIZE;
-    } else if ((group->state.flags & VREP_STATE_PAST) != 0 || group->handover == VREP_HANDOVER_IN) {
+    } else if (group->mirror.on && found->shared && (group->state.flags & VREP_STATE_MIRROR) != 0) {
+        found->how = VREP_OPENED_KILLED; /* what was not sent meanwhile, its VM knows */
+    } else if ((group->state.flags & VREP_STATE_PAST) != 0 || group->handover == VREP_HANDOVER_IN ||
+               group->mirror.on) {
         found->how = VREP_OPENED_UNEXPLAINED;
         if (found->reason != VREP_UNVERIFIED_FLUSH)
             found->reason = VREP_UNVERIFIED_PAST;
@@ -463,7 +469,8 @@ static void replay(struct vrep_group *group)
         uint8_t generation = slot->generation;
         bool granted = slot->state == VREP_SLOT_GRANTED;
         vrep_fault("recover.replay");
-        if (granted && reread(group, slot)) {
+        /* The image of a mirror is being written: a sync copy reads it, when the mirror is live. */
+        if (granted && !group->mirror.on && reread(group, slot)) {
             slot->flags |= VREP_RECORD_REPLAY;
             vrep_tap_publish(group, slot);
             group->replayed++;
@@ -523,9 +530,11 @@ static int store_state(struct vrep_group *group, const struct vrep_finding *foun
     state->lane = 0;
     state->flags |= VREP_STATE_OPEN;
     state->flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED | VREP_STATE_BYPASS |
-                      VREP_STATE_BLIND | VREP_STATE_PAST);
-    if (group->handover == VREP_HANDOVER_IN)
+                      VREP_STATE_BLIND | VREP_STATE_PAST | VREP_STATE_MIRROR);
+    if (group->handover == VREP_HANDOVER_IN || group->mirror.on)
         state->flags |= VREP_STATE_PAST;
+    if (group->mirror.on)
+        state->flags |= VREP_STATE_MIRROR;
     if (vrep_map_gap(group->map))
         state->flags |= VREP_STATE_GAP;
     if (found->reason != 0)
@@ -591,8 +600,8 @@ int vrep_recover(struct vrep_group *group)
     if (group->flush_failed)
         hot_to_unshipped(group);
     bool gap = jump || found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED;
-    /* A reason ends with a gap, so it never stands without one. */
-    if (gap || found.reason != 0)
+    /* A reason ends with a gap, so it never stands without one; nor does a mirror begin without. */
+    if (gap || found.reason != 0 || group->mirror.on)
         vrep_map_set_gap(group->map);
     if (found.how == VREP_OPENED_NEW || found.how == VREP_OPENED_UNEXPLAINED)
         group->state.durable_seq = 0; /* all is unshipped: nothing relies on the target */

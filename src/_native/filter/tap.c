@@ -19,6 +19,8 @@ uint64_t vrep_clock_ns(const struct vrep_group *group, int clock)
 
 uint64_t vrep_tap_publish(struct vrep_group *group, struct vrep_ring_slot *slot)
 {
+    if (group->mirror.on)
+        (void)vrep_mirror_whole(group); /* else a gap begins before this record */
     if (vrep_map_gap(group->map) && vrep_map_header(group->map)->gap_open == 0)
         vrep_gap_enter(group);
     uint8_t generation = slot->generation;
@@ -71,8 +73,15 @@ static void grant_unrecorded(struct vrep_group *group, struct command *command, 
     }
 }
 
+static void committed(struct vrep_group *group, struct command *command);
+
 static void enter(struct vrep_group *group, struct command *command)
 {
+    if (group->mirror.on) { /* the VM has written it */
+        command->base.status = VREP_OK;
+        committed(group, command);
+        return;
+    }
     if (!vrep_intent_begin(group->intent, command->base.disk, command->at, command->bytes)) {
         list_push(&group->cold, command);
         vrep_maintain_intent(group);
@@ -93,7 +102,11 @@ static void grant(struct vrep_group *group, struct command *command)
         return;
     }
     uint8_t kind = command->base.op == VREP_OP_WRITE ? VREP_KIND_WRITE : VREP_KIND_ZEROES;
-    if (!command->recorded)
+    /* What a discard leaves on the VM's image is for a sync copy to find out. */
+    bool unknown = group->mirror.on && command->base.op == VREP_OP_DISCARD;
+    if (unknown)
+        command->recorded = false;
+    else if (!command->recorded)
         vrep_payload_record(group, command);
     if (command->recorded)
         vrep_tap_grant(group, command, kind);
@@ -249,6 +262,16 @@ static void publish(struct vrep_group *group, struct command *command)
     command->slot = NULL;
 }
 
+/* The backing has it: its record gets its place, and the guest its answer. */
+static void committed(struct vrep_group *group, struct command *command)
+{
+    if (command->recorded)
+        publish(group, command);
+    else
+        drop_slot(group, command);
+    finish(group, command);
+}
+
 static void reread(struct command *command)
 {
     struct vrep_group *group = command->base.group;
@@ -327,11 +350,7 @@ static void tap_completed(struct vrep_filter *filter, struct command *command)
     } else if (status != VREP_OK) {
         failed(group, command);
     } else {
-        if (command->recorded)
-            publish(group, command);
-        else
-            drop_slot(group, command);
-        finish(group, command);
+        committed(group, command);
     }
 }
 

@@ -419,6 +419,7 @@ VREP_LAYOUT(struct vrep_intent_header, 128);
 #define VREP_STATE_BYPASS 0x20u /* a pass-through served since, and marked in the shared map */
 #define VREP_STATE_BLIND 0x40u  /* one did that could not mark: every block counts as unshipped */
 #define VREP_STATE_PAST 0x80u   /* a VM may write past the filter: the next open believes nothing */
+#define VREP_STATE_MIRROR 0x100u /* but that of the same mirror: its VM knows what it wrote */
 struct vrep_state_disk {
     uint64_t bytes;
     uint64_t device;

@@ -75,6 +75,7 @@ void nbd_end(struct nbd_connection *c, const char *why)
         server->long_reader = NULL;
     server->freed = true;
     vrep_loop_forget(server->loop, &c->watch);
+    vrep_group_mirror_leave(server->group, c->watch.fd);
     close(c->watch.fd);
     pthread_mutex_lock(&server->lock);
     struct vrep_nbd_stats *stats = &server->stats;
@@ -107,6 +108,10 @@ static void fence(struct vrep_nbd_server *server)
 
 static void serve(struct nbd_connection *c)
 {
+    if (vrep_group_mirror_join(c->server->group, c->export, c->watch.fd) != VREP_OK) {
+        nbd_end(c, "too many connections of a mirror");
+        return;
+    }
     c->state = NBD_SERVING;
     nbd_activate(c);
 }
@@ -477,7 +482,7 @@ static void list_exports(struct vrep_nbd_server *server, uint64_t elsewhere)
         exports->list[i] = (struct vrep_nbd_export){
             .name = vrep_group_disk_name(server->group, i),
             .bytes = vrep_group_disk_bytes(server->group, i),
-            .read_only = known && info.read_only,
+            .read_only = known && info.read_only && !vrep_group_is_mirror(server->group),
             .bitmap = bitmap != NULL ? server->bitmap : NULL,
             .hidden = (elsewhere >> i & 1) != 0,
         };

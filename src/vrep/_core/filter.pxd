@@ -48,6 +48,7 @@ cdef extern from "filter/group.h" nogil:
         VREP_STEP_QUICK
         VREP_STEP_SLOW
         VREP_STEP_PROBER
+        VREP_GROUP_MIRROR
     struct vrep_group:
         pass
     struct vrep_map:
@@ -123,6 +124,10 @@ cdef extern from "filter/group.h" nogil:
         uint32_t handover
         uint32_t handover_waiting
         uint32_t sizes_due
+        uint32_t mirror
+        uint32_t mirror_waits
+        uint64_t mirror_copies
+        uint64_t mirror_losses
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset
@@ -159,6 +164,11 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_lose_ring(vrep_group *group)
     int vrep_group_let_go(vrep_group *group)
     int vrep_group_take_back(vrep_group *group)
+    int vrep_group_mirror_live(vrep_group *group)
+    int vrep_group_mirror_mark(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,
+                               size_t count)
+    int vrep_group_mirror_distrust(vrep_group *group)
+    int vrep_group_mirror_barrier(vrep_group *group, uint64_t copies)
     int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
     uint64_t vrep_group_dirty_bytes(const vrep_group *group)
     int vrep_group_compare(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,

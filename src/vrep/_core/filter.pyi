@@ -1,4 +1,4 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
 from typing import NamedTuple, Self, TypedDict
@@ -75,6 +75,10 @@ class GroupStatus(TypedDict):
     handover: str
     handover_waiting: bool
     sizes_due: int
+    mirror: bool
+    mirror_waits: bool
+    mirror_copies: int
+    mirror_losses: int
 
 class Group:
     def __init__(
@@ -93,6 +97,7 @@ class Group:
         read_only: bool = False,
         direct: bool = False,
         handover: bool = False,
+        mirror: bool = False,
         ring_bytes: int = ...,
         ring_descriptors: int = ...,
         slots: int = 256,
@@ -124,6 +129,10 @@ class Group:
     def since(self, name: str, changes: Iterable[Buffer | NDArray[np.void]]) -> None: ...
     def let_go(self) -> None: ...
     def take_back(self) -> None: ...
+    def mirror_live(self) -> None: ...
+    def mirror_mark(self, disk: int, ranges: Sequence[tuple[int, int]]) -> None: ...
+    def mirror_distrust(self) -> None: ...
+    def mirror_barrier(self, copies: int) -> None: ...
     def misses(self, most: int = ..., timeout: float | None = None) -> list[Miss]: ...
     def fill(self, miss: Miss, data: Buffer | None = None) -> None: ...
     def fail(self, miss: Miss) -> None: ...

@@ -31,7 +31,7 @@ cdef extern from "format/layout.h":
 OPENED = {1: "new", 2: "clean", 3: "killed", 4: "power-loss", 5: "unexplained"}
 UNVERIFIED = {0: "", 1: "stamps", 2: "size", 3: "state", 4: "intent", 5: "flush",
               6: "bypass", 7: "past"}
-HANDOVER = {0: "", 1: "in", 2: "letting-go", 3: "out", 4: "past"}
+HANDOVER = {0: "", 1: "in", 2: "letting-go", 3: "out", 4: "past", 5: "mirror"}
 ROLES = {"observer": VREP_CONTROL_OBSERVER, "target": VREP_CONTROL_TARGET}
 MISSES_MAX = 64
 DELTA_WINDOWS = VREP_DELTA_WINDOWS
@@ -195,6 +195,23 @@ cdef int run_take_back(vrep_group *group, void *argument) noexcept nogil:
     return vrep_group_take_back(group)
 
 
+cdef int run_mirror_live(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_mirror_live(group)
+
+
+cdef int run_mirror_mark(vrep_group *group, void *argument) noexcept nogil:
+    cdef since_request *request = <since_request *>argument
+    return vrep_group_mirror_mark(group, request.disk, request.ranges, request.count)
+
+
+cdef int run_mirror_distrust(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_mirror_distrust(group)
+
+
+cdef int run_mirror_barrier(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_mirror_barrier(group, (<uint64_t *>argument)[0])
+
+
 cdef uint32_t role_of(object role) except 0:
     try:
         return ROLES[role]
@@ -214,7 +231,7 @@ cdef class Group:
                   bytes epoch_id=bytes(16), uint32_t epoch=1, uint64_t first_seq=0,
                   shm_dir=None, state_dir=None,
                   bint tap=True, bint bypass=False, bint read_only=False, bint direct=False,
-                  bint handover=False,
+                  bint handover=False, bint mirror=False,
                   uint64_t ring_bytes=256 << 20, uint32_t ring_descriptors=65536,
                   uint32_t slots=256, uint32_t bit_bytes=65536, uint32_t threads=4,
                   uint64_t private_bytes=64 << 20, uint64_t resync_bytes_per_s=0,
@@ -251,6 +268,7 @@ cdef class Group:
                             | (VREP_GROUP_READ_ONLY if read_only else 0)
                             | (VREP_GROUP_BYPASS if bypass else 0)
                             | (VREP_GROUP_HANDOVER if handover else 0)
+                            | (VREP_GROUP_MIRROR if mirror else 0)
                             | (VREP_GROUP_STEPPED if stepped is not None else 0))
             config.mono_ns, config.wall_ns = stepped or (0, 0)
             config.disks = array
@@ -319,7 +337,8 @@ cdef class Group:
             self.leave()
         result = dict(status)
         result["dirty_bytes"] = dirty
-        for flag in ("gap", "flush_failed", "resync_allowed", "handover_waiting"):
+        for flag in ("gap", "flush_failed", "resync_allowed", "handover_waiting", "mirror",
+                     "mirror_waits"):
             result[flag] = bool(result[flag])
         result["opened_as"] = OPENED.get(status.opened_as, "")
         result["unverified"] = UNVERIFIED[status.unverified]
@@ -493,6 +512,38 @@ cdef class Group:
     def take_back(self):
         """Take the locks back. LockedError: another has a disk; its ``handover`` is ``past``."""
         self.call(run_take_back, NULL)
+
+    def mirror_live(self):
+        """Every write of the VM is sent from now on, and those that were not have been marked.
+        GoneError: a disk has no connection."""
+        self.call(run_mirror_live, NULL)
+
+    def mirror_mark(self, uint32_t disk, ranges):
+        """These ranges, (offset, length) each, may hold what the VM wrote and did not send."""
+        cdef since_request request
+        cdef vrep_since_range *array
+        cdef size_t count = len(ranges)
+        array = <vrep_since_range *>calloc(count + 1, sizeof(vrep_since_range))
+        if array == NULL:
+            raise MemoryError
+        try:
+            for i, (offset, length) in enumerate(ranges):
+                array[i].offset = offset
+                array[i].length = length
+            request.disk = disk
+            request.ranges = array
+            request.count = count
+            self.call(run_mirror_mark, &request)
+        finally:
+            free(array)
+
+    def mirror_distrust(self):
+        """Anything may have been written: all is unshipped, and unverified."""
+        self.call(run_mirror_distrust, NULL)
+
+    def mirror_barrier(self, uint64_t copies):
+        """The VM's writes were drained after the status' ``mirror_copies`` was read."""
+        self.call(run_mirror_barrier, &copies)
 
     def misses(self, uint32_t most=MISSES_MAX, timeout=None):
         """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from vrep.errors import InvalidError, NotYetError
+from vrep.errors import InvalidError
 
 if TYPE_CHECKING:
     from vrep.site import Site
@@ -81,19 +81,12 @@ def _short(text: str) -> str:
     return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
-def not_yet(option: str, given: object, reason: str) -> None:
-    """Refuse an option whose part is not built, when it was given."""
-    if given not in (None, False, ""):
-        raise NotYetError(f"{option}: {reason}")
-
-
 __all__ = [
     "At",
     "Directory",
     "Group",
     "Json",
     "Since",
-    "not_yet",
     "parse_duration",
     "parse_size",
     "site_of",

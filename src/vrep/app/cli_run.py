@@ -36,6 +36,7 @@ def run(
 
     from vrep.app.log import setup_logs
     from vrep.app.run import ROLES, Supervisor
+    from vrep.hypervisor.keeper import Keeper
     from vrep.settings import Config
 
     if role != "all" and role not in ROLES:
@@ -68,6 +69,8 @@ def run(
         if "target" in roles:
             # A recovered VM's disk waits for nothing that replicates.
             threading.Thread(target=_keep_views, args=(site.paths, stopping), daemon=True).start()
+        if "filter" in roles:
+            threading.Thread(target=Keeper(site.paths).run, args=(stopping,), daemon=True).start()
         if verifier is not None:
             verifier.start()
         if not config.metrics.listen or roles == ("filter",):

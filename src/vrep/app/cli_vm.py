@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import typer
 
-from vrep.app.cli_common import Directory, Group, Json, not_yet, parse_size, site_of
+from vrep.app.cli_common import Directory, Group, Json, parse_size, site_of
 from vrep.app.cli_output import emit
 from vrep.errors import UsageError
 
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+
+class AttachMode(enum.Enum):
+    """How a filter comes to a VM's writes."""
+
+    INLINE = "inline"
+    MIRROR = "mirror"
+
+
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the commands for the VM's QEMU; change nothing.")
 ]
-MIRROR = (
-    "copying a VM's writes without standing in their way needs a filter that does not write the "
-    "disk itself, which is not built in this release"
-)
 
 
 @app.command("attach")
@@ -47,14 +52,21 @@ def attach(
             help="The VM waits so long for a filter that restarts.",
         ),
     ] = 60,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Not yet.")] = False,
+    mode: Annotated[
+        AttachMode,
+        typer.Option(
+            "--mode",
+            help="inline: the VM's disks are the filter's; mirror: the VM sends a copy of each "
+            "write, and goes on whatever becomes of the filter.",
+        ),
+    ] = AttachMode.INLINE,
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Put the filter under the disks of a running VM, all in one step. A block graph that has no
-    recipe is refused, and left as it is."""
-    not_yet("--mirror", mirror, MIRROR)
-    result = site_of(directory).attach(group, vm, dry_run=dry_run, reconnect_s=reconnect_delay)
+    """Put the filter under the disks of a running VM, all in one step; or have the VM mirror its
+    writes to it. A block graph that has no recipe is refused, and left as it is."""
+    site = site_of(directory)
+    result = site.attach(group, vm, dry_run=dry_run, reconnect_s=reconnect_delay, mode=mode.value)
     if result is None:
         emit({"group": group, "detached": False}, as_json, f"{group}: served again")
         return
@@ -102,6 +114,8 @@ def _show(group: str, result: Result, as_json: bool, done: str) -> None:
     if result.dry_run:
         for disk in result.disks:
             lines.append(f"# {disk.name}: {disk.topology}, {disk.below} under {disk.top}")
+        for copy in result.mirrors:
+            lines.append(f"# {copy.name}: mirror of {copy.node}")
         lines += [msgspec.json.encode(command).decode() for command in result.commands]
     else:
         if result.objects:

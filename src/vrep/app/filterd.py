@@ -146,6 +146,12 @@ class FilterHost:
                 "release": self._release,
                 "resize": self._resize,
                 "publish_objects": self._publish_objects,
+                "mirror_begin": self._mirror_begin,
+                "mirror_live": self._mirror_live,
+                "mirror_mark": self._mirror_mark,
+                "mirror_distrust": self._mirror_distrust,
+                "mirror_barrier": self._mirror_barrier,
+                "mirror_end": self._mirror_end,
                 "stop": self._stop_requested,
             },
         )
@@ -254,7 +260,7 @@ class FilterHost:
 
     def _pass_through(self, definition: GroupDefinition, news: bool) -> bool:
         """Serve the disks of a group that cannot be served as it should. Whether it does."""
-        if pauses_guest(definition):
+        if pauses_guest(definition) or definition.mirrored:  # that VM has its disks
             return False
         name = definition.name
         try:
@@ -329,6 +335,7 @@ class FilterHost:
                 threads=options.threads,
                 resync_bytes_per_s=options.rate_bytes_per_s,
                 handover=handover,
+                mirror=definition.mirrored and not bypass,
             )
         except GoneError:
             if not handover:
@@ -354,6 +361,7 @@ class FilterHost:
 
     def _serve(self, definition: GroupDefinition, group: Group) -> Server:
         options = definition.options
+        tcp = "" if definition.mirrored else options.tcp  # its VM is on this host
         self._paths.admit_users(options.socket_mode)
         try:
             vhost = {
@@ -367,7 +375,7 @@ class FilterHost:
                 unix_path=self._paths.nbd_socket(definition.name) if nbd else None,
                 mode=options.socket_mode,
                 socket_gid=socket_gid(options.socket_group),
-                tcp=parse_address(options.tcp) if nbd and options.tcp else None,
+                tcp=parse_address(options.tcp) if nbd and tcp else None,
                 vhost=vhost,
             )
             server.start()
@@ -647,6 +655,8 @@ class FilterHost:
         with self._scanning:
             hosted = self._host(params)
             name, group = hosted.definition.name, hosted.group
+            if group.status()["mirror"]:
+                raise StateError(f"{name!r} is mirrored: its VM has the disk, and cannot resize it")
             if group.status()["handover"]:
                 raise StateError(f"{name!r} is on its way between a VM and the filter")
             definition = self._groups.load(name)
@@ -679,6 +689,59 @@ class FilterHost:
                 server.stop(drain=True)
         finally:
             hosted.group.close(clean=False)
+
+    # ---- mirror: the VM keeps its disks (filter/mirror.c) ----------------------------
+
+    def _mirror_begin(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Open a group whose VM is to mirror its writes; its definition says so."""
+        name = str(params["group"])
+        definition = self._groups.load(name)
+        if not definition.mirrored:
+            raise StateError(f"{name!r} is not mirrored")
+        with self._scanning:
+            if not self._end_bypass(name):
+                raise BusyError(f"{name!r} is passed through, to somebody who uses it")
+            hosted = self._hosted.get(name)
+            if hosted is not None and not hosted.group.status()["mirror"]:
+                raise BusyError(f"{name!r} is served: no VM has its disks open")
+            if hosted is None:
+                hosted = self._open(definition)
+                with self._lock:
+                    self._failed.pop(name, None)
+                    self._hosted[name] = hosted
+        return {}
+
+    def _mirror_live(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.mirror_live()
+        return {}
+
+    def _mirror_mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        ranges = [(int(offset), int(length)) for offset, length in params["ranges"]]
+        self._host(params).group.mirror_mark(int(params["disk"]), ranges)
+        return {}
+
+    def _mirror_distrust(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.mirror_distrust()
+        return {}
+
+    def _mirror_barrier(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        self._host(params).group.mirror_barrier(int(params["copies"]))
+        return {}
+
+    def _mirror_end(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A group whose definition does not say any more that it is mirrored is opened as it does
+        say."""
+        name = str(params["group"])
+        if self._groups.load(name).mirrored:
+            raise StateError(f"{name!r} is mirrored")
+        with self._scanning:
+            hosted = self._hosted.get(name)
+            if hosted is not None and hosted.group.status()["mirror"]:
+                self._give_up(hosted)
+            with self._lock:
+                self._failed.pop(name, None)
+            self._try_open(name)
+        return {}
 
     def _reload(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         with self._lock:

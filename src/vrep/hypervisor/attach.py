@@ -6,8 +6,8 @@ and the filter begins when QEMU's image locks are gone. Detach: the filter store
 written past, lets go of its locks, QEMU switches back and takes them, the filter sees that.
 Whatever ends in between, the same command goes on where it stood.
 
-``groups/NAME/attached.json`` (version 1) is the record; it is there from before the first change in
-the VM until after the last. Times in seconds.
+The record (record.py) is there from before the first change in the VM until after the last. Times
+in seconds.
 """
 
 from __future__ import annotations
@@ -22,29 +22,20 @@ import msgspec
 
 from vrep import errors
 from vrep.control import ControlClient
-from vrep.durable import sync_directory, write_atomic
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.hypervisor import recipe
 from vrep.hypervisor.graph import Graph
+from vrep.hypervisor.mirror import MirrorPlan
 from vrep.hypervisor.monitor import Monitor, check_vm, open_monitor
 from vrep.hypervisor.recipe import Command, DiskPlan, Step
+from vrep.hypervisor.record import VERSION, Attachment, AttachmentFile
 
-VERSION: Final = 1
-RECORD: Final = "attached.json"
 RECONNECT_S: Final = 60
 """how long a VM waits for a filter that restarts; longer than the filter's own pauses"""
 SWITCH_S: Final = 10.0
 DURABLE_S: Final = 5.0
 ASK_EVERY_S: Final = 0.005
 RUNNING: Final = frozenset({"running", "paused", "prelaunch"})
-
-
-class Attachment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was done to a VM."""
-
-    version: int
-    vm: str
-    disks: tuple[DiskPlan, ...]
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -55,7 +46,10 @@ class Result(msgspec.Struct, frozen=True):
     commands: tuple[Command, ...]
     dry_run: bool
     switch_ms: float = 0.0
-    """time that the VM's disks stood still, at most: from the command to its answer"""
+    """time that the VM's disks stood still, at most: from the command to its answer; of a mirror,
+    until it was begun, meanwhile the VM goes on"""
+    mirrors: tuple[MirrorPlan, ...] = ()
+    """in the place of `disks` in mirror mode"""
     objects: tuple[str, ...] = ()
     """names of the objects that were put: the VM's definition, its NVRAM"""
     objects_missing: str = ""
@@ -72,7 +66,7 @@ class Attacher:
         self._filter = filter_control
         self._group = group
         self._socket = socket
-        self._path = groups.path(group) / RECORD
+        self._file = AttachmentFile(groups, group)
 
     # ---- attach --------------------------------------------------------------------
 
@@ -90,7 +84,7 @@ class Attacher:
                 "running VM can switch to"
             )
         with contextlib.closing(open_monitor(vm)) as monitor:
-            _check_runs(monitor)
+            check_runs(monitor)
             graph = self._unattached(monitor, dry_run)
             disks = self._plan(definition, graph)
             steps = [s for d in disks for s in recipe.prepare(d, self._socket, reconnect_s)]
@@ -100,13 +94,13 @@ class Attacher:
                 return Result(vm, disks, commands, True)
             self._filter.call("handover_begin", group=self._group)
             try:
-                self._store(Attachment(VERSION, vm, disks))
+                self._file.store(Attachment(VERSION, vm, disks))
                 # From here on a filter that starts serves the group, if nobody else has its disks.
                 self._groups.update(self._group, detached=False)
                 took = self._switch_over(monitor, disks, steps, switch)
             except errors.VrepError as error:
                 self._after_failure(monitor, disks, error)
-                if definition.detached and self._load() is None:
+                if definition.detached and self._file.load() is None:
                     self._groups.update(self._group, detached=True)
                 raise
             self._wait("", "the VM switched, and waits until nobody holds its image's locks")
@@ -124,9 +118,11 @@ class Attacher:
     def _unattached(self, monitor: Monitor, dry_run: bool) -> Graph:
         """The graph without what an attach or detach that was cut off left there."""
         graph = Graph.read(monitor)
-        record = self._load()
+        record = self._file.load()
         if record is None:
             return graph
+        if record.mode == "mirror":
+            raise errors.StateError(f"{self._group!r} is mirrored by {record.vm}: detach it first")
         if any(recipe.stands_on(disk, graph) == "filter" for disk in record.disks):
             raise errors.StateError(f"{self._group!r} is attached to {record.vm} already")
         commands = [c for disk in record.disks for c in recipe.remove(disk, graph)]
@@ -185,7 +181,7 @@ class Attacher:
                 for command in recipe.remove(disk, graph):
                     _run(monitor, command)
             self._filter.call("handover_cancel", group=self._group)
-            self._forget()
+            self._file.forget()
             return
         error.detail += (
             f"; whether the VM switched is not known: look at it, then 'vrep detach {self._group}'"
@@ -196,7 +192,7 @@ class Attacher:
     def detach(self, *, dry_run: bool = False) -> Result:
         """Put the VM's disks back as they were, and serve the group no more. What is recorded
         until then stays; what the VM writes from then on is not replicated."""
-        record = self._load()
+        record = self._file.load()
         if record is None:
             return self._detach_off("", dry_run)
         try:
@@ -245,16 +241,10 @@ class Attacher:
     def _close_group(self) -> None:
         """The group is served no more, once its target knows where the history ends, if it can
         be told soon."""
-        with contextlib.suppress(errors.VrepError):
-            deadline = time.monotonic() + DURABLE_S
-            while time.monotonic() < deadline:
-                status = self._status()
-                if status["durable"] >= status["head"] or not status["consumers"]:
-                    break
-                time.sleep(ASK_EVERY_S)
+        wait_durable(self._filter, self._group)
         self._groups.update(self._group, detached=True)
         self._filter.call("release", group=self._group)
-        self._forget()
+        self._file.forget()
 
     def _detach_restarted(self, record: Attachment, dry_run: bool) -> Result:
         if self._clients():
@@ -274,7 +264,7 @@ class Attacher:
             self._groups.update(self._group, detached=True)
             with contextlib.suppress(errors.UnreachableError):
                 self._filter.call("release", group=self._group)
-            self._forget()
+            self._file.forget()
         return Result(vm, (), (), dry_run)
 
     # ---- the filter, and the record ---------------------------------------------------
@@ -302,40 +292,20 @@ class Attacher:
                 raise errors.TimeLimitError(f"{what}: not within {SWITCH_S:g} s{problem}")
             time.sleep(ASK_EVERY_S)
 
-    def _load(self) -> Attachment | None:
-        try:
-            data = self._path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise errors.StorageError(f"{self._path}: {error.strerror}") from None
-        try:
-            record = msgspec.json.decode(data, type=Attachment)
-        except (msgspec.DecodeError, UnicodeError) as error:
-            raise errors.CorruptError(f"{self._path}: {error}") from None
-        if record.version != VERSION:
-            raise errors.VersionError(f"{self._path} has version {record.version}, not {VERSION}")
-        return record
 
-    def _store(self, record: Attachment) -> None:
-        text = msgspec.json.format(msgspec.json.encode(record), indent=2)
-        write_atomic(self._path, text + b"\n", mode=0o600)
-
-    def _forget(self) -> None:
-        self._path.unlink(missing_ok=True)
-        sync_directory(self._path.parent)
+def wait_durable(filter_control: ControlClient, group: str) -> None:
+    """Until the target has all of a group's history, if that is soon."""
+    with contextlib.suppress(errors.VrepError):
+        deadline = time.monotonic() + DURABLE_S
+        while time.monotonic() < deadline:
+            status = filter_control.call("status", group=group)
+            if status["durable"] >= status["head"] or not status["consumers"]:
+                break
+            time.sleep(ASK_EVERY_S)
 
 
-def attached_vm(groups: GroupDirectory, group: str) -> str:
-    """The VM that a group is attached to; empty when it is to none."""
-    try:
-        data = (groups.path(group) / RECORD).read_bytes()
-        return msgspec.json.decode(data, type=Attachment).vm
-    except (OSError, msgspec.DecodeError, UnicodeError):
-        return ""
-
-
-def _check_runs(monitor: Monitor) -> None:
+def check_runs(monitor: Monitor) -> None:
+    """StateError: it is about to end, or to move away."""
     status = str(monitor.execute("query-status")["status"])
     if status not in RUNNING:
         raise errors.StateError(f"the VM is {status}: it is attached while it runs or is paused")
@@ -345,4 +315,4 @@ def _run(monitor: Monitor, command: Command) -> None:
     monitor.execute(command.execute, command.arguments)
 
 
-__all__ = ["Attacher", "Attachment", "Result", "attached_vm"]
+__all__ = ["Attacher", "Result", "check_runs", "wait_durable"]

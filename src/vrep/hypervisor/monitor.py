@@ -32,6 +32,16 @@ class Monitor(Protocol):
         """The answer. `HypervisorError`: QEMU refused, and nothing was done. `TimeLimitError`,
         `UnreachableError`: whether it was done is not known."""
 
+    def guarded(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        limit_s: float,
+        rescue: tuple[str, Mapping[str, Any]],
+    ) -> bool:
+        """Execute what may make QEMU wait for a server. When it has not ended in time, `rescue` is
+        executed out of band (which QEMU does even then). Whether it ended in time."""
+
     def close(self) -> None: ...
 
 
@@ -65,6 +75,33 @@ class SocketMonitor:
         given = dict(arguments) if arguments else None
         try:
             return self._run(self._client.execute(command, given), EXECUTE_S)
+        except ExecuteError as error:
+            raise errors.HypervisorError(f"{command}: {error}") from None
+        except TimeoutError:
+            raise errors.TimeLimitError(f"{command} at {self._path}") from None
+        except (QMPError, OSError, EOFError) as error:
+            raise errors.UnreachableError(f"{command} at {self._path}: {error}") from None
+
+    def guarded(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        limit_s: float,
+        rescue: tuple[str, Mapping[str, Any]],
+    ) -> bool:
+        from qemu.qmp import ExecuteError, QMPError
+
+        async def both() -> bool:
+            given = dict(arguments) if arguments else None
+            work = asyncio.ensure_future(self._client.execute(command, given))
+            done, _ = await asyncio.wait({work}, timeout=limit_s)
+            if not done:
+                await self._client.execute(rescue[0], dict(rescue[1]), oob=True)
+            await work
+            return bool(done)
+
+        try:
+            return bool(self._run(both(), limit_s + EXECUTE_S))
         except ExecuteError as error:
             raise errors.HypervisorError(f"{command}: {error}") from None
         except TimeoutError:
@@ -106,6 +143,18 @@ class LibvirtMonitor:
         if "error" in answer:
             raise errors.HypervisorError(f"{command}: {answer['error'].get('desc', answer)}")
         return answer.get("return")
+
+    def guarded(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None,
+        limit_s: float,
+        rescue: tuple[str, Mapping[str, Any]],
+    ) -> bool:
+        """libvirt sends nothing out of band: whoever uses this has asked the server just before
+        whether it answers."""
+        self.execute(command, arguments)
+        return True
 
     def close(self) -> None:
         self._connection.close()

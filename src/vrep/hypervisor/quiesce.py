@@ -20,7 +20,7 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDirectory
 from vrep.hypervisor.agent import Agent, check_agent, open_agent
-from vrep.hypervisor.attach import attached_vm
+from vrep.hypervisor.record import attached_vm
 from vrep.settings import QuiesceConfig
 from vrep.waits import Mark, mark
 

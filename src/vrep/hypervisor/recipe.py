@@ -78,7 +78,7 @@ def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -
     """The recipe of one disk. `tag` makes the names of new nodes those of one group.
     NotFoundError: the VM has no such disk. UnsupportedError: a topology that is not known."""
     if graph.io_threads:
-        raise _unknown(
+        raise unknown(
             name, "the VM has I/O threads, and reopening a node that one works on ends some QEMUs"
         )
     found = graph.storage_of(path)
@@ -86,17 +86,17 @@ def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -
         raise errors.NotFoundError(f"disk {name!r}: the VM does not have {path} open")
     if len(found) > 1:
         names = ", ".join(node.name for node in found)
-        raise _unknown(name, f"the VM has {path} open more than once ({names})")
+        raise unknown(name, f"the VM has {path} open more than once ({names})")
     storage = found[0]
     if storage.read_only:
-        raise _unknown(name, f"the VM has {path} open to be read only")
+        raise unknown(name, f"the VM has {path} open to be read only")
     if storage.bytes != size:
         raise errors.StateError(
             f"disk {name!r} has {storage.bytes} bytes in the VM, and {size} in the group"
         )
     parents = graph.parents(storage.name)
     if len(parents) != 1:
-        raise _unknown(name, f"{_chain(graph, storage)}: {len(parents)} users of one node")
+        raise unknown(name, f"{chain(graph, storage)}: {len(parents)} users of one node")
     parent = parents[0]
     nodes = {part: f"vrep-{part}-{tag}-{index}" for part in ("keep", "nothing", "nbd")}
     inserted = f"vrep-top-{tag}-{index}"
@@ -105,9 +105,9 @@ def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -
         return _plan(name, "storage", device, storage, inserted, storage.name, nodes)
     raw = graph.nodes.get(parent.name) if parent.kind == "block-driver" else None
     if raw is None or raw.driver != "raw":
-        raise _unknown(name, _chain(graph, storage))
+        raise unknown(name, chain(graph, storage))
     if raw.bytes != storage.bytes or raw.filename.startswith("json:"):
-        raise _unknown(name, f"{_chain(graph, storage)}: {raw.name} shows a part of its file")
+        raise unknown(name, f"{chain(graph, storage)}: {raw.name} shows a part of its file")
     if raw.unnamed:
         device = _device(graph, name, raw)
         return _plan(name, "unnamed", device, raw, inserted, raw.name, nodes)
@@ -142,7 +142,7 @@ def _device(graph: Graph, name: str, root: Node) -> Device:
     """The device that stands on a node, and nothing else does."""
     device = graph.device_of(root.name)
     if device is None or len(graph.parents(root.name)) != 1:
-        raise _unknown(name, f"{root.name} is not the node of one device")
+        raise unknown(name, f"{root.name} is not the node of one device")
     return device
 
 
@@ -158,16 +158,17 @@ def _check_above(graph: Graph, name: str, raw: Node) -> None:
             elif parent.kind == "block-driver" and graph.nodes[parent.name].driver in PASSED:
                 waiting.append(parent.name)
             else:
-                raise _unknown(name, f"{_chain(graph, raw)}: a {parent.kind}, {parent.name}")
+                raise unknown(name, f"{chain(graph, raw)}: a {parent.kind}, {parent.name}")
     if ends == 0:
-        raise _unknown(name, f"{_chain(graph, raw)}: no device uses it")
+        raise unknown(name, f"{chain(graph, raw)}: no device uses it")
 
 
-def _unknown(name: str, what: str) -> errors.UnsupportedError:
+def unknown(name: str, what: str) -> errors.UnsupportedError:
+    """A graph that there is no recipe for."""
     return errors.UnsupportedError(f"disk {name!r}: no recipe for its block graph: {what}")
 
 
-def _chain(graph: Graph, node: Node) -> str:
+def chain(graph: Graph, node: Node) -> str:
     """From a node up, as far as there is one way: for an error's text."""
     words = [f"{node.driver} ({node.name})"]
     name = node.name
@@ -293,13 +294,16 @@ def _root(disk: DiskPlan, node: str) -> Command:
 
 
 __all__ = [
+    "PASSED",
     "Command",
     "DiskPlan",
     "Step",
+    "chain",
     "plan",
     "prepare",
     "remove",
     "remove_all",
     "stands_on",
     "switch",
+    "unknown",
 ]

@@ -15,7 +15,14 @@ from typing import Any
 import structlog
 
 from vrep.control import ControlClient
-from vrep.errors import BusyError, GapError, NotFoundError, StateError, VrepError
+from vrep.errors import (
+    BusyError,
+    GapError,
+    NotFoundError,
+    StateError,
+    UnsupportedError,
+    VrepError,
+)
 from vrep.groups import GroupDirectory
 from vrep.wire import messages as m
 from vrep.wire.transport import FrameTransport
@@ -89,6 +96,11 @@ class Halt:
         with self._lock:
             self._require_open()
             before = self._control.call("status", group=self._name)
+            if before.get("mirror"):
+                raise UnsupportedError(
+                    f"the VM of {self._name!r} writes its disks itself, which nobody here can "
+                    "stop: shut it down, and 'vrep detach' it first"
+                )
             if before["clients"] and not pause:
                 raise BusyError(
                     f"{before['clients']} client(s) use {self._name!r}: shut the VM down first"
