@@ -1,4 +1,4 @@
-"""A VM keeps its disks and sends a copy of each write: whatever becomes of the filter, it goes on."""
+"""A VM keeps its disks and sends a copy of each write: whatever the filter does, it goes on."""
 
 from __future__ import annotations
 
