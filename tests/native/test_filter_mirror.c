@@ -242,11 +242,14 @@ static void a_restart_copies_what_its_vm_tells(void)
         synced();
         guest_writes(0, 4096, 30);
         rig_apply(&rig, false);
-        disconnect_vm();
-        if (clean)
+        if (clean) {
+            disconnect_vm();
             rig_close(&rig, true);
-        else
+        } else { /* nobody notices that the connection ends */
             rig_kill(&rig);
+            close(peer);
+            close(mine);
+        }
         vm_writes(11 * RIG_BIT, 4096, 31);
         rig_open(&rig);
         struct vrep_group_status status = rig_status(&rig);
