@@ -2,6 +2,8 @@
 #ifndef VREP_TESTS_SCSI_RIG_H
 #define VREP_TESTS_SCSI_RIG_H
 
+#include <poll.h>
+
 #include "base/endian.h"
 #include "filter_rig.h"
 #include "scsi/scsi.h"
@@ -143,8 +145,15 @@ CHECK_UNUSED static void scsi_prepare(struct scsi_rig *rig, struct answer *answe
 
 CHECK_UNUSED static void scsi_wait(struct scsi_rig *rig, struct answer *answer)
 {
-    for (int i = 0; !answer->done && i < 10000000; i++)
+    for (int i = 0; !answer->done && i < 100000; i++) {
         scsi_poll(rig);
+        if (answer->done || i < 10)
+            continue;
+        /* The threads that do the work want this processor. */
+        struct pollfd ready[] = {{.fd = vrep_group_fd(rig->rig.group), .events = POLLIN},
+                                 {.fd = vrep_scsi_fd(rig->target), .events = POLLIN}};
+        (void)poll(ready, 2, 1);
+    }
     CHECK(answer->done);
 }
 

@@ -5,13 +5,20 @@ static struct scsi_rig rig;
 static struct answer answer, many[32];
 static uint8_t oracle[RIG_BYTES], data[1 << 20], disk[RIG_BYTES];
 
+/* CHECK_MEM looks at each byte: only where there is something to say. */
+#define CHECK_SAME(got, want, size)                                                                \
+    do {                                                                                           \
+        if (memcmp(got, want, size) != 0)                                                          \
+            CHECK_MEM(got, want, size);                                                            \
+    } while (0)
+
 static void compare_disk(void)
 {
     int fd = open(rig.rig.disk, O_RDONLY);
     CHECK(fd >= 0);
     CHECK_EQ(pread(fd, disk, RIG_BYTES, 0), RIG_BYTES);
     close(fd);
-    CHECK_MEM(disk, oracle, RIG_BYTES);
+    CHECK_SAME(disk, oracle, RIG_BYTES);
 }
 
 static uint32_t records(void)
@@ -79,7 +86,7 @@ static uint32_t step(void)
                      NULL, 0),
             VREP_SCSI_GOOD);
         CHECK_EQ(answer.in_bytes, bytes);
-        CHECK_MEM(answer.in, at, bytes);
+        CHECK_SAME(answer.in, at, bytes);
         return 0;
     case 2:
     case 3:
@@ -192,13 +199,13 @@ static void histories(uint32_t block)
     scsi_settle_in(&rig, &answer);
     rig_sync(&rig.rig); /* the first gap ends: from here every change is a record */
     uint32_t made = records();
-    for (int i = 0; i < 3000; i++) {
+    for (int i = 0; i < 1500; i++) {
         made += step();
         rig_apply(&rig.rig, true);
         CHECK_EQ(records(), made);
         if (i % 500 == 499) {
             compare_disk();
-            CHECK_MEM(rig.rig.shadow, oracle, RIG_BYTES);
+            CHECK_SAME(rig.rig.shadow, oracle, RIG_BYTES);
         }
     }
     CHECK(!rig.rig.in_gap);
@@ -223,7 +230,7 @@ static void compare_and_write_is_atomic(void)
     scsi_settle_in(&rig, &answer);
     rig_sync(&rig.rig);
     uint32_t made = records();
-    for (uint32_t round = 0; round < 200; round++) {
+    for (uint32_t round = 0; round < 100; round++) {
         for (int i = 0; i < 32; i++) {
             memset(data, 0, 1024);
             vrep_be_store_u32(data, round); /* expected: what the last round left */

@@ -206,7 +206,7 @@ bool scsi_compare_write_prepare(struct vrep_scsi_task *task)
     uint32_t bytes = task->blocks * block;
     task->data_out = 2 * bytes;
     if (task->out_expected != task->data_out)
-        return scsi_refuse(task, VREP_SENSE_DATA_OUT_SIZE);
+        return scsi_refuse_cdb(task, 13);
     if (bytes == 0)
         return true;
     if (!scsi_take_buffer(task, 2 * bytes))

@@ -86,7 +86,7 @@ static uint32_t page_limits(const struct vrep_scsi_task *task, uint8_t *out)
     vrep_be_store_u32(page + 8, VREP_SCSI_DATA_MAX / unit->block_bytes);
     vrep_be_store_u32(page + 12, (1u << 20) / unit->block_bytes);
     if (unit->thin) {
-        vrep_be_store_u32(page + 20, UINT32_MAX / unit->block_bytes);
+        vrep_be_store_u32(page + 20, SCSI_UNMAP_BLOCKS_MAX);
         vrep_be_store_u32(page + 24, SCSI_UNMAP_DESCRIPTORS_MAX);
         vrep_be_store_u32(page + 28, unit->granularity);
         vrep_be_store_u32(page + 32, 0x80000000u); /* UGAVALID: aligned to LBA 0 */

@@ -137,6 +137,7 @@ void scsi_unmap(struct vrep_scsi_task *task)
         scsi_fail_parameter(task, 2);
         return;
     }
+    uint64_t total = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint64_t lba = vrep_be_load_u64(list + 8 + (size_t)i * 16);
         uint32_t length = vrep_be_load_u32(list + 8 + (size_t)i * 16 + 8);
@@ -144,7 +145,8 @@ void scsi_unmap(struct vrep_scsi_task *task)
             scsi_fail(task, VREP_SENSE_LBA_RANGE);
             return;
         }
-        if (length > UINT32_MAX / unit->block_bytes) {
+        total += length;
+        if (total > SCSI_UNMAP_BLOCKS_MAX || length > UINT32_MAX / unit->block_bytes) {
             scsi_fail_parameter(task, (uint16_t)(8 + i * 16 + 8));
             return;
         }
