@@ -51,7 +51,8 @@ CHECK_UNUSED static void monitor_connect(struct monitor *m, const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     m->socket = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    strncpy(address.sun_path, path, sizeof address.sun_path - 1);
+    CHECK(strlen(path) < sizeof address.sun_path);
+    memcpy(address.sun_path, path, strlen(path));
     CHECK_EQ(connect(m->socket, (struct sockaddr *)&address, sizeof address), 0);
 }
 
