@@ -75,31 +75,54 @@ int vrep_listen_unix(const char *path, uint32_t mode, int64_t group, struct vrep
     return VREP_OK;
 }
 
+union address {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+};
+
+/* Its length; 0: it is no numeric address. */
+static socklen_t inet_address(const char *host, uint16_t port, union address *out, bool *loopback)
+{
+    memset(out, 0, sizeof *out);
+    if (strcmp(host, "localhost") == 0)
+        host = "127.0.0.1";
+    if (inet_pton(AF_INET, host, &out->v4.sin_addr) == 1) {
+        *loopback = ntohl(out->v4.sin_addr.s_addr) >> 24 == 127;
+        out->v4.sin_family = AF_INET;
+        out->v4.sin_port = htons(port);
+        return sizeof out->v4;
+    }
+    if (inet_pton(AF_INET6, host, &out->v6.sin6_addr) == 1) {
+        *loopback = IN6_IS_ADDR_LOOPBACK(&out->v6.sin6_addr);
+        out->v6.sin6_family = AF_INET6;
+        out->v6.sin6_port = htons(port);
+        return sizeof out->v6;
+    }
+    return 0;
+}
+
+bool vrep_listen_is_loopback(const char *host)
+{
+    union address address;
+    bool loopback = false;
+    return inet_address(host, 0, &address, &loopback) > 0 && loopback;
+}
+
 int vrep_listen_tcp(const char *host, uint16_t port, struct vrep_listener *out)
 {
     *out = (struct vrep_listener){.fd = -1};
-    union {
-        struct sockaddr any;
-        struct sockaddr_in v4;
-        struct sockaddr_in6 v6;
-    } address = {0};
-    socklen_t bytes = sizeof address.v4;
-    if (strcmp(host, "localhost") == 0)
-        host = "127.0.0.1";
-    if (inet_pton(AF_INET, host, &address.v4.sin_addr) == 1) {
-        if (ntohl(address.v4.sin_addr.s_addr) >> 24 != 127)
-            return VREP_E_INVALID;
-        address.v4.sin_family = AF_INET;
-        address.v4.sin_port = htons(port);
-    } else if (inet_pton(AF_INET6, host, &address.v6.sin6_addr) == 1) {
-        if (!IN6_IS_ADDR_LOOPBACK(&address.v6.sin6_addr))
-            return VREP_E_INVALID;
-        address.v6.sin6_family = AF_INET6;
-        address.v6.sin6_port = htons(port);
-        bytes = sizeof address.v6;
-    } else {
+    return vrep_listen_is_loopback(host) ? vrep_listen_any(host, port, out) : VREP_E_INVALID;
+}
+
+int vrep_listen_any(const char *host, uint16_t port, struct vrep_listener *out)
+{
+    *out = (struct vrep_listener){.fd = -1};
+    union address address;
+    bool loopback;
+    socklen_t bytes = inet_address(host, port, &address, &loopback);
+    if (bytes == 0)
         return VREP_E_INVALID;
-    }
     int fd = socket(address.any.sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (fd < 0)
         return vrep_status_from_errno(errno);

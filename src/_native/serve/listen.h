@@ -10,6 +10,7 @@
 #ifndef VREP_SERVE_LISTEN_H
 #define VREP_SERVE_LISTEN_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 
@@ -27,6 +28,9 @@ struct vrep_listener {
 int vrep_listen_unix(const char *path, uint32_t mode, int64_t group, struct vrep_listener *out);
 /* host: a numeric loopback address, or "localhost"; port 0: any.  INVALID for any other host. */
 int vrep_listen_tcp(const char *host, uint16_t port, struct vrep_listener *out);
+/* The same for any numeric address: for protocols that know who connects. */
+int vrep_listen_any(const char *host, uint16_t port, struct vrep_listener *out);
+bool vrep_listen_is_loopback(const char *host);
 /* Removes the path if it still is ours. */
 void vrep_listen_close(struct vrep_listener *listener);
 
