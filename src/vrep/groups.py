@@ -23,7 +23,7 @@ from vrep.durable import make_private_directory, write_atomic
 
 VERSION = 1
 ON_FENCE = ("go-on", "pause")
-FRONTS = ("nbd", "vhost-user-blk")
+FRONTS = ("nbd", "vhost-user-blk", "iscsi")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -34,7 +34,7 @@ class DiskDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     uri: str
     bytes: int
     index: int
-    front: Literal["nbd", "vhost-user-blk"] = "nbd"
+    front: Literal["nbd", "vhost-user-blk", "iscsi"] = "nbd"
     """how its VM reaches it; one of `FRONTS`"""
 
 
@@ -64,6 +64,14 @@ class GroupOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """seconds of history that the target keeps; 0: all"""
     quota_bytes: int = 0
     """that the group's history may use at the target; 0: no limit"""
+    iscsi_listen: str = ""
+    """host:port of the group's iSCSI target; empty: it has none"""
+    iscsi_block_bytes: Literal[512, 4096] = 512
+    """logical blocks of its units"""
+    iscsi_admit: tuple[str, ...] = ()
+    """who may log in, each ``NAME``, ``@ADDRESS`` or ``NAME@ADDRESS``; none: who authenticates"""
+    iscsi_auth: str = ""
+    """file of CHAP names and secrets; empty: none are asked for"""
     on_fence: Literal["go-on", "pause"] = "go-on"
     """what the VM's I/O does when another site took the group over; one of `ON_FENCE`"""
 

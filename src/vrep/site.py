@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
-from vrep import errors, keyfiles
+from vrep import errors, iscsi, keyfiles
 from vrep.control import ControlClient
 from vrep.groups import (
     FRONTS,
@@ -219,6 +219,7 @@ class Site:
             known[disk.uri] = group
             definitions.append(disk)
         definitions = _with_fronts(definitions, fronts or {})
+        iscsi.check(options, [disk.front for disk in definitions])
         info = self.keys.require_verified(key, accept_key_loss=accept_key_loss)
         group_id = uuid.uuid4()
         data_key = DataKey.create(group_id.bytes)
@@ -529,26 +530,39 @@ class Site:
         return {**durable(self.groups, control, group, made, wait_s), "quiesced": quiesce}
 
     def disk_uri(self, group: str, disk: str | None = None) -> str:
-        """Where a VM finds a disk of a protected group (default: the first): an NBD URI, or
-        ``vhost-user-blk:`` and the path of a socket."""
-        disks = {d.name: d for d in self.groups.load(group).disks}
+        """Where a VM finds a disk of a protected group (default: the first): an NBD or iSCSI URI,
+        or ``vhost-user-blk:`` and the path of a socket."""
+        definition = self.groups.load(group)
+        disks = {d.name: d for d in definition.disks}
         found = disks.get(disk or next(iter(disks)))
         if found is None:
             raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}")
         if found.front == "vhost-user-blk":
             return f"vhost-user-blk:{self.paths.vhost_socket(group, found.index)}"
+        if found.front == iscsi.FRONT:
+            units = [d.name for d in definition.disks if d.front == iscsi.FRONT]
+            return iscsi.uri(definition, units.index(found.name))
         return f"nbd+unix:///{found.name}?socket={self.paths.nbd_socket(group)}"
 
-    def set_fronts(self, group: str, fronts: Mapping[str, str]) -> GroupDefinition:
-        """Change how a VM reaches disks of a protected group. Refused while one does."""
-        definition = self.groups.load(group)
+    def set_fronts(self, group: str, fronts: Mapping[str, str], **options: Any) -> GroupDefinition:
+        """Change how a VM reaches disks of a protected group, and with `options` where iSCSI is
+        served. Refused while a VM uses one; what cannot be served leaves all as it was."""
+        definition = before = self.groups.load(group)
         disks = tuple(_with_fronts(definition.disks, fronts))
+        changed = msgspec.structs.replace(definition.options, **options)
+        iscsi.check(changed, [disk.front for disk in disks])
         if clients := self._clients(group):
             raise errors.BusyError(f"{clients} client(s) use {group!r}: shut the VM down first")
-        definition = self.groups.update(group, disks=disks)
+        definition = self.groups.update(group, disks=disks, options=changed)
         # One that is not served now is served so by its next start.
         with contextlib.suppress(errors.UnreachableError, errors.NotFoundError):
-            self._filter().call("front", group=group)
+            try:
+                self._filter().call("front", group=group)
+            except (errors.UnreachableError, errors.NotFoundError):
+                raise
+            except errors.VrepError:
+                self.groups.update(group, disks=before.disks, options=before.options)
+                raise
         return definition
 
     def running(self, role: str = "filter") -> bool:

@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 from os import PathLike
 from types import TracebackType
-from typing import Self, TypedDict
+from typing import NamedTuple, Self, TypedDict
 
 from vrep._core.filter import Group
 
@@ -37,6 +37,29 @@ class VhostStats(TypedDict):
     resubmitted: int
     stalls: int
 
+class Iscsi(NamedTuple):
+    group_id: bytes
+    disks: tuple[str, ...]
+    host: str
+    port: int
+    target: str
+    block_bytes: int = 512
+    reservations: str | None = None
+    chap: tuple[str, str] | None = None
+    mutual: tuple[str, str] | None = None
+    rules: tuple[tuple[str | None, str | None], ...] = ()
+    sessions: int = 0
+
+class IscsiStats(TypedDict):
+    connections: int
+    accepted: int
+    refused: int
+    requests: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+    stalls: int
+
 class Server:
     def __init__(
         self,
@@ -47,6 +70,7 @@ class Server:
         tcp: tuple[str, int] | None = None,
         connections: int = 0,
         vhost: Mapping[str, str | PathLike[str]] | None = None,
+        iscsi: Iscsi | None = None,
     ) -> None: ...
     @property
     def group(self) -> Group: ...
@@ -57,6 +81,9 @@ class Server:
     def start(self) -> None: ...
     def stop(self, drain: bool = True, timeout_ms: int = 10000) -> None: ...
     def clients(self) -> list[Client]: ...
+    @property
+    def iscsi_port(self) -> int: ...
+    def iscsi_stats(self) -> IscsiStats: ...
     def vhost_stats(self) -> dict[str, VhostStats]: ...
     def __enter__(self) -> Self: ...
     def __exit__(

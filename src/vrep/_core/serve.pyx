@@ -1,13 +1,14 @@
-"""Serve: the disks of a group over NBD and vhost-user-blk, on a thread of their own.
+"""Serve: the disks of a group over NBD, vhost-user-blk and iSCSI, on a thread of their own.
 
 The thread is C from end to end: it never takes the GIL, and neither Python's
 garbage collector nor a busy interpreter can delay a guest.
 """
 
 import os
+from typing import NamedTuple
 
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from vrep._core._status cimport check
 from vrep._core.filter cimport Group, vrep_group
@@ -84,6 +85,63 @@ cdef extern from "serve/vhost.h" nogil:
     void vrep_vhost_destroy(vrep_vhost_server *server)
     void vrep_vhost_stats_of "vrep_vhost_stats"(vrep_vhost_server *server, vrep_vhost_stats *out)
 
+cdef extern from "scsi/scsi.h" nogil:
+    struct vrep_scsi_unit_config:
+        uint16_t disk
+        uint32_t block_bytes
+        const char *reservations_path
+    struct vrep_scsi_config:
+        uint8_t group_id[16]
+        const vrep_scsi_unit_config *units
+        uint32_t units_count
+
+cdef extern from "serve/iscsi.h" nogil:
+    enum:
+        VREP_ISCSI_SESSIONS_MAX
+        VREP_ISCSI_RULES_MAX
+    struct vrep_iscsi_server:
+        pass
+    struct iscsi_credentials:
+        const char *name
+        const char *secret
+        const char *mutual_name
+        const char *mutual_secret
+    struct vrep_iscsi_rule:
+        const char *initiator
+        const char *address
+    struct vrep_iscsi_config:
+        const char *host
+        uint16_t port
+        uint16_t sessions
+        const char *target_name
+        iscsi_credentials credentials
+        const vrep_iscsi_rule *rules
+        uint32_t rules_count
+        vrep_scsi_config scsi
+    struct vrep_iscsi_session:
+        char address[64]
+        char initiator[224]
+        uint64_t connected_ns
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+    struct vrep_iscsi_stats:
+        uint64_t accepted
+        uint64_t refused
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+        uint64_t stalls
+        uint32_t connections
+    int vrep_iscsi_create(vrep_loop *loop, const vrep_iscsi_config *config,
+                          vrep_iscsi_server **out)
+    uint16_t vrep_iscsi_port(const vrep_iscsi_server *server)
+    void vrep_iscsi_destroy(vrep_iscsi_server *server)
+    uint32_t vrep_iscsi_sessions(vrep_iscsi_server *server, vrep_iscsi_session *out, uint32_t most)
+    void vrep_iscsi_stats_of "vrep_iscsi_stats"(vrep_iscsi_server *server, vrep_iscsi_stats *out)
+
 cdef extern from "filter/group.h" nogil:
     uint32_t vrep_group_disks(const vrep_group *group)
     const char *vrep_group_disk_name(const vrep_group *group, uint32_t disk)
@@ -92,6 +150,28 @@ CONNECTIONS_MAX = VREP_NBD_CONNECTIONS_MAX
 
 cdef enum:
     VHOST_MAX = 64  # VREP_DISKS_MAX
+
+
+class Iscsi(NamedTuple):
+    """An iSCSI target: ``disks`` are its logical units, in this order.
+
+    ``chap`` is the name and secret that initiators prove, ``mutual`` those that the target proves
+    to them; without ``chap`` it listens on the loopback only. ``rules`` admit pairs of a name and
+    an address or network, either of them ``None``; without any, whoever authenticates.
+    ``reservations`` is a directory, where persistent reservations are kept; ``None``: nowhere.
+    """
+
+    group_id: bytes
+    disks: tuple[str, ...]
+    host: str
+    port: int
+    target: str
+    block_bytes: int = 512
+    reservations: str | None = None
+    chap: tuple[str, str] | None = None
+    mutual: tuple[str, str] | None = None
+    rules: tuple[tuple[str | None, str | None], ...] = ()
+    sessions: int = 0
 
 
 cdef class Server:
@@ -104,22 +184,25 @@ cdef class Server:
     :param tcp: ``(host, port)``, a loopback address; port 0 takes any (see ``port``).
     :param connections: of NBD, at a time; 0 is the most, ``CONNECTIONS_MAX``.
     :param vhost: Unix sockets of disks, by their names, for vhost-user-blk; NBD does not show them.
+    :param iscsi: an `Iscsi`; NBD does not show its disks either.
     """
 
     cdef readonly Group group
     cdef vrep_loop *loop
     cdef vrep_nbd_server *server
+    cdef vrep_iscsi_server *target
+    cdef object iscsi
     cdef vrep_vhost_server *vhost[VHOST_MAX]
     cdef uint32_t vhost_disk[VHOST_MAX]
     cdef uint32_t vhost_count
     cdef bint running, counted, stuck
 
     def __cinit__(self, Group group not None, unix_path=None, mode=0o600, socket_gid=None,
-                  tcp=None, connections=0, vhost=None):
+                  tcp=None, connections=0, vhost=None, iscsi=None):
         cdef vrep_nbd_config config
         vhost = vhost or {}
-        if unix_path is None and tcp is None and not vhost:
-            raise InvalidError("neither unix_path nor tcp nor vhost is given")
+        if unix_path is None and tcp is None and not vhost and iscsi is None:
+            raise InvalidError("neither unix_path nor tcp nor vhost nor iscsi is given")
         if not 0 <= mode <= 0o777:
             raise InvalidError(f"mode is {mode:o}: 0 to 777")
         if not 0 <= connections <= CONNECTIONS_MAX:
@@ -145,15 +228,23 @@ cdef class Server:
         config.elsewhere = 0
         disks = [vrep_group_disk_name(group.handle, i).decode()
                  for i in range(vrep_group_disks(group.handle))]
-        unknown = sorted(set(vhost) - set(disks))
+        shown = [*vhost, *(iscsi.disks if iscsi is not None else ())]
+        unknown = sorted(set(shown) - set(disks))
         if unknown:
             raise InvalidError(f"the group has no disk {unknown[0]!r}")
+        if len(set(shown)) < len(shown):
+            raise InvalidError("a disk is served over one front-end, once")
         check(vrep_loop_create(group.handle, &self.loop))
         where = unix_path if tcp is None else tcp
         try:
             for name, where in vhost.items():
                 self._serve_vhost(disks.index(name), os.fsencode(where), &config)
                 config.elsewhere |= <uint64_t>1 << disks.index(name)
+            if iscsi is not None:
+                where = f"{iscsi.host}:{iscsi.port}"
+                self._serve_iscsi(iscsi, disks)
+                for name in iscsi.disks:
+                    config.elsewhere |= <uint64_t>1 << disks.index(name)
             where = unix_path if tcp is None else tcp
             if where is not None:
                 check(vrep_nbd_create(self.loop, &config, &self.server))
@@ -176,13 +267,72 @@ cdef class Server:
         self.vhost_count += 1
         return 0
 
+    cdef int _serve_iscsi(self, iscsi, list disks) except -1:
+        cdef vrep_scsi_unit_config units[VHOST_MAX]
+        cdef vrep_iscsi_rule rules[VREP_ISCSI_RULES_MAX]
+        cdef vrep_iscsi_config config
+        if len(iscsi.group_id) != 16:
+            raise InvalidError("group_id: 16 bytes are needed")
+        if len(iscsi.rules) > VREP_ISCSI_RULES_MAX:
+            raise InvalidError(f"rules are {len(iscsi.rules)}: at most {VREP_ISCSI_RULES_MAX}")
+        if not 0 <= iscsi.sessions <= VREP_ISCSI_SESSIONS_MAX:
+            raise InvalidError(f"sessions is {iscsi.sessions}: 0 to {VREP_ISCSI_SESSIONS_MAX}")
+        kept = [  # what the pointers below point into
+            None if iscsi.reservations is None
+            else os.fsencode(os.path.join(iscsi.reservations, f"reservations.{disks.index(name)}"))
+            for name in iscsi.disks
+        ]
+        for i, name in enumerate(iscsi.disks):
+            units[i].disk = disks.index(name)
+            units[i].block_bytes = iscsi.block_bytes
+            units[i].reservations_path = NULL
+            if kept[i] is not None:
+                units[i].reservations_path = kept[i]
+        pairs = [tuple(None if part is None else part.encode() for part in rule)
+                 for rule in iscsi.rules]
+        for i, (initiator, address) in enumerate(pairs):
+            rules[i].initiator = NULL
+            rules[i].address = NULL
+            if initiator is not None:
+                rules[i].initiator = initiator
+            if address is not None:
+                rules[i].address = address
+        words = [None if word is None else word.encode()
+                 for word in (iscsi.chap or (None, None)) + (iscsi.mutual or (None, None))]
+        host, target = iscsi.host.encode(), iscsi.target.encode()
+        config.host = host
+        config.port = iscsi.port
+        config.sessions = iscsi.sessions
+        config.target_name = target
+        config.credentials.name = NULL
+        config.credentials.secret = NULL
+        config.credentials.mutual_name = NULL
+        config.credentials.mutual_secret = NULL
+        if words[0] is not None:
+            config.credentials.name = words[0]
+            config.credentials.secret = words[1]
+        if words[2] is not None:
+            config.credentials.mutual_name = words[2]
+            config.credentials.mutual_secret = words[3]
+        config.rules = rules
+        config.rules_count = len(pairs)
+        for i in range(16):
+            config.scsi.group_id[i] = iscsi.group_id[i]
+        config.scsi.units = units
+        config.scsi.units_count = len(iscsi.disks)
+        check(vrep_iscsi_create(self.loop, &config, &self.target))
+        self.iscsi = iscsi
+        return 0
+
     cdef void _destroy(self) noexcept nogil:
         cdef uint32_t i
         for i in range(self.vhost_count):
             vrep_vhost_destroy(self.vhost[i])
         self.vhost_count = 0
+        vrep_iscsi_destroy(self.target)
         vrep_nbd_destroy(self.server)
         vrep_loop_destroy(self.loop)
+        self.target = NULL
         self.server = NULL
         self.loop = NULL
 
@@ -235,7 +385,7 @@ cdef class Server:
         """Those connected now, each a dict."""
         cdef vrep_nbd_client *found
         cdef uint32_t count
-        monitors = self._monitors()
+        monitors = self._monitors() + self._sessions()
         if self.server == NULL:
             return monitors
         found = <vrep_nbd_client *>PyMem_Malloc(CONNECTIONS_MAX * sizeof(vrep_nbd_client))
@@ -277,6 +427,56 @@ cdef class Server:
                 "errors": stats.errors,
             })
         return found
+
+    @property
+    def iscsi_port(self):
+        """The port of the iSCSI target, 0 without one."""
+        return 0 if self.target == NULL else vrep_iscsi_port(self.target)
+
+    def _sessions(self):
+        cdef vrep_iscsi_session *found
+        cdef uint32_t count
+        if self.target == NULL:
+            return []
+        found = <vrep_iscsi_session *>PyMem_Malloc(
+            VREP_ISCSI_SESSIONS_MAX * sizeof(vrep_iscsi_session))
+        if found == NULL:
+            raise MemoryError
+        try:
+            count = vrep_iscsi_sessions(self.target, found, VREP_ISCSI_SESSIONS_MAX)
+            return [
+                {
+                    "address": " ".join(filter(None, (
+                        found[i].address.decode("ascii", "replace"),
+                        found[i].initiator.decode("utf-8", "replace")))),
+                    "disk": ",".join(self.iscsi.disks),
+                    "connected_at": found[i].connected_ns / 1e9,
+                    "requests": found[i].requests,
+                    "read_bytes": found[i].read_bytes,
+                    "written_bytes": found[i].written_bytes,
+                    "errors": found[i].errors,
+                }
+                for i in range(count)
+            ]
+        finally:
+            PyMem_Free(found)
+
+    def iscsi_stats(self):
+        """Counters of the iSCSI target since it was made."""
+        cdef vrep_iscsi_stats stats
+        if self.target == NULL:
+            raise GoneError("the server was stopped, or serves no iSCSI")
+        vrep_iscsi_stats_of(self.target, &stats)
+        return {
+            "connections": stats.connections,
+            "accepted": stats.accepted,
+            "refused": stats.refused,
+            "requests": stats.requests,
+            "read_bytes": stats.read_bytes,
+            "written_bytes": stats.written_bytes,
+            "errors": stats.errors,
+            "stalls": stats.stalls,
+        }
 
     def vhost_stats(self):
         """Of each disk that is served over vhost-user-blk: counters since the server was made."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -38,7 +39,7 @@ def parse_fronts(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, equals, front = text.partition("=")
         if not equals or name in fronts:
-            raise UsageError(f"--front {text}: write NAME=nbd or NAME=vhost-user-blk, once")
+            raise UsageError(f"--front {text}: write NAME=nbd, vhost-user-blk or iscsi, once each")
         fronts[name] = front
     return fronts
 
@@ -96,8 +97,27 @@ def protect(
         typer.Option(
             "--front",
             metavar="NAME=FRONT",
-            help="How the VM reaches a disk: nbd (default) or vhost-user-blk; repeat it.",
+            help="How the VM reaches a disk: nbd (default), vhost-user-blk or iscsi; repeat it.",
         ),
+    ] = None,
+    iscsi_listen: Annotated[
+        str | None,
+        typer.Option("--iscsi-listen", metavar="HOST:PORT", help="Where iSCSI disks are served."),
+    ] = None,
+    iscsi_block: Annotated[
+        int | None, typer.Option("--iscsi-block", metavar="512|4096", help="Their blocks.")
+    ] = None,
+    iscsi_admit: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--iscsi-admit",
+            metavar="NAME[@ADDRESS]",
+            help="An initiator that may log in; @ADDRESS: any from there. Repeat it.",
+        ),
+    ] = None,
+    iscsi_auth: Annotated[
+        str | None,
+        typer.Option("--iscsi-auth", metavar="FILE", help="CHAP: a name and a secret a line."),
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
     window: Annotated[
@@ -118,11 +138,18 @@ def protect(
     fronts = parse_fronts(front or [])
     window_s = None if window is None else int(parse_duration(window))
     quota_bytes = None if quota is None else parse_size(quota)
+    iscsi: dict[str, Any] = {
+        "iscsi_listen": iscsi_listen,
+        "iscsi_block_bytes": iscsi_block,
+        "iscsi_admit": None if iscsi_admit is None else tuple(iscsi_admit),
+        "iscsi_auth": None if iscsi_auth is None else str(Path(iscsi_auth).absolute()),
+    }
+    served = {name: value for name, value in iscsi.items() if value is not None}
     if not (disk or to or key) and (window_s, quota_bytes) != (None, None):
         _keep(site, group, window_s, quota_bytes, as_json)
         return
     if not (disk or to or key) and fronts:
-        definition = site.set_fronts(group, fronts)
+        definition = site.set_fronts(group, fronts, **served)
         _emit_disks(site, group, definition, f"{group}: a VM finds its disks at", as_json)
         return
     if not (disk and to and key):
@@ -139,7 +166,7 @@ def protect(
         "socket_group": socket_group,
         "on_fence": on_fence,
     }
-    options = site.group_options(**{k: v for k, v in changes.items() if v is not None})
+    options = site.group_options(**served, **{k: v for k, v in changes.items() if v is not None})
     definition = site.protect(
         group,
         parse_disks(disk),

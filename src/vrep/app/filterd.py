@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 import structlog
 
+from vrep import iscsi
 from vrep._core.filter import Group
 from vrep._core.serve import Server
 from vrep.app.publishing import Publisher
@@ -369,7 +370,9 @@ class FilterHost:
                 for disk in definition.disks
                 if disk.front == "vhost-user-blk"
             }
-            nbd = len(vhost) < len(definition.disks)
+            target = iscsi.target(definition, self._groups.path(definition.name))
+            elsewhere = len(vhost) + (len(target.disks) if target is not None else 0)
+            nbd = elsewhere < len(definition.disks)
             server = Server(
                 group,
                 unix_path=self._paths.nbd_socket(definition.name) if nbd else None,
@@ -377,10 +380,12 @@ class FilterHost:
                 socket_gid=socket_gid(options.socket_group),
                 tcp=parse_address(options.tcp) if nbd and tcp else None,
                 vhost=vhost,
+                iscsi=target,
             )
             server.start()
         except BusyError:
-            where = f"{options.tcp} or " if options.tcp else ""
+            taken = [where for where in (options.tcp, options.iscsi_listen) if where]
+            where = "".join(f"{one} or " for one in taken)
             raise BusyError(f"another program listens on {where}the group's socket") from None
         return server
 
@@ -563,10 +568,18 @@ class FilterHost:
                 raise BusyError(f"a VM uses the disks of {name!r}: shut it down first")
             definition = self._groups.load(name)
             server = hosted.take_server()
-            hosted.definition = msgspec.structs.replace(hosted.definition, disks=definition.disks)
+            before = hosted.definition
+            hosted.definition = msgspec.structs.replace(
+                hosted.definition, disks=definition.disks, options=definition.options
+            )
             if server is not None:
                 server.stop(drain=True)
-                hosted.server = self._serve(hosted.definition, hosted.group)
+                try:
+                    hosted.server = self._serve(hosted.definition, hosted.group)
+                except VrepError:  # a port that is taken: as it was before
+                    hosted.definition = before
+                    hosted.server = self._serve(before, hosted.group)
+                    raise
         return {}
 
     # ---- hand-over -----------------------------------------------------------------

@@ -1,0 +1,73 @@
+"""A protected group over iSCSI: chosen in `protect`, replicated, through a killed filter."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Callable
+
+import pytest
+from sites import GROUP, Pair
+
+from vrep.errors import BusyError, InvalidError
+
+Make = Callable[..., Pair]
+MIB = 1 << 20
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def io(uri: str, *commands: str) -> None:
+    words = [word for command in commands for word in ("-c", command)]
+    subprocess.run(["qemu-io", "-f", "raw", *words, uri], check=True, timeout=120)
+
+
+def test_what_is_written_over_iscsi_is_at_the_other_site(make_pair: Make) -> None:
+    pair = make_pair(disks={"root": 16 * MIB, "data": 8 * MIB})
+    pair.up()
+    with pytest.raises(InvalidError, match="--iscsi-listen"):
+        pair.a.set_fronts(GROUP, {"root": "iscsi"})
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(BusyError):
+            pair.a.set_fronts(GROUP, {"root": "iscsi"}, iscsi_listen=where)
+    # It is served as it was.
+    assert pair.a.disk_uri(GROUP).startswith("nbd+unix:")
+    with pair.client("root") as client:
+        client.write(0, b"n" * 4096)
+    pair.a.set_fronts(GROUP, {"root": "iscsi"}, iscsi_listen=f"127.0.0.1:{free_port()}")
+    uri = pair.a.disk_uri(GROUP, "root")
+    assert uri.startswith("iscsi://127.0.0.1:")
+    io(uri, "read -P 110 0 4k", "write -P 5 1M 2M", "discard 1M 64k", "write -P 6 8M 1M", "flush")
+    pair.kill("filter")
+    pair.start("filter")
+    pair.a.wait_served(GROUP)
+    io(
+        uri,
+        "read -P 0 1M 64k",
+        "read -P 5 1088k 1M",
+        "read -P 6 8M 1M",
+        "write -P 7 0 64k",
+        "flush",
+    )
+    with pair.client("data") as client:  # the other disk stays with NBD
+        client.write(0, b"d" * 4096)
+    listed = subprocess.run(
+        ["nbdinfo", "--list", "--json", f"nbd+unix:///?socket={pair.a.paths.nbd_socket(GROUP)}"],
+        check=True,
+        capture_output=True,
+    )
+    assert [one["export-name"] for one in json.loads(listed.stdout)["exports"]] == ["data"]
+    pair.settle()
+    pair.same_as_source()
+    pair.a.set_fronts(GROUP, {"root": "nbd"})
+    assert pair.a.disk_uri(GROUP, "root").startswith("nbd+unix:")
+    with pair.client("root") as client:
+        assert client.read(0, 65536) == b"\7" * 65536
