@@ -175,14 +175,15 @@ def alter(lab: Any, answer: m.HashAnswer, number: int) -> m.HashAnswer:
     one, other = records[number], records[rng.randrange(len(records))]
     match rng.choice(["header", "word", "piece", "stream", "swap", "swap-piece"]):
         case "swap":
-            records[number], records[records.index(other)] = other, one
-            # The runs name another record now: what it says of its own blocks stays true.
-            runs = [run for run in answer.runs if run.record == number]
-            for run in runs:
-                disk, at, length = place(other)
-                inside = disk == WINDOWS[run.range].disk and at <= run.offset < at + length
-                if inside and one != other:
-                    return answer
+            # The runs name another record now. Where that one had the block as well, in an
+            # earlier state, this is what a target is trusted not to say.
+            place_of_other = records.index(other)
+            records[number], records[place_of_other] = other, one
+            for run in answer.runs:
+                if run.record in (number, place_of_other):
+                    disk, at, length = place(records[run.record])
+                    if disk == WINDOWS[run.range].disk and at <= run.offset < at + length:
+                        return answer
         case "swap-piece":
             if one.piece != other.piece:
                 records[number] = msgspec.structs.replace(one, piece=other.piece, word=other.word)

@@ -126,9 +126,25 @@ void vrep_gap_try_end(struct vrep_group *group)
     VREP_INFO("filter", "gap ends at %llu", (unsigned long long)seq);
 }
 
+/* Commands in flight publish behind the gap's begin: their marks must tell of that. */
+static void mark_again(struct vrep_group *group)
+{
+    for (uint32_t i = 0; i < group->commands_count; i++) {
+        struct command *command = &group->commands[i];
+        if (!command->marked)
+            continue;
+        uint8_t now = vrep_map_mark(group->map, command->base.disk, command->at, command->bytes);
+        vrep_map_done(group->map, command->generation);
+        command->generation = now;
+        if (command->slot != NULL)
+            command->slot->generation = now;
+    }
+}
+
 int vrep_gap_give_up_ring(struct vrep_group *group)
 {
     vrep_map_generations_to_unshipped(group->map);
+    mark_again(group);
     vrep_delta_forget(group);
     raise_flag(group);
     int status = vrep_ring_release(group->ring, vrep_ring_head(group->ring));
