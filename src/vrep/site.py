@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from vrep.recovery.export import ExportResult
     from vrep.recovery.fold import FoldResult
     from vrep.recovery.points import PointList
+    from vrep.recovery.repair import RepairReport
     from vrep.recovery.untaken import Untaken
     from vrep.recovery.verify import VerifyOptions, VerifyReport
     from vrep.recovery.view import ViewInfo
@@ -762,6 +763,15 @@ class Site:
         from vrep.recovery.verify import verify
 
         return verify(self.paths, group, at, options=options, progress=progress)
+
+    def repair(self, group: str, *, start_over: bool = False) -> RepairReport:
+        """At the site that holds a group's history, while its target process does not have it
+        open: make indexes again from records that are whole. What is lost is in the report, and
+        then nothing was changed; with `start_over` the damaged store is set aside instead, and the
+        source sends everything again."""
+        from vrep.recovery.repair import repair
+
+        return repair(self.paths, group, start_over=start_over)
 
     def fold(self, group: str, at: str) -> FoldResult:
         """At the site that holds its history: keep the recovery points of a group from one on.

@@ -46,6 +46,7 @@ reverse
 failback
 export
 verify
+repair
 demo
 """
 

@@ -40,6 +40,7 @@ COMMANDS: Final = {
     "failback": "cli_recover",
     "export": "cli_recover",
     "verify": "cli_verify",
+    "repair": "cli_repair",
     "demo": "cli_run",
 }
 

@@ -79,7 +79,7 @@ __all__ = [
 Structs = NDArray[np.void]
 _ALL: Final = (1 << 64) - 1
 NO_SITE: Final = bytes(16)
-_LEFTOVER: Final = re.compile(r"\.(manifest|run)-.*\.tmp")
+_LEFTOVER: Final = re.compile(r"\.(manifest|run|seg)-.*\.tmp")
 
 log = logging.getLogger("vrep.target")
 

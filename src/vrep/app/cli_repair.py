@@ -1,0 +1,47 @@
+"""Repair of a damaged store."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vrep.app.cli_common import Directory, Group, Json, site_of
+from vrep.app.cli_output import emit
+from vrep.errors import CorruptError
+
+app = typer.Typer()
+
+
+@app.command("repair")
+def repair(
+    group: Group,
+    start_over: Annotated[
+        bool,
+        typer.Option(
+            "--start-over",
+            help="Set a store whose records are lost aside: the source sends everything again.",
+        ),
+    ] = False,
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
+    """Make indexes of a damaged history again, while the target does not run; names what is
+    lost."""
+    report = site_of(directory).repair(group, start_over=start_over)
+    lines = [f"repaired: {name}" for name in report.repaired]
+    lines += [
+        f"lost: {each.object}, {each.first or '?'} to {each.last or '?'}: {each.text}"
+        for each in report.lost
+    ]
+    if report.set_aside:
+        lines.append(f"the store is at {report.set_aside}; the source sends everything again")
+    emit(report, as_json, "\n".join(lines) or f"{group}: nothing is damaged")
+    if report.lost and not report.set_aside:
+        raise CorruptError(
+            f"{len(report.lost)} file(s) of {group!r} are lost, and nothing was changed: "
+            "--start-over sets the store aside, and the source sends everything again"
+        )
+
+
+__all__ = ["app"]
