@@ -64,6 +64,7 @@ class Site:
             self.server = Server(self.group, nbd, iscsi=made)
         except BaseException:
             self.group.close()
+            shutil.rmtree(self.shm)
             raise
         self.server.start()
 
