@@ -14,6 +14,7 @@ from life import Life
 from sites import GROUP, compare, wait_until
 
 from vrep import errors
+from vrep.recovery.view import ViewDirectory, ended, restart_views
 
 pytestmark = pytest.mark.e2e
 
@@ -31,7 +32,9 @@ def make_life(seed: int) -> Iterator[Callable[..., Life]]:
         life.close()
 
 
-def test_a_recovered_vm_is_protected_back_to_its_old_site(make_life: Callable[..., Life]) -> None:
+def test_a_recovered_vm_is_protected_back_to_its_old_site(
+    make_life: Callable[..., Life], monkeypatch: pytest.MonkeyPatch
+) -> None:
     life = make_life().up()
     west, east = life.west, life.east
     with life.client(west) as client:
@@ -49,6 +52,20 @@ def test_a_recovered_vm_is_protected_back_to_its_old_site(make_life: Callable[..
     with life.client(east, view) as client:
         life.check(client)
     west.start()
+    with monkeypatch.context() as patch:  # killed when the group is defined, and all of the host
+        patch.setattr("vrep.recovery.reverse._switch", _fail)
+        with pytest.raises(errors.RecoveryError, match="on purpose"):
+            east.site.reverse(GROUP)
+    with life.client(east, view) as client:
+        life.check(client)
+        life.write(client)
+    east.kill()
+    east.start()
+    state = east.site.groups.path(GROUP) / "state"
+    with ended(ViewDirectory(east.site.paths, view.id)):  # either has the disks; now the filter
+        wait_until("the filter has them", state.exists)
+    restart_views(east.site.paths)
+    assert not east.site.tests()[0].running  # what it wrote would be marked nowhere
     made = east.site.reverse(GROUP)
     assert (made.epoch, made.parent.epoch) == (2, 1)
     assert east.site.reverse(GROUP) == made
@@ -201,6 +218,33 @@ def test_rounds_of_failover_reverse_and_failback(make_life: Callable[..., Life])
     assert life.west.site.failback(GROUP).epoch == 5  # it was done
     life.west.kill()  # cleanly closed or not, the file has the bytes
     compare("the old disk", life.image.read_bytes(), bytes(life.oracle))
+
+
+def test_the_way_back_sends_what_differs(make_life: Callable[..., Life]) -> None:
+    life = make_life().up()
+    west, east = life.west, life.east
+    with life.client(west) as client:
+        data = life.rng.randbytes(6 << 20)
+        for at in range(0, len(data), 1 << 20):
+            client.write(at, data[at : at + (1 << 20)])
+        life.oracle[: len(data)] = data
+        client.flush()
+    life.settle(west)
+    view = east.site.move(GROUP, pause=True)
+    with life.client(east, view) as client:
+        client.write(2 << 20, b"e" * 65536)
+        life.oracle[2 << 20 : (2 << 20) + 65536] = b"e" * 65536
+        client.flush()
+    east.site.reverse(GROUP)
+    life.settle(east)
+    assert east.group()["targets"][0]["bytes_sent"] > 5 << 20  # west had no history of it
+    west.site.failback(GROUP, pause=True)
+    life.settle(west)
+    target = west.group()["targets"][0]
+    assert target["bytes_sent"] < 1 << 20, target  # east had all but what was written there
+    life.check_view(east, "latest", bytes(life.oracle))
+    with life.client(west) as client:
+        life.check(client)
 
 
 @pytest.mark.slow

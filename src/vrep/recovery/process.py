@@ -45,6 +45,7 @@ from vrep.recovery.view import (
     begin_test,
     bitmap_name,
     info_of,
+    served_by_filter,
 )
 from vrep.settings import load_config
 from vrep.target.manifest import Position
@@ -89,6 +90,8 @@ class View:
             )
             self._fetcher = self._open_fetcher(paths)
             self._group = stack.enter_context(self._open_group())
+            if served_by_filter(paths, self._record):  # now that the disks' locks are held here
+                raise errors.StateError(f"the disks of view {view_id} are a group's")
             if self._record.since is not None:
                 self._offer_changes(Position(*self._record.since))
             mode = int(self._config.recovery.socket_mode, 8)

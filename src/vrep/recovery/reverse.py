@@ -83,12 +83,15 @@ def reverse(
     record = view.load()
     if record.state != "committed" or current.state is not EpochState.ACCEPTED:
         raise errors.StateError(f"the failover of {group!r} is not committed: do that first")
+    if mine is not None and not mine.yielded and mine.epoch == current.epoch:
+        _switch(paths, mine, view)  # it was cut off there; the filter may have the disks already
+        return mine
     peer = _old_site(paths, record)
     _require_name(groups, failover.held.name, failover.held.hex)
     _wait_filled(view, record, progress)
     _follow(paths, peer, failover.held.hex, epochs)
     definition = _define(paths, failover, record, view, peer, current, options, mine)
-    _switch(paths, groups, definition, view)
+    _switch(paths, definition, view)
     return definition
 
 
@@ -186,9 +189,7 @@ def _define(
     return definition
 
 
-def _switch(
-    paths: SitePaths, groups: GroupDirectory, definition: GroupDefinition, view: ViewDirectory
-) -> None:
+def _switch(paths: SitePaths, definition: GroupDefinition, view: ViewDirectory) -> None:
     """From the view's process to the filter. Cut off in between, either serves the same bytes, and
     never both: each holds the lock of the disks."""
     record = view.load()

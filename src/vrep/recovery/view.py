@@ -303,6 +303,21 @@ def points_in_use(paths: SitePaths, group_id: bytes) -> list[Position]:
     return found
 
 
+def served_by_filter(paths: SitePaths, record: ViewRecord) -> bool:
+    """Whether the filter opened a view's disks as those of the group that they become: what a view
+    wrote after that would be marked nowhere. To be asked while the disks' locks are held."""
+    from vrep.groups import GroupDirectory
+
+    groups = GroupDirectory(paths.root)
+    definition = groups.of_id(record.group_id) if record.kind == "failover" else None
+    return (
+        definition is not None
+        and not definition.yielded
+        and definition.epoch == record.epoch
+        and (groups.path(definition.name) / "state").exists()
+    )
+
+
 def clients_here(paths: SitePaths, group_id: str) -> int:
     """How many clients use the disks of a group at this site: of a failover's view, or of the
     group that they became."""
