@@ -26,3 +26,6 @@ html_theme = "furo"
 html_title = "vrep"
 
 write_pages(Path(__file__).parent)
+
+# Attributes named `bytes` make the builtin of that name ambiguous to Sphinx.
+suppress_warnings = ["ref.python"]

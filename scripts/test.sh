@@ -22,7 +22,8 @@ stage fuzz env SECONDS="${VREP_FUZZ_SECONDS:-30}" tests/fuzz/run
 
 echo "== pytest"
 export VREP_FAILED_STAGES
-.venv/bin/python -m pytest -m "not slow"
+# Many tests wait for processes of theirs. A file stays with one worker: its fixtures are made once.
+.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 status=$?
 [ -z "$VREP_FAILED_STAGES" ] || exit 1
 exit "$status"

@@ -13,6 +13,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SEED = int(os.environ.get("VREP_TEST_SEED") or random.SystemRandom().randrange(1, 2**32))
+os.environ["VREP_TEST_SEED"] = str(SEED)  # of all workers
 
 # The machine may be busy: how long an example takes proves nothing.
 hypothesis.settings.register_profile("vrep", deadline=None, print_blob=True)
@@ -35,6 +36,7 @@ def _short_directories() -> Iterator[None]:
     """Where sites with a long path have their sockets: killed ones leave theirs there. A short
     name, since those of sockets are limited."""
     with tempfile.TemporaryDirectory(prefix="v-") as name, pytest.MonkeyPatch.context() as patch:
+        Path(name).chmod(0o711)  # sockets in it may be for other users
         patch.setenv("XDG_RUNTIME_DIR", name)
         yield
 

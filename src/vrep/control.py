@@ -22,11 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from vrep import errors
 
-log = structlog.get_logger("vrep.control")
+
+def _log() -> Any:
+    """The logger of a server; a command, which asks, does without the time its import takes."""
+    import structlog
+
+    return structlog.get_logger("vrep.control")
+
 
 LINE_BYTES_MAX = 1 << 20
 FDS_MAX = 16
@@ -154,7 +158,7 @@ class ControlServer:
                 if self._closed:
                     return
                 if not failing:
-                    log.warning("no control connection", path=str(self.path), error=str(error))
+                    _log().warning("no control connection", path=str(self.path), error=str(error))
                 failing = True
                 time.sleep(ACCEPT_AGAIN_S)  # out of descriptors or memory: it passes
                 continue
@@ -170,7 +174,7 @@ class ControlServer:
             try:
                 thread.start()
             except RuntimeError as error:  # no more threads
-                log.warning("no control connection", path=str(self.path), error=str(error))
+                _log().warning("no control connection", path=str(self.path), error=str(error))
                 self._forget(connection)
 
     def _forget(self, connection: socket.socket) -> None:
@@ -213,7 +217,7 @@ class ControlServer:
             raise _Failed.of(errors.VrepError(f"{type(error).__name__}: {error}")) from error
         except Exception as error:
             # A fault of ours: who asked is told all the same, and the log has where it was.
-            log.exception("a control method failed", method=str(request.get("method")))
+            _log().exception("a control method failed", method=str(request.get("method")))
             raise _Failed.of(errors.VrepError(f"{type(error).__name__}: {error}")) from error
         return result if isinstance(result, Reply) else Reply(result)
 
