@@ -20,6 +20,7 @@ import msgspec
 
 from vrep import errors
 from vrep.durable import make_private_directory, write_atomic
+from vrep.lanes import group_of
 
 VERSION = 1
 ON_FENCE = ("go-on", "pause")
@@ -106,6 +107,8 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mirrored: bool = False
     """its VM writes the disks itself, and sends a copy of each write to the filter"""
     options: GroupOptions = GroupOptions()
+    lanes: tuple[int, ...] = ()
+    """of a lane: the numbers of all lanes of its group; empty for a group that has one"""
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
     resizing: dict[str, tuple[int, int]] = {}
@@ -156,7 +159,8 @@ class GroupDirectory:
         self.root = site_dir / "groups"
 
     def path(self, name: str) -> Path:
-        return self.root / check_name(name)
+        check_name(group_of(name))
+        return self.root / name
 
     def names(self) -> Iterator[str]:
         """Names of all groups, sorted."""

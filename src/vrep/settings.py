@@ -71,6 +71,11 @@ class SourceConfig(_Section, frozen=True, kw_only=True):
     gone; 0: none, and a full ring is a gap at once"""
     spill_reserve_bytes: Size = 1 << 30
     """space that spilling leaves free on that disk"""
+    cut_every_s: Annotated[float, Meta(ge=0, le=3600)] = 1.0
+    """seconds between two cuts over the lanes of a group with several, which are its recovery
+    points; 0: checkpoints only"""
+    lane_gone_s: Annotated[float, Meta(ge=0, le=3600)] = 10.0
+    """how long such cuts wait for a lane that is not served, before they are made without it"""
     spill_dir: str = ""
     """directory of the spills, each group's in one of its own; empty: in the site's directory"""
 

@@ -11,14 +11,12 @@ processes that listen. All raise subclasses of `vrep.errors.VrepError`.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import os
 import shutil
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -27,15 +25,8 @@ import msgspec
 
 from vrep import errors, iscsi, keyfiles
 from vrep.control import ControlClient
-from vrep.groups import (
-    FRONTS,
-    VERSION,
-    DiskDefinition,
-    GroupDefinition,
-    GroupDirectory,
-    GroupOptions,
-    check_name,
-)
+from vrep.groups import GroupDefinition, GroupDirectory, GroupOptions
+from vrep.lanes import group_of, is_lane, lane_of, lanes_among
 from vrep.paths import SitePaths
 from vrep.settings import Config, load_config, set_listen
 
@@ -47,6 +38,7 @@ if TYPE_CHECKING:
     from vrep.keys.release import ReleaseEntry
     from vrep.keys.tenant import KeyInfo, TenantKeyring
     from vrep.recovery.changes import ChangeList
+    from vrep.recovery.cuts import HeldLanes
     from vrep.recovery.export import ExportResult
     from vrep.recovery.fold import FoldResult
     from vrep.recovery.points import PointList
@@ -58,26 +50,11 @@ if TYPE_CHECKING:
     from vrep.service import ServiceOptions, ServicePlan
     from vrep.wire.peers import Peer, PeerRegistry
 
-DISKS_MAX: Final = 64
 SERVE_WAIT_S: Final = 15.0
 RESIZE_S: Final = 120.0
 REASON_LETTERS_MAX: Final = 1000
 NOT_STORED: Final = "not-found-error"
 """a target's answer about a group of which it holds nothing"""
-
-
-def _with_fronts(
-    disks: Sequence[DiskDefinition], fronts: Mapping[str, str]
-) -> list[DiskDefinition]:
-    """Disks with the front-ends that are named; the others keep theirs."""
-    unknown = sorted(set(fronts) - {disk.name for disk in disks})
-    if unknown:
-        raise errors.NotFoundError(f"the group has no disk {unknown[0]!r}")
-    for front in fronts.values():
-        if front not in FRONTS:
-            raise errors.InvalidError(f"a front-end is one of {', '.join(FRONTS)}, not {front!r}")
-    replace = msgspec.structs.replace
-    return [replace(disk, front=fronts.get(disk.name, disk.front)) for disk in disks]
 
 
 class Site:
@@ -191,61 +168,45 @@ class Site:
         accept_key_loss: bool = False,
         options: GroupOptions | None = None,
         fronts: Mapping[str, str] | None = None,
+        lanes: int = 0,
     ) -> GroupDefinition:
         """Replicate disks, as one group, to a site that joined.
 
         `disks` maps names to backing URIs (``file:`` or ``block:``), `fronts` to how a VM reaches
         them (``nbd``, which is the default, or ``vhost-user-blk``). The first sync begins when the
-        site's processes run. VMs must use the group's sockets from now on: see `disk_uri`.
+        site's processes run. VMs must use the group's sockets from now on: see `disk_uri`. With
+        `lanes` the disks are dealt out, in turn, to so many filter threads, each with sockets of
+        its own; the answer is the first one's definition. Such a group is recovered at the cuts
+        over its lanes.
         """
-        from vrep.examine import check_options, examine_disk
-        from vrep.keys.datakey import DataKey
+        from vrep.protect import protect
 
-        check_name(group)
-        if not 1 <= len(disks) <= DISKS_MAX:
-            raise errors.InvalidError(f"a group has 1 to {DISKS_MAX} disks, not {len(disks)}")
-        options = options or self.group_options()
-        check_options(options)
-        identity, peer = self.identity, self.peers.get(to)
-        if group in set(self.groups.names()):
-            raise errors.ExistsError(f"group {group!r} is protected already")
-        # The disks of a group that cannot be read are not known; whoever has them open holds
-        # their locks.
-        known = {disk.uri: g.name for g in self.groups.readable() for disk in g.disks}
-        definitions = []
-        for index, (name, uri) in enumerate(disks.items()):
-            disk = examine_disk(index, check_name(name, "disk"), uri)
-            if disk.uri in known:
-                raise errors.BusyError(f"{disk.uri} is a disk of group {known[disk.uri]!r} already")
-            known[disk.uri] = group
-            definitions.append(disk)
-        definitions = _with_fronts(definitions, fronts or {})
-        iscsi.check(options, [disk.front for disk in definitions])
-        info = self.keys.require_verified(key, accept_key_loss=accept_key_loss)
-        group_id = uuid.uuid4()
-        data_key = DataKey.create(group_id.bytes)
-        wrapped = data_key.wrap(self.keys.get(key))
-        definition = GroupDefinition(
-            version=VERSION,
-            group_id=group_id.hex,
-            name=group,
-            disks=tuple(definitions),
-            to_site=peer.site_id,
+        made = protect(
+            self,
+            group,
+            disks,
+            to=to,
             key=key,
-            tenant_key_id=info.key_id,
-            epoch=1,
-            epoch_id=uuid.uuid4().hex,
-            wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
-            created=time.time(),
-            options=options,
+            accept_key_loss=accept_key_loss,
+            options=options or self.group_options(),
+            fronts=fronts or {},
+            lanes=lanes,
         )
-        assert identity.site_id != peer.site_id
-        # What an unprotect that was cut off left here belongs to another group.
-        shutil.rmtree(self.groups.path(group), ignore_errors=True)
-        self.groups.store(definition)
         self._tell("filter", "reload")
         self._tell("source", "reload")
-        return definition
+        return made[0]
+
+    def lanes_of(self, group: str) -> list[str]:
+        """What is protected here under a name: a group, a lane, or the lanes of a group."""
+        names = list(self.groups.names())
+        return [group] if group in names else lanes_among(group, names)
+
+    def _of_group(self, group: str) -> list[str]:
+        """`lanes_of`; NotFoundError when there are none."""
+        found = self.lanes_of(group)
+        if not found:
+            raise errors.NotFoundError(f"no group {group!r} is protected here")
+        return found
 
     def group_options(self, **changes: Any) -> GroupOptions:
         """The options of a new group as the settings have them, with changes."""
@@ -267,6 +228,15 @@ class Site:
 
         At the site that holds the history of a group that was given up, with `delete_history`:
         delete that history."""
+        lanes = self.lanes_of(group)
+        if lanes and lanes != [group]:
+            for lane in lanes:  # all are looked at before the first is given up
+                if clients := self._clients(lane):
+                    raise errors.BusyError(
+                        f"{clients} client(s) use {lane!r}: move the VM back to its disks first"
+                    )
+            problems = [self.unprotect(lane, delete_history=delete_history) for lane in lanes]
+            return "; ".join(dict.fromkeys(text for text in problems if text))
         # Only what the target is told is in the definition: a group whose definition cannot be
         # read can be forgotten all the same.
         if group not in set(self.groups.names()):
@@ -286,6 +256,9 @@ class Site:
         except errors.VrepError as error:
             definition, problem = None, str(error)
         self.groups.forget(group)
+        for name in lanes_among(group_of(group), self.groups.names()) if is_lane(group) else ():
+            left = tuple(n for n in self.groups.load(name).lanes if n != lane_of(group))
+            self.groups.update(name, lanes=left)  # cuts are made without it, and are whole
         self._tell("source", "reload")
         if self._tell("filter", "reload"):
             self._wait_gone(group)
@@ -304,6 +277,10 @@ class Site:
         """Change how much history the target keeps of a group; None leaves a limit as it is, 0
         lifts it. The answer is why the target could not be told, if it could not: it learns it
         when the group is shipped next."""
+        lanes = self._of_group(group)
+        if lanes != [group]:
+            told = [self.keep(n, window_s=window_s, quota_bytes=quota_bytes) for n in lanes]
+            return "; ".join(dict.fromkeys(text for text in told if text))
         definition = self.groups.load(group)
         given = {"window_s": window_s, "quota_bytes": quota_bytes}
         changes = {name: value for name, value in given.items() if value is not None}
@@ -312,13 +289,23 @@ class Site:
         params = {"window_s": options.window_s, "quota": options.quota_bytes}
         return self._tell_target(definition, "group.keep", params)
 
+    def options_of(self, group: str) -> GroupOptions:
+        """The options of a protected group."""
+        return self.groups.load(self._of_group(group)[0]).options
+
     def pause(self, group: str) -> None:
         """Stop shipping. Writes stay marked; the ring may overflow into a gap."""
-        self._change(group, paused=True)
+        for name in self._of_group(group):
+            self._change(name, paused=True)
 
     def resume(self, group: str, *, force: bool = False) -> None:
         """Ship again. `force`: also let a guest go on that a move has halted, without the word of
         the site that moves the group; it may have taken it over, and then two VMs run."""
+        lanes = self._of_group(group)
+        if lanes != [group]:
+            for name in lanes:
+                self.resume(name, force=force)
+            return
         if self.groups.load(group).halted:
             if not force:
                 raise errors.StateError(
@@ -337,8 +324,9 @@ class Site:
     def resync(self, group: str) -> None:
         """Copy every block again, as if the target held nothing that can be trusted; at the
         group's rate, and once it is resumed if it is paused."""
-        self.groups.load(group)
-        self._filter().call("resync", group=group, all=True)
+        for name in self._of_group(group):
+            self.groups.load(name)
+            self._filter().call("resync", group=name, all=True)
 
     def resize(
         self, group: str, disk: str, size: int | None = None, *, shrink: bool = False
@@ -347,6 +335,9 @@ class Site:
         "changed"}. A file gets it here; a block device, or without `size`, has it already. Points
         before it keep the size that the disk had. `shrink`: a smaller one, too, whose end the
         guest does not use any more. The filter must run; its clients connect again."""
+        for lane in self._of_group(group):
+            if any(one.name == disk for one in self.groups.load(lane).disks):
+                group = lane
         self.groups.load(group)
         answer: dict[str, Any] = self._filter().call(
             "resize", timeout=RESIZE_S, group=group, disk=disk, size=size or 0, shrink=shrink
@@ -366,7 +357,8 @@ class Site:
         from vrep.waits import replicating
 
         self.wait_served(group)
-        replicating(self, group, timeout_s, progress)
+        for name in self._of_group(group):
+            replicating(self, name, timeout_s, progress)
 
     def attach(
         self,
@@ -521,9 +513,16 @@ class Site:
         settings; it is thawed whatever happens, and an error says that it was not frozen."""
         from vrep.hypervisor.quiesce import mark_quiesced
         from vrep.recovery.point import check_label
-        from vrep.waits import durable, mark
+        from vrep.waits import checkpoint_lanes, durable, mark
 
         check_label(label)
+        if self.lanes_of(group) not in ([group], []):
+            if quiesce:
+                raise errors.UnsupportedError("a group of several lanes is not quiesced yet")
+            return {
+                **checkpoint_lanes(self, self.lanes_of(group), label, wait_s),
+                "quiesced": False,
+            }
         control, make = self._filter(), mark
         if quiesce:
             make = partial(mark_quiesced, self.config.quiesce, agent)
@@ -533,23 +532,26 @@ class Site:
     def disk_uri(self, group: str, disk: str | None = None) -> str:
         """Where a VM finds a disk of a protected group (default: the first): an NBD or iSCSI URI,
         or ``vhost-user-blk:`` and the path of a socket."""
-        definition = self.groups.load(group)
-        disks = {d.name: d for d in definition.disks}
-        found = disks.get(disk or next(iter(disks)))
-        if found is None:
-            raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}")
-        if found.front == "vhost-user-blk":
-            return f"vhost-user-blk:{self.paths.vhost_socket(group, found.index)}"
-        if found.front == iscsi.FRONT:
-            units = [d.name for d in definition.disks if d.front == iscsi.FRONT]
-            return iscsi.uri(definition, units.index(found.name))
-        return f"nbd+unix:///{found.name}?socket={self.paths.nbd_socket(group)}"
+        for lane in self._of_group(group):
+            definition = self.groups.load(lane)
+            for found in definition.disks:
+                if disk not in (None, found.name):
+                    continue
+                if found.front == "vhost-user-blk":
+                    return f"vhost-user-blk:{self.paths.vhost_socket(lane, found.index)}"
+                if found.front == iscsi.FRONT:
+                    units = [d.name for d in definition.disks if d.front == iscsi.FRONT]
+                    return iscsi.uri(definition, units.index(found.name))
+                return f"nbd+unix:///{found.name}?socket={self.paths.nbd_socket(lane)}"
+        raise errors.NotFoundError(f"group {group!r} has no disk {disk!r}")
 
     def set_fronts(self, group: str, fronts: Mapping[str, str], **options: Any) -> GroupDefinition:
         """Change how a VM reaches disks of a protected group, and with `options` where iSCSI is
         served. Refused while a VM uses one; what cannot be served leaves all as it was."""
+        from vrep.protect import with_fronts
+
         definition = before = self.groups.load(group)
-        disks = tuple(_with_fronts(definition.disks, fronts))
+        disks = tuple(with_fronts(definition.disks, fronts))
         changed = msgspec.structs.replace(definition.options, **options)
         iscsi.check(changed, [disk.front for disk in disks])
         if clients := self._clients(group):
@@ -575,7 +577,8 @@ class Site:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self._filter().call("status", group=group)
+                for name in self._of_group(group):
+                    self._filter().call("status", group=name)
                 return
             except errors.VrepError:
                 if time.monotonic() > deadline:
@@ -599,6 +602,16 @@ class Site:
 
     # ---- recovery, at the site that holds the history ------------------------------
 
+    def _require_one_lane(self, group: str, what: str) -> None:
+        if is_lane(group) or self._lanes_held(group):
+            raise errors.UnsupportedError(f"a group of several lanes is not {what} yet")
+
+    def _lanes_held(self, group: str) -> HeldLanes | None:
+        """The lanes of a group whose history this site holds, if it is one of several."""
+        from vrep.recovery.cuts import find_lanes
+
+        return find_lanes(self.paths, group)
+
     def points(
         self, group: str, *, progress: Callable[[int, int], None] | None = None
     ) -> PointList:
@@ -606,6 +619,10 @@ class Site:
         hears the bytes of history that were checked, so far and in all."""
         from vrep.recovery.points import list_points
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.points(self.paths, lanes, progress=progress)
         return list_points(self.paths, group, progress=progress)
 
     def changes(
@@ -616,6 +633,10 @@ class Site:
         the points does not matter, and they may lie on different branches of the history."""
         from vrep.recovery.changes import list_changes
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.changes(self.paths, lanes, since, at, disk)
         return list_changes(self.paths, group, since, at, disk)
 
     def test_start(self, group: str, at: str = "latest", *, since: str | None = None) -> ViewInfo:
@@ -624,6 +645,10 @@ class Site:
         `ViewInfo.bitmap`."""
         from vrep.recovery.view import start_test
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.serve(self.paths, lanes, at, since)
         return start_test(self.paths, group, at, since)
 
     def tests(self) -> list[ViewInfo]:
@@ -653,17 +678,32 @@ class Site:
         hold, while the VM runs."""
         from vrep.recovery.failover import start
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            if onto:
+                raise errors.UnsupportedError("a group of several lanes has no --onto yet")
+            return joined.failover_start(self.paths, lanes, at, force=force, since=since)
         return start(self.paths, group, at, force=force, since=since, onto=onto)
 
     def failover_commit(self, group: str) -> ViewInfo:
         from vrep.recovery.failover import commit
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.failover_commit(self.paths, lanes)
         return commit(self.paths, group)
 
     def failover_rollback(self, group: str) -> None:
         from vrep.recovery.failover import rollback
 
-        rollback(self.paths, group)
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            joined.failover_rollback(self.paths, lanes)
+        else:
+            rollback(self.paths, group)
 
     def move(
         self,
@@ -680,6 +720,7 @@ class Site:
         `failover_start`."""
         from vrep.recovery.move import move
 
+        self._require_one_lane(group, "moved")
         return move(self.paths, group, pause=pause, wait_s=wait_s, onto=onto, progress=progress)
 
     def failback(
@@ -698,6 +739,7 @@ class Site:
         disks hold writes that were not taken over and not exported, unless `discard_untaken`."""
         from vrep.recovery.failback import failback
 
+        self._require_one_lane(group, "returned")
         return failback(
             self.paths, group, self.group_options(), pause=pause, wait_s=wait_s,
             discard_untaken=discard_untaken, moved=moved, progress=progress,
@@ -731,6 +773,7 @@ class Site:
         all: they must all be."""
         from vrep.recovery.reverse import reverse
 
+        self._require_one_lane(group, "protected back")
         return reverse(self.paths, group, self.group_options(), progress=progress)
 
     def export(
@@ -747,6 +790,12 @@ class Site:
         is done ("check", then each disk's name), bytes so far, bytes in all."""
         from vrep.recovery.export import export
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.export(
+                self.paths, lanes, at, Path(out), format, progress=progress, sha256=sha256
+            )
         return export(self.paths, group, at, Path(out), format, progress=progress, sha256=sha256)
 
     def verify(
@@ -762,6 +811,10 @@ class Site:
         and `status`. What is wrong is in the report; `LockedError` while another one runs."""
         from vrep.recovery.verify import verify
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.verify(self.paths, lanes, at, options=options, progress=progress)
         return verify(self.paths, group, at, options=options, progress=progress)
 
     def repair(self, group: str, *, start_over: bool = False) -> RepairReport:
@@ -778,6 +831,10 @@ class Site:
         Those before it cannot be had any more."""
         from vrep.recovery.fold import fold
 
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined
+
+            return joined.fold(self.paths, lanes, at)
         return fold(self.paths, group, at)
 
     # ---- keys ------------------------------------------------------------------------

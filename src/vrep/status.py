@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition
+from vrep.lanes import group_of
 from vrep.settings import StatusConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
     names = {peer.site_id: peer.name for peer in site.peers.list()}
     written: dict[str, tuple[str, GroupDefinition]] = {}
     for name in site.groups.names():
-        if group not in (None, name):
+        if group not in (None, name, group_of(name)):
             continue
         filtered = None if filters is None else filters.get(name, {"error": "not served yet"})
         try:
@@ -90,7 +91,7 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
     views = _views(site)
     for key, store in (_held(site) if targets is None else targets["groups"]).items():
         name = str(store.get("name", key))
-        if group in (None, name, key):
+        if group in (None, name, key, group_of(name)):
             own, mine = written.get(key, (name, None))
             if mine is not None and not mine.yielded and store["state"] != "error":
                 # Sites took turns: what this one kept while the other wrote the group.
@@ -250,6 +251,9 @@ def _protected(
         conditions.extend(str(c) for c in session["conditions"])
         if session.get("history_lost"):
             conditions.append("history-lost")
+        if session.get("cuts"):
+            conditions += ["lane-absent"] if session["cuts"]["absent"] else []
+            conditions += ["no-cuts"] if session["cuts"]["stale"] else []
         if session.get("spill") and session["spill"]["full"]:
             conditions.append("spill-full")
         if not (definition.paused or definition.detached):  # a wish ended the session then
@@ -281,6 +285,7 @@ def _protected(
         "group_id": definition.group_id,
         "epoch": definition.epoch,
         "clients": clients,
+        "cuts": session.get("cuts") if session else None,
         "unverified": filtered["unverified"] if filtered else "",
         "targets": [_target(target, filtered, session, now_ns)],
         "disks": [

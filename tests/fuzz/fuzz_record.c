@@ -79,9 +79,8 @@ static void repair(uint8_t *bytes, size_t size, bool seal)
 
 static void open_one(const struct vrep_record *record, const uint8_t *at, bool sealed)
 {
-    char label[VREP_LABEL_BYTES_MAX + 1];
+    struct vrep_opened_mark mark;
     struct vrep_tally tally;
-    struct vrep_mark mark;
     size_t len = sizeof *record + record->body_bytes, got = 0;
     int status = vrep_opener_record(opener, at, len, plain, sizeof plain, &got);
 
@@ -92,7 +91,10 @@ static void open_one(const struct vrep_record *record, const uint8_t *at, bool s
     FUZZ_CANARY(sealed && status == VREP_OK && record->kind == VREP_KIND_OBJECT &&
                 memchr(plain, 'V', record->length) != NULL);
     (void)vrep_opener_hashes(opener, at, len, plain, sizeof plain, &got);
-    (void)vrep_opener_mark(opener, at, len, &mark, label);
+    if (vrep_opener_mark(opener, at, len, &mark) == VREP_OK) {
+        FUZZ_MUST(mark.label[VREP_LABEL_BYTES_MAX] == '\0');
+        FUZZ_MUST(mark.cut.lanes <= VREP_LANES_MAX);
+    }
     (void)vrep_opener_tally(opener, at, len, check, &tally);
     FUZZ_MUST(vrep_tally_update(check, at, len) == VREP_OK);
 }

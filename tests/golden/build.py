@@ -128,6 +128,32 @@ def records(level: int = 0) -> bytes:
     return bytes(out[:at])
 
 
+def cut() -> bytes:
+    """A lane's mark of a cut, and the record that completes one over lanes 0, 1 and 5, of which
+    the last had no part."""
+    key = seal.stream_key(DATA_KEY, STREAM_ID)
+    sealer = seal.Sealer(key, STREAM_ID, epoch=3, lane=1, resume_seq=99, secret=SECRET, level=0)
+    out = bytearray(1 << 16)
+    stream = one("STREAM", epoch_id=EPOCH_ID, key_generation=2, wall_ns=WALL)
+    at = sealer.stream(stream, out)
+    label = b"nightly"
+    part = one("MARK", wall_ns=WALL + 5, version=2).tobytes() + one("CUT", cut_id=SITE_ID).tobytes()
+    lanes = [(7, 3, 0), (100, 3, 1), (0, 0, 5)]
+    whole = (
+        one("MARK", wall_ns=WALL + 6, version=2, label_bytes=len(label)).tobytes()
+        + one("CUT", cut_id=SITE_ID, lanes=3).tobytes()
+        + b"".join(position(seq, epoch=epoch, lane=lane).tobytes() for seq, epoch, lane in lanes)
+        + label
+    )
+    made = np.zeros(2, layout.RECORD)
+    made["kind"], made["seq"] = layout.KIND_MARK, [100, 101]
+    made["length"], made["wall_ns"] = [len(part), len(whole)], WALL + 7
+    made["mono_ns"] = 5_000_007
+    written, done = sealer.seal(made, [part, whole], memoryview(out)[at:])
+    assert done == 2
+    return bytes(out[: at + written])
+
+
 def ring() -> bytes:
     slots, descs, chunks = 2, 4, 8
     slots_at, descs_at, next_at, chunks_at = 4096, 4096 + 4096, 4096 * 3, 4096 * 4
@@ -430,6 +456,7 @@ def verdict() -> bytes:
 
 SAMPLES: dict[str, Callable[[], bytes]] = {
     "records": records,
+    "cut": cut,
     "ring": ring,
     "control": control,
     "map": change_map,

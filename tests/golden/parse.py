@@ -56,6 +56,7 @@ STREAM = (
 )
 TALLY = "running:32s stream_id:16s records:Q first_seq:Q"
 MARK = "wall_ns:Q version:H label_bytes:H flags:I"
+CUT = "cut_id:16s lanes:H reserved:14s"
 OBJECT = "wall_ns:Q version:H name_bytes:H flags:I"
 RING_SLOT = (
     "state:I kind:B generation:B disk:H offset:Q seq:Q length:I chunk:I chunks:I flags:H lane:H"
@@ -236,7 +237,7 @@ def parse_header(data: bytes, at: int) -> Fields:
     length, offset = header["length"], header["offset"]
     limits = {
         "write": (1, 32 << 20), "sync": (1, 32 << 20), "zeroes": (1, 2**32 - 1),
-        "sync-zeroes": (1, 2**32 - 1), "mark": (16, 271), "object": (17, 8 << 20),
+        "sync-zeroes": (1, 2**32 - 1), "mark": (16, 1327), "object": (17, 8 << 20),
         "stream": (128, 128), "tally": (64, 64),
     }  # fmt: skip
     low, high = limits.get(kind, (0, 0))
@@ -360,7 +361,18 @@ def open_pieces(
         out["tally"], _ = read(TALLY, plain, 0)
     elif kind == "mark":
         out["mark"], end = read(MARK, plain, 0)
-        expect(out["mark"]["version"] == 1 and out["mark"]["flags"] == 0, "mark: version, flags")
+        version = out["mark"]["version"]
+        expect(version in (1, 2) and out["mark"]["flags"] == 0, "mark: version, flags")
+        if version == 2:
+            out["cut"], end = read(CUT, plain, end)
+            expect(out["cut"]["lanes"] <= 64, "cut: lanes")
+            expect(not any(out["cut"]["reserved"]), "cut: reserved")
+            out["at"] = []
+            for _lane in range(out["cut"]["lanes"]):
+                lane, end = read(POSITION, plain, end)
+                out["at"].append(lane)
+            numbers = [lane["lane"] for lane in out["at"]]
+            expect(numbers == sorted(set(numbers)), "cut: order of lanes")
         expect(out["mark"]["label_bytes"] == len(plain) - end, "mark: label")
         out["label"] = plain[end:].decode()
     elif kind == "object":

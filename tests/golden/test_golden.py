@@ -42,6 +42,7 @@ KEYS = {build.STREAM_ID: parse.stream_key(build.DATA_KEY, build.STREAM_ID)}
 PARSERS: dict[str, Callable[[bytes], Any]] = {
     "records": lambda data: list(parse.parse_records(data, KEYS)),
     "records-zstd": lambda data: list(parse.parse_records(data, KEYS)),
+    "cut": lambda data: list(parse.parse_records(data, KEYS)),
     "ring": parse.parse_ring,
     "control": parse.parse_control,
     "map": parse.parse_map,
@@ -109,6 +110,30 @@ def test_records(name: str) -> None:
     stream = found[0]["stream"]
     assert (stream["key_generation"], stream["resume_seq"]) == (2, 99)
     assert stream["parent"] == {"epoch": 2, "lane": 1, "reserved": 0, "seq": 99}
+
+
+def test_cut() -> None:
+    """The independent parser and vrep's own read the same of it."""
+    raw = golden("cut")
+    _stream, part, whole = parsed("cut")
+    assert (part["cut"]["cut_id"], part["at"], part["label"]) == (build.SITE_ID, [], "")
+    assert [(at["epoch"], at["lane"], at["seq"]) for at in whole["at"]] == [
+        (3, 0, 7), (3, 1, 100), (0, 5, 0),
+    ]  # fmt: skip
+    assert whole["label"] == "nightly"
+    found, _end = record.scan(raw)
+    opener = seal.Opener(seal.stream_key(build.DATA_KEY, build.STREAM_ID), build.STREAM_ID)
+    first, second = (
+        raw[int(e["position"]) : int(e["position"]) + 64 + int(e["header"]["body_bytes"])]
+        for e in found[1:]
+    )
+    assert opener.cut(first) == (build.SITE_ID, ())
+    assert opener.cut(second) == (build.SITE_ID, ((3, 0, 7), (3, 1, 100), (0, 5, 0)))
+    assert opener.mark(second) == (build.WALL + 6, "nightly")
+    records = golden("records")
+    found, _end = record.scan(records)
+    (at,) = (int(e["position"]) for e in found if e["header"]["kind"] == layout.KIND_MARK)
+    assert opener.cut(records[at:]) is None  # it is of its lane alone
 
 
 @pytest.mark.parametrize("name", ["records", "records-zstd"])

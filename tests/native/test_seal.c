@@ -408,8 +408,8 @@ static void marks_carry_their_label(void)
 {
     struct vrep_sealer *sealer = new_sealer(0, true, 1);
     struct vrep_opener *opener = new_opener();
-    struct vrep_mark mark = {.wall_ns = 77, .version = 1, .label_bytes = 6}, got;
-    char label[VREP_LABEL_BYTES_MAX + 1];
+    struct vrep_mark mark = {.wall_ns = 77, .version = 1, .label_bytes = 6};
+    struct vrep_opened_mark got;
     struct iovec iov[2] = {{&mark, sizeof mark}, {(void *)(uintptr_t) "before", 6}};
     uint8_t out[1024];
     size_t written, done;
@@ -417,13 +417,57 @@ static void marks_carry_their_label(void)
 
     source.kind = VREP_KIND_MARK;
     CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
-    CHECK_OK(vrep_opener_mark(opener, out, written, &got, label));
-    CHECK_EQ(got.wall_ns, 77);
-    CHECK_STR(label, "before");
+    CHECK_OK(vrep_opener_mark(opener, out, written, &got));
+    CHECK_EQ(got.mark.wall_ns, 77);
+    CHECK_EQ(got.cut.lanes, 0);
+    CHECK_STR(got.label, "before");
     mark.label_bytes = 5; /* sealed, but wrong inside */
     source.seq = 2;
     CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
-    CHECK_STATUS(vrep_opener_mark(opener, out, written, &got, label), VREP_E_CORRUPT);
+    CHECK_STATUS(vrep_opener_mark(opener, out, written, &got), VREP_E_CORRUPT);
+    vrep_sealer_free(sealer);
+    vrep_opener_free(opener);
+}
+
+static void marks_carry_the_lanes_of_a_cut(void)
+{
+    struct vrep_sealer *sealer = new_sealer(0, true, 1);
+    struct vrep_opener *opener = new_opener();
+    struct vrep_mark mark = {.wall_ns = 77, .version = 2, .label_bytes = 6};
+    struct vrep_cut cut = {.cut_id = {9}, .lanes = 2};
+    struct vrep_position at[2] = {{.epoch = 3, .lane = 0, .seq = 11},
+                                  {.epoch = 3, .lane = 5, .seq = 12}};
+    struct vrep_opened_mark got;
+    struct iovec iov[4] = {{&mark, sizeof mark},
+                           {&cut, sizeof cut},
+                           {at, sizeof at},
+                           {(void *)(uintptr_t) "before", 6}};
+    uint8_t out[1024];
+    size_t written, done;
+    struct vrep_seal_source source = write_of(1, 0, iov, 4);
+
+    source.kind = VREP_KIND_MARK;
+    CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
+    CHECK_OK(vrep_opener_mark(opener, out, written, &got));
+    CHECK_EQ(got.cut.cut_id[0], 9);
+    CHECK_EQ(got.cut.lanes, 2);
+    CHECK_MEM(got.at, at, sizeof at);
+    CHECK_STR(got.label, "before");
+    /* sealed, but wrong inside: lanes out of order, too many, bytes that must be zero */
+    at[0].lane = 5;
+    source.seq = 2;
+    CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
+    CHECK_STATUS(vrep_opener_mark(opener, out, written, &got), VREP_E_CORRUPT);
+    at[0].lane = 0;
+    cut.lanes = 3;
+    source.seq = 3;
+    CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
+    CHECK_STATUS(vrep_opener_mark(opener, out, written, &got), VREP_E_CORRUPT);
+    cut.lanes = 2;
+    cut.reserved[13] = 1;
+    source.seq = 4;
+    CHECK_OK(vrep_sealer_seal(sealer, &source, 1, out, sizeof out, &written, &done));
+    CHECK_STATUS(vrep_opener_mark(opener, out, written, &got), VREP_E_CORRUPT);
     vrep_sealer_free(sealer);
     vrep_opener_free(opener);
 }
@@ -607,6 +651,7 @@ int main(void)
     RUN(pieces_do_not_change_places);
     RUN(a_tally_notices_what_is_missing);
     RUN(marks_carry_their_label);
+    RUN(marks_carry_the_lanes_of_a_cut);
     RUN(random_looking_data_skip_zstd);
     RUN(doubtful_data_are_tried_less_and_less);
     RUN(the_level_changes_within_a_stream);

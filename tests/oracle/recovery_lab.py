@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vrep._core.seal import Sealer
 from vrep.keys.datakey import DataKey
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
+from vrep.lanes import lane_of
 from vrep.paths import SitePaths
 from vrep.recovery.view import points_in_use
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
@@ -103,6 +105,7 @@ class Lab:
             self.key.stream_key(stream_id),
             stream_id,
             epoch=self.epoch.epoch,
+            lane=lane_of(self.name),
             resume_seq=self.seq,
             secret=self.key.hash_secret(),
             level=self.level,
@@ -148,7 +151,7 @@ class Lab:
         written += self.sealer.tally(memoryview(room)[written:], wall_ns=self.wall_ns)
         assert self.store is not None
         self.store.append(bytes(room[:written]))
-        position = Position(self.epoch.epoch, 0, self.seq)
+        position = Position(self.epoch.epoch, lane_of(self.name), self.seq)
         self.changes.append(Change(position, self.wall_ns, kind, disk, offset, size, data))
         return position
 
@@ -199,6 +202,20 @@ class Lab:
                                       ("flags", "<u4")]))  # fmt: skip
         body["wall_ns"], body["version"], body["n"] = self.wall_ns, 1, len(text)
         return self.record(layout.KIND_MARK, data=body.tobytes() + text)
+
+    def cut_mark(
+        self, cut_id: bytes, at: Sequence[tuple[int, int, int]] = (), label: str = ""
+    ) -> Position:
+        """A lane's part in a cut, or with positions the record that completes one."""
+        text, mark = label.encode(), np.zeros((), layout.MARK)
+        mark["wall_ns"], mark["version"], mark["label_bytes"] = self.wall_ns, 2, len(text)
+        cut = np.zeros((), layout.CUT)
+        cut["cut_id"], cut["lanes"] = np.frombuffer(cut_id, np.uint8), len(at)
+        lanes = np.zeros(len(at), layout.POSITION)
+        for row, (epoch, lane, seq) in zip(lanes, at, strict=True):
+            row["epoch"], row["lane"], row["seq"] = epoch, lane, seq
+        body = mark.tobytes() + cut.tobytes() + lanes.tobytes() + text
+        return self.record(layout.KIND_MARK, data=body)
 
     def commit(self) -> Position:
         assert self.store is not None

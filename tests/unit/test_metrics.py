@@ -23,6 +23,9 @@ vrep_group_condition gauge group,condition
 vrep_group_epoch gauge group
 vrep_group_clients gauge group
 vrep_group_size_bytes gauge group,disk
+vrep_lane_cuts_total counter group
+vrep_lane_cuts_void_total counter group
+vrep_lane_hold_max_seconds gauge group
 vrep_target_connected gauge group,target
 vrep_target_rpo_seconds gauge group,target
 vrep_target_lag_bytes gauge group,target
@@ -62,6 +65,11 @@ STATUS: dict[str, Any] = {
             "role": "source", "state": "gap", "conditions": ["fenced"], "epoch": 3, "clients": 1,
             "disks": [{"name": "root", "size": 4096}], "targets": [TARGET],
         },
+        "shop@1": {
+            "role": "source", "state": "gap", "conditions": [], "epoch": 1, "clients": 0,
+            "disks": [], "targets": [], "cuts": {"made": 3},
+            "filter": {"cuts": 3, "cuts_void": 1, "cut_hold_ns_max": 2_000_000},
+        },
         "mail": {
             "role": "target", "state": "offline", "conditions": [], "epoch": 1, "bytes": 7,
             "durable_seq": 8, "segments": 2, "quota_bytes": 9, "real_window_s": 2.5,
@@ -93,6 +101,7 @@ def test_every_value_belongs_to_a_metric() -> None:
     assert set(found) == set(known)
     assert found["vrep_target_rpo_seconds"] == {("web", "east"): 0.25}
     assert found["vrep_target_round_trip_seconds"] == {("web", "east"): 0.0015}
+    assert found["vrep_lane_hold_max_seconds"] == {("shop@1",): 0.002}
     assert found["vrep_verdict"] == {(): 2}
     assert found["vrep_role_up"][("source",)] == 0
     states = {k[2]: v for k, v in found["vrep_group_state"].items() if k[0] == "web"}

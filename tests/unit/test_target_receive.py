@@ -1006,7 +1006,7 @@ def test_a_report_counts_beside_a_session_that_died_unnoticed(world: World) -> N
 def test_a_source_that_is_refused_is_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     Client(world).start().transport.close()
     wait_gone(world)
-    with pytest.raises(RefusedByTarget, match="several lanes"):
+    with pytest.raises(RefusedByTarget, match="do not belong together"):
         Client(world, lanes=[m.LaneOffer(lane=1, durable_seq=0, oldest_seq=1, newest_seq=0)]).open()
     assert source_of(world)["gone_in_s"] > 0
     wait_gone(world)

@@ -32,13 +32,19 @@ void vrep_chain_down(struct command *command)
     below->ops->submit(below, command);
 }
 
+void vrep_chain_answer(struct command *command)
+{
+    command->submitted = false;
+    command->base.group->inflight--;
+    command->base.done(&command->base);
+}
+
 void vrep_chain_up(struct command *command)
 {
     struct vrep_group *group = command->base.group;
     if (command->level == 0) {
-        command->submitted = false;
-        group->inflight--;
-        command->base.done(&command->base);
+        if (!vrep_cut_keeps(group, command))
+            vrep_chain_answer(command);
         return;
     }
     struct vrep_filter *above = &group->filters[--command->level];

@@ -35,6 +35,8 @@ void vrep_chain_build(struct vrep_group *group);
 void vrep_chain_submit(struct command *command);
 void vrep_chain_down(struct command *command);
 void vrep_chain_up(struct command *command);
+/* Hands a command that went all the way up back to its front-end. */
+void vrep_chain_answer(struct command *command);
 
 /* Starts command->io on the command's disk; resume(command) is called when it ended, possibly
  * before this returns. */

@@ -34,12 +34,21 @@ struct vrep_ring *vrep_group_ring(struct vrep_group *group)
     return group->ring;
 }
 
-int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
-                    uint64_t *seq)
+/* Writes the parts of a mark's plaintext; less than one chunk, so one piece of memory. */
+static void *put(void *at, const void *bytes, size_t count)
+{
+    if (count > 0)
+        memcpy(at, bytes, count);
+    return (uint8_t *)at + count;
+}
+
+int vrep_mark_put(struct vrep_group *group, const struct vrep_cut *cut,
+                  const struct vrep_position *lanes, const char *label, uint16_t label_bytes,
+                  uint64_t *seq)
 {
     if (!group->tap)
         return VREP_E_UNSUPPORTED;
-    if (label_bytes > 255)
+    if (label_bytes > VREP_LABEL_BYTES_MAX)
         return VREP_E_INVALID;
     if (group->mirror.on)
         (void)vrep_mirror_whole(group);
@@ -49,28 +58,30 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
         return VREP_E_BUSY;
     if (vrep_ring_head(group->ring) + group->commands_count + SLOTS_OWN >= group->seq_limit)
         return VREP_E_FULL;
-    struct vrep_mark mark = {
-        .wall_ns = vrep_clock_ns(group, CLOCK_REALTIME), .version = 1, .label_bytes = label_bytes};
-    uint32_t bytes = (uint32_t)sizeof mark + label_bytes;
+    struct vrep_mark mark = {.wall_ns = vrep_clock_ns(group, CLOCK_REALTIME),
+                             .version = cut != NULL ? VREP_MARK_CUT_VERSION : VREP_MARK_VERSION,
+                             .label_bytes = label_bytes};
+    size_t lanes_bytes = cut != NULL ? cut->lanes * sizeof *lanes : 0;
+    uint32_t bytes =
+        (uint32_t)(sizeof mark + (cut != NULL ? sizeof *cut : 0) + lanes_bytes + label_bytes);
     struct vrep_ring_slot *slot = vrep_ring_reserve(group->ring, bytes);
     if (slot == NULL)
         return VREP_E_FULL;
     struct iovec iov[2];
-    /* Less than one chunk, so one piece. */
     if (vrep_ring_iov(group->ring, slot, 0, bytes, iov, 2) != 1) {
         vrep_ring_cancel(group->ring, slot);
         return VREP_E_CORRUPT;
     }
-    memcpy(iov[0].iov_base, &mark, sizeof mark);
-    if (label_bytes > 0)
-        memcpy((uint8_t *)iov[0].iov_base + sizeof mark, label, label_bytes);
+    void *at = put(iov[0].iov_base, &mark, sizeof mark);
+    if (cut != NULL)
+        at = put(put(at, cut, sizeof *cut), lanes, lanes_bytes);
+    put(at, label, label_bytes);
     slot->kind = VREP_KIND_MARK;
     slot->generation = NO_GENERATION;
     slot->disk = 0;
     slot->offset = 0;
     slot->length = bytes;
     slot->flags = 0;
-    slot->lane = 0;
     *seq = vrep_tap_publish(group, slot);
     return VREP_OK;
 }
@@ -111,9 +122,14 @@ int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes
     slot->offset = 0;
     slot->length = bytes;
     slot->flags = 0;
-    slot->lane = 0;
     *seq = vrep_tap_publish(group, slot);
     return VREP_OK;
+}
+
+int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
+                    uint64_t *seq)
+{
+    return vrep_mark_put(group, NULL, NULL, label, label_bytes, seq);
 }
 
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all)

@@ -23,7 +23,6 @@ static void fill_slot(struct vrep_ring_slot *slot, uint8_t kind, uint16_t flags)
     slot->offset = 0;
     slot->length = 0;
     slot->flags = flags;
-    slot->lane = 0;
 }
 
 static uint64_t put(struct vrep_group *group, struct vrep_ring_slot *slot, uint8_t kind,

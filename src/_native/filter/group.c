@@ -226,6 +226,7 @@ int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **
     list_init(&group->pool);
     list_init(&group->ready);
     list_init(&group->cold);
+    list_init(&group->cut.waiting);
     pthread_mutex_init(&group->mail_lock, NULL);
     pthread_cond_init(&group->mail_wake, NULL);
     status = vrep_miss_init(group);
@@ -299,6 +300,7 @@ void vrep_group_poll(struct vrep_group *group)
     vrep_worker_collect(group->quick);
     vrep_worker_collect(group->slow);
     vrep_worker_collect(group->prober);
+    vrep_cut_poll(group); /* before the mail: a release that comes late finds the cut void */
     run_mail(group);
     if (group->tap) {
         vrep_consumers_poll(group);
@@ -321,6 +323,9 @@ int vrep_group_timeout_ms(const struct vrep_group *group)
     int handover = vrep_handover_timeout_ms(group);
     if (handover >= 0 && handover < timers)
         timers = handover;
+    int cut = vrep_cut_timeout_ms(group);
+    if (cut >= 0 && cut < timers)
+        timers = cut;
     return sync >= 0 && sync < timers ? sync : timers;
 }
 

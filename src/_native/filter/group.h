@@ -40,6 +40,7 @@ struct vrep_group_config {
     uint8_t target_id[16];
     uint8_t epoch_id[16];
     uint32_t epoch;
+    uint16_t lane; /* of the group that the records are of */
     uint32_t flags;
     uint64_t
         first_seq; /* a group without state begins behind it: where its epoch left its parent */
@@ -110,6 +111,22 @@ int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_
 /* Inserts an OBJECT record: `data` is its plaintext (struct vrep_object, name, blob), copied. In a
  * gap, too. FULL when more than half of the ring is used, or it has no room; INVALID. */
 int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes, uint64_t *seq);
+
+/* ---- a cut over the lanes of a group (cut.c), each on its own thread ---------
+ * Holds all answers, at most VREP_CUT_HOLD_NS_MAX: what is longer ends by itself and voids the cut.
+ * INVALID: a longer limit; BUSY: holds already, or in a hand-over; GONE: in a gap. */
+#define VREP_CUT_HOLD_NS_MAX UINT64_C(10000000)
+int vrep_group_cut_hold(struct vrep_group *group, const uint8_t cut_id[16], uint64_t limit_ns);
+/* Marks the order of a lane that holds for this cut. TIMEOUT: it does not (any more); else as
+ * vrep_group_mark. */
+int vrep_group_cut_mark(struct vrep_group *group, const uint8_t cut_id[16], uint64_t *seq);
+/* Ends the hold. TIMEOUT: it had ended before, so the cut is void. */
+int vrep_group_cut_release(struct vrep_group *group, const uint8_t cut_id[16]);
+/* Puts the record that completes a cut, which every lane has held for until its release: `lanes`
+ * are the marks' positions, rising by lane, seq 0 for a lane without a part. As vrep_group_mark. */
+int vrep_group_cut_complete(struct vrep_group *group, const uint8_t cut_id[16],
+                            const struct vrep_position *lanes, uint16_t count, const char *label,
+                            uint16_t label_bytes, uint64_t *seq);
 /* Sync copies of unshipped blocks run only while allowed; rate 0 = unlimited.  Everything becomes
  * unshipped with `all` (first sync: the gap starts with it). */
 int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per_s, bool all);
@@ -222,6 +239,8 @@ struct vrep_group_status {
     /* A target that holds less lost what blocks that are clean here rely on: everything must become
      * unshipped again (vrep_group_resync with `all`).  0: nothing is relied on. */
     uint64_t acknowledged;
+    uint64_t cuts, cuts_void;  /* holds that were released, and that ended by themselves */
+    uint64_t cut_hold_ns_max;  /* the longest */
     uint32_t handover;         /* VREP_HANDOVER_* */
     uint32_t handover_waiting; /* a command waits for it */
     uint32_t sizes_due;        /* disks whose size is not in the order yet */

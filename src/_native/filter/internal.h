@@ -240,6 +240,14 @@ struct vrep_group {
         uint64_t copies, barrier, losses;
     } mirror;
 
+    /* a cut over the lanes of the group, see cut.c */
+    struct {
+        bool held;
+        uint8_t id[16];
+        uint64_t since_ns, until_ns;
+        struct list waiting; /* commands that are done and not answered */
+    } cut;
+
     /* views */
     pthread_mutex_t miss_lock; /* guards misses' states, wakes the fetching thread */
     pthread_cond_t miss_wake;  /* a miss was queued */
@@ -320,6 +328,18 @@ bool vrep_gap_due(const struct vrep_group *group);
 /* Everything in the ring becomes unshipped and is let go of; no copy is in flight. */
 int vrep_gap_give_up_ring(struct vrep_group *group);
 int vrep_gap_lose_ring(struct vrep_group *group);
+
+/* control.c */
+/* A MARK: of this lane alone, or with `cut` and the positions of its lanes. */
+int vrep_mark_put(struct vrep_group *group, const struct vrep_cut *cut,
+                  const struct vrep_position *lanes, const char *label, uint16_t label_bytes,
+                  uint64_t *seq);
+
+/* cut.c */
+/* Whether an answer has to wait for the end of a hold: then it is kept. */
+bool vrep_cut_keeps(struct vrep_group *group, struct command *command);
+void vrep_cut_poll(struct vrep_group *group);
+int vrep_cut_timeout_ms(const struct vrep_group *group);
 
 /* sync.c */
 void vrep_sync_pump(struct vrep_group *group);

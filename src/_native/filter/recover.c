@@ -225,7 +225,7 @@ static int make_ring(struct vrep_group *group, const struct vrep_finding *found)
     const struct vrep_group_config *config = &group->config;
     struct vrep_ring_config ring = {
         .epoch = config->epoch,
-        .lane = 0,
+        .lane = config->lane,
         .descriptors = config->ring_descriptors,
         .slots = config->slots + SLOTS_OWN,
         .payload_bytes = config->ring_bytes,
@@ -527,7 +527,7 @@ static int store_state(struct vrep_group *group, const struct vrep_finding *foun
     memcpy(state->group_id, group->config.group_id, 16);
     memcpy(state->epoch_id, group->config.epoch_id, 16);
     state->epoch = group->config.epoch;
-    state->lane = 0;
+    state->lane = group->config.lane;
     state->flags |= VREP_STATE_OPEN;
     state->flags &= ~(VREP_STATE_GAP | VREP_STATE_UNVERIFIED | VREP_STATE_BYPASS |
                       VREP_STATE_BLIND | VREP_STATE_PAST | VREP_STATE_MIRROR);

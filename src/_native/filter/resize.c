@@ -109,7 +109,6 @@ static void put(struct vrep_group *group, struct vrep_ring_slot *slot, uint8_t k
     slot->offset = offset;
     slot->length = (uint32_t)length;
     slot->flags = 0;
-    slot->lane = 0;
     (void)vrep_tap_publish(group, slot);
 }
 

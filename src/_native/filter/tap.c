@@ -44,7 +44,6 @@ static void fill_slot(struct command *command, uint8_t kind)
     slot->offset = command->at;
     slot->length = (uint32_t)command->bytes;
     slot->flags = (command->base.flags & VREP_COMMAND_FUA) != 0 ? VREP_RECORD_FUA : 0;
-    slot->lane = 0;
 }
 
 void vrep_tap_grant(struct vrep_group *group, struct command *command, uint8_t kind)

@@ -47,6 +47,7 @@ FIELDS(vrep_tally, FIELD(vrep_tally, running), FIELD(vrep_tally, stream_id),
        FIELD(vrep_tally, records), FIELD(vrep_tally, first_seq));
 FIELDS(vrep_mark, FIELD(vrep_mark, wall_ns), FIELD(vrep_mark, version),
        FIELD(vrep_mark, label_bytes), FIELD(vrep_mark, flags));
+FIELDS(vrep_cut, FIELD(vrep_cut, cut_id), FIELD(vrep_cut, lanes), FIELD(vrep_cut, reserved));
 FIELDS(vrep_object, FIELD(vrep_object, wall_ns), FIELD(vrep_object, version),
        FIELD(vrep_object, name_bytes), FIELD(vrep_object, flags));
 FIELDS(vrep_ring_slot, FIELD(vrep_ring_slot, state), FIELD(vrep_ring_slot, kind),
@@ -239,6 +240,7 @@ const struct vrep_described_struct vrep_described_structs[] = {
     STRUCT(vrep_stream),
     STRUCT(vrep_tally),
     STRUCT(vrep_mark),
+    STRUCT(vrep_cut),
     STRUCT(vrep_object),
     STRUCT(vrep_ring_slot),
     STRUCT(vrep_ring_desc),
@@ -280,6 +282,7 @@ const struct vrep_described_struct vrep_described_structs[] = {
     }
 const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_DISKS_MAX),
+    CONSTANT(VREP_LANES_MAX),
     CONSTANT(VREP_TARGETS_MAX),
     CONSTANT(VREP_GENERATIONS),
     CONSTANT(VREP_WRITE_BYTES_MAX),
@@ -292,6 +295,8 @@ const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_SECTOR_BYTES),
     CONSTANT(VREP_NAME_BYTES),
     CONSTANT(VREP_OBJECT_BYTES_MAX),
+    CONSTANT(VREP_MARK_VERSION),
+    CONSTANT(VREP_MARK_CUT_VERSION),
     CONSTANT(VREP_LABEL_BYTES_MAX),
     CONSTANT(VREP_KIND_LAST),
     CONSTANT(VREP_RECORD_MAGIC),

@@ -28,7 +28,8 @@
 
 /* ---- limits ------------------------------------------------------------ */
 
-#define VREP_DISKS_MAX 64u               /* disks of one protection group */
+#define VREP_DISKS_MAX 64u               /* disks of one lane */
+#define VREP_LANES_MAX 64u               /* lanes of one protection group */
 #define VREP_TARGETS_MAX 8u              /* targets in the formats; the code accepts one */
 #define VREP_GENERATIONS 4u              /* generations of a change map */
 #define VREP_WRITE_BYTES_MAX (32u << 20) /* one guest write */
@@ -165,14 +166,32 @@ struct vrep_tally {
 };
 VREP_LAYOUT(struct vrep_tally, 64);
 
-/* Plaintext of a MARK: this struct, then label_bytes of UTF-8. */
+/* Plaintext of a MARK: this struct, in version 2 a struct vrep_cut, then
+ * label_bytes of UTF-8. */
+#define VREP_MARK_VERSION 1u     /* of a lane alone */
+#define VREP_MARK_CUT_VERSION 2u /* of a cut over the lanes of a group */
 struct vrep_mark {
     uint64_t wall_ns;
-    uint16_t version;     /* 1 */
+    uint16_t version;     /* VREP_MARK_*VERSION */
     uint16_t label_bytes; /* <= 255 */
     uint32_t flags;       /* 0 */
 };
 VREP_LAYOUT(struct vrep_mark, 16);
+
+/* A cut over several lanes. lanes = 0: the mark of one lane, which alone is no
+ * recovery point, and has no label. lanes > 0: the record that completes the cut,
+ * in one of its lanes: behind this struct stand the positions of the marks, a
+ * struct vrep_position for each lane of the group, rising by lane; seq 0 is a lane
+ * that had no part. */
+struct vrep_cut {
+    uint8_t cut_id[16];
+    uint16_t lanes; /* <= VREP_LANES_MAX */
+    uint8_t reserved[14];
+};
+VREP_LAYOUT(struct vrep_cut, 32);
+#define VREP_MARK_BYTES_MAX                                                                        \
+    (sizeof(struct vrep_mark) + sizeof(struct vrep_cut) +                                          \
+     VREP_LANES_MAX * sizeof(struct vrep_position) + VREP_LABEL_BYTES_MAX)
 
 /* Plaintext of an OBJECT: this struct, then name_bytes of UTF-8, then the
  * blob, up to the length of the record. */

@@ -20,6 +20,8 @@ struct vrep_index_builder {
     uint32_t segment;
     uint16_t stream; /* row in force, when summary.has_stream */
     uint8_t group_id[16];
+    bool has_lane;
+    uint16_t lane; /* of the first record; entries have none, so there is one */
 };
 
 static void *list_add(struct list *list)
@@ -150,6 +152,14 @@ static int add_event(struct vrep_index_builder *builder, const struct vrep_recor
     return VREP_OK;
 }
 
+static bool of_this_lane(struct vrep_index_builder *builder, uint16_t lane)
+{
+    if (!builder->has_lane)
+        builder->lane = lane;
+    builder->has_lane = true;
+    return lane == builder->lane;
+}
+
 static void note_position(struct vrep_index_builder *builder, const struct vrep_record *record)
 {
     struct vrep_index_summary *summary = &builder->summary;
@@ -174,7 +184,7 @@ static int add_record(struct vrep_index_builder *builder, const struct vrep_reco
     uint32_t done = 0;
     int status = VREP_OK;
 
-    if (record->lane != 0)
+    if (!of_this_lane(builder, record->lane))
         return VREP_E_UNSUPPORTED;
     if (record->kind == VREP_KIND_STREAM)
         return add_stream(builder, bytes + sizeof *record);
@@ -239,7 +249,7 @@ int vrep_index_builder_time(struct vrep_index_builder *builder, uint64_t wall_ns
 {
     struct vrep_index_time *time;
 
-    if (at.lane != 0)
+    if (!of_this_lane(builder, at.lane))
         return VREP_E_UNSUPPORTED;
     time = list_add(&builder->times);
     if (time == NULL)

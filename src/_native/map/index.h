@@ -10,9 +10,9 @@
  * several indexes and keeps all versions, in memory that does not grow with them.
  * What the arrays mean stands in format/layout.h; lookups are in map/extent_map.h.
  *
- * Units: bytes; positions count from the start of the segment's file. Limits: lane
- * 0 only; VREP_INDEX_STREAMS_MAX streams in one index; a segment ends below 4 GiB;
- * a builder takes memory in proportion to the entries of its segment.
+ * Units: bytes; positions count from the start of the segment's file. Limits: one
+ * lane (entries do not say which); VREP_INDEX_STREAMS_MAX streams in one index; a segment ends
+ * below 4 GiB; a builder takes memory in proportion to the entries of its segment.
  *
  * A mapped file must not become shorter while an index holds it.
  *
@@ -50,7 +50,7 @@ void vrep_index_builder_free(struct vrep_index_builder *builder);
  * of the segment. *records counts those taken, also when a later one fails:
  * VREP_E_TORN when the last is only in part there, VREP_E_CORRUPT or VREP_E_VERSION
  * when one is wrong, or sealed under no known stream, VREP_E_UNSUPPORTED for
- * another lane than 0, VREP_E_RANGE past 4 GiB, VREP_E_FULL, VREP_E_NOMEM.
+ * another lane than the first record's, VREP_E_RANGE past 4 GiB, VREP_E_FULL, VREP_E_NOMEM.
  */
 int vrep_index_builder_add(struct vrep_index_builder *builder, const void *buffer, size_t len,
                            uint64_t position, uint64_t *records);

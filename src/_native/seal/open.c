@@ -205,14 +205,36 @@ int vrep_opener_hashes(struct vrep_opener *opener, const void *record, size_t le
     return status;
 }
 
-int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
-                     struct vrep_mark *mark, char label[VREP_LABEL_BYTES_MAX + 1])
+/* The cut of a mark's plaintext; how many bytes it takes. */
+static int cut_of(const uint8_t *plain, size_t len, struct vrep_opened_mark *out, size_t *taken)
 {
-    uint8_t plain[sizeof *mark + VREP_LABEL_BYTES_MAX];
-    size_t got;
+    struct vrep_cut *cut = &out->cut;
+    static const uint8_t zeroes[sizeof cut->reserved];
+
+    if (len < sizeof *cut)
+        return VREP_E_CORRUPT;
+    memcpy(cut, plain, sizeof *cut);
+    if (cut->lanes > VREP_LANES_MAX || memcmp(cut->reserved, zeroes, sizeof zeroes) != 0 ||
+        len - sizeof *cut < cut->lanes * sizeof *out->at)
+        return VREP_E_CORRUPT;
+    memcpy(out->at, plain + sizeof *cut, cut->lanes * sizeof *out->at);
+    for (uint16_t i = 0; i < cut->lanes; i++)
+        if (out->at[i].reserved != 0 || (i > 0 && out->at[i - 1].lane >= out->at[i].lane))
+            return VREP_E_CORRUPT;
+    *taken = sizeof *cut + cut->lanes * sizeof *out->at;
+    return VREP_OK;
+}
+
+int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
+                     struct vrep_opened_mark *out)
+{
+    uint8_t plain[VREP_MARK_BYTES_MAX];
+    struct vrep_mark *mark = &out->mark;
+    size_t got, at = sizeof *mark, taken = 0;
     uint8_t kind;
     int status = vrep_opener_record(opener, record, len, plain, sizeof plain, &got);
 
+    memset(out, 0, sizeof *out);
     if (status == VREP_E_FULL)
         return VREP_E_INVALID; /* not a mark: those fit */
     if (status != VREP_OK)
@@ -220,14 +242,20 @@ int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
     memcpy(&kind, (const uint8_t *)record + offsetof(struct vrep_record, kind), sizeof kind);
     if (kind != VREP_KIND_MARK)
         return VREP_E_INVALID;
-    memcpy(mark, plain, sizeof *mark);
-    if (mark->version != 1)
-        return VREP_E_VERSION;
-    if (mark->flags != 0 || mark->label_bytes != got - sizeof *mark ||
-        memchr(plain + sizeof *mark, 0, mark->label_bytes) != NULL)
+    if (got < sizeof *mark)
         return VREP_E_CORRUPT;
-    memcpy(label, plain + sizeof *mark, mark->label_bytes);
-    label[mark->label_bytes] = '\0';
+    memcpy(mark, plain, sizeof *mark);
+    if (mark->version != VREP_MARK_VERSION && mark->version != VREP_MARK_CUT_VERSION)
+        return VREP_E_VERSION;
+    if (mark->version == VREP_MARK_CUT_VERSION)
+        status = cut_of(plain + at, got - at, out, &taken);
+    if (status != VREP_OK)
+        return status;
+    at += taken;
+    if (mark->flags != 0 || mark->label_bytes > VREP_LABEL_BYTES_MAX ||
+        mark->label_bytes != got - at || memchr(plain + at, 0, mark->label_bytes) != NULL)
+        return VREP_E_CORRUPT;
+    memcpy(out->label, plain + at, mark->label_bytes);
     return VREP_OK;
 }
 

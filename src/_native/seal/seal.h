@@ -145,9 +145,15 @@ int vrep_opener_record(struct vrep_opener *opener, const void *record, size_t le
 int vrep_opener_hashes(struct vrep_opener *opener, const void *record, size_t len, void *out,
                        size_t cap, size_t *written);
 
-/* Opens a MARK: its struct, and its label (NUL-terminated). */
+/* A MARK in the clear. `cut` and `at` are zero where its version is VREP_MARK_VERSION. */
+struct vrep_opened_mark {
+    struct vrep_mark mark;
+    struct vrep_cut cut;
+    struct vrep_position at[VREP_LANES_MAX]; /* cut.lanes of them, rising by lane */
+    char label[VREP_LABEL_BYTES_MAX + 1];    /* NUL-terminated */
+};
 int vrep_opener_mark(struct vrep_opener *opener, const void *record, size_t len,
-                     struct vrep_mark *mark, char label[VREP_LABEL_BYTES_MAX + 1]);
+                     struct vrep_opened_mark *out);
 
 /* ---- tally --------------------------------------------------------------- */
 

@@ -49,6 +49,12 @@ cdef extern from "filter/group.h" nogil:
         VREP_STEP_SLOW
         VREP_STEP_PROBER
         VREP_GROUP_MIRROR
+        VREP_LANES_MAX
+    struct vrep_position:
+        uint32_t epoch
+        uint16_t lane
+        uint16_t reserved
+        uint64_t seq
     struct vrep_group:
         pass
     struct vrep_map:
@@ -64,6 +70,7 @@ cdef extern from "filter/group.h" nogil:
         uint8_t target_id[16]
         uint8_t epoch_id[16]
         uint32_t epoch
+        uint16_t lane
         uint32_t flags
         uint64_t first_seq
         const vrep_group_disk *disks
@@ -121,6 +128,9 @@ cdef extern from "filter/group.h" nogil:
         uint32_t flush_failed
         uint32_t resync_allowed
         uint64_t acknowledged
+        uint64_t cuts
+        uint64_t cuts_void
+        uint64_t cut_hold_ns_max
         uint32_t handover
         uint32_t handover_waiting
         uint32_t sizes_due
@@ -160,6 +170,12 @@ cdef extern from "filter/group.h" nogil:
     int vrep_group_consumer_detach(vrep_group *group, uint32_t role)
     int vrep_group_mark(vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq)
     int vrep_group_object(vrep_group *group, const void *data, uint32_t length, uint64_t *seq)
+    int vrep_group_cut_hold(vrep_group *group, const uint8_t *cut_id, uint64_t limit_ns)
+    int vrep_group_cut_mark(vrep_group *group, const uint8_t *cut_id, uint64_t *seq)
+    int vrep_group_cut_release(vrep_group *group, const uint8_t *cut_id)
+    int vrep_group_cut_complete(vrep_group *group, const uint8_t *cut_id,
+                                const vrep_position *lanes, uint16_t count, const char *label,
+                                uint16_t label_bytes, uint64_t *seq)
     int vrep_group_resync(vrep_group *group, bint allowed, uint64_t bytes_per_s, bint all)
     int vrep_group_lose_ring(vrep_group *group)
     int vrep_group_let_go(vrep_group *group)

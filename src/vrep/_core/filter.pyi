@@ -72,6 +72,9 @@ class GroupStatus(TypedDict):
     flush_failed: bool
     resync_allowed: bool
     acknowledged: int
+    cuts: int
+    cuts_void: int
+    cut_hold_ns_max: int
     handover: str
     handover_waiting: bool
     sizes_due: int
@@ -90,6 +93,7 @@ class Group:
         epoch_id: bytes = ...,
         epoch: int = 1,
         first_seq: int = 0,
+        lane: int = 0,
         shm_dir: str | PathLike[str] | None = None,
         state_dir: str | PathLike[str] | None = None,
         tap: bool = True,
@@ -113,6 +117,9 @@ class Group:
     def status(self) -> GroupStatus: ...
     def mark(self, label: str = "") -> int: ...
     def put_object(self, data: Buffer) -> int: ...
+    def cut_complete(
+        self, cut_id: bytes, lanes: Iterable[tuple[int, int, int]], label: str = ""
+    ) -> int: ...
     def resync(
         self, allowed: bool = True, *, bytes_per_s: int = 0, everything: bool = False
     ) -> None: ...
@@ -145,3 +152,5 @@ class Group:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+def cut_all(groups: Iterable[Group], cut_id: bytes, limit_ms: float = 10.0) -> list[int]: ...

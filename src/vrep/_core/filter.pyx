@@ -82,6 +82,15 @@ cdef struct object_request:
     uint32_t length
     uint64_t seq
 
+cdef struct cut_request:
+    const uint8_t *cut_id
+    uint64_t limit_ns
+    uint64_t seq
+    const vrep_position *lanes
+    uint16_t count
+    const char *label
+    uint16_t label_bytes
+
 cdef struct resync_request:
     bint allowed
     bint everything
@@ -133,6 +142,25 @@ cdef int run_mark(vrep_group *group, void *argument) noexcept nogil:
 cdef int run_object(vrep_group *group, void *argument) noexcept nogil:
     cdef object_request *request = <object_request *>argument
     return vrep_group_object(group, request.data, request.length, &request.seq)
+
+
+cdef int run_cut_hold(vrep_group *group, void *argument) noexcept nogil:
+    cdef cut_request *request = <cut_request *>argument
+    cdef int status = vrep_group_cut_hold(group, request.cut_id, request.limit_ns)
+    if status != VREP_OK:
+        return status
+    return vrep_group_cut_mark(group, request.cut_id, &request.seq)
+
+
+cdef int run_cut_release(vrep_group *group, void *argument) noexcept nogil:
+    cdef cut_request *request = <cut_request *>argument
+    return vrep_group_cut_release(group, request.cut_id)
+
+
+cdef int run_cut_complete(vrep_group *group, void *argument) noexcept nogil:
+    cdef cut_request *request = <cut_request *>argument
+    return vrep_group_cut_complete(group, request.cut_id, request.lanes, request.count,
+                                   request.label, request.label_bytes, &request.seq)
 
 
 cdef int run_resync(vrep_group *group, void *argument) noexcept nogil:
@@ -212,6 +240,12 @@ cdef int run_mirror_barrier(vrep_group *group, void *argument) noexcept nogil:
     return vrep_group_mirror_barrier(group, (<uint64_t *>argument)[0])
 
 
+cdef const uint8_t *id_of(bytes cut_id) except NULL:
+    if len(cut_id) != 16:
+        raise InvalidError("a cut's id has 16 bytes")
+    return <const uint8_t *><const char *>cut_id
+
+
 cdef uint32_t role_of(object role) except 0:
     try:
         return ROLES[role]
@@ -229,6 +263,7 @@ cdef class Group:
 
     def __cinit__(self, disks, *, bytes group_id, bytes target_id=bytes(16),
                   bytes epoch_id=bytes(16), uint32_t epoch=1, uint64_t first_seq=0,
+                  uint16_t lane=0,
                   shm_dir=None, state_dir=None,
                   bint tap=True, bint bypass=False, bint read_only=False, bint direct=False,
                   bint handover=False, bint mirror=False,
@@ -264,6 +299,7 @@ cdef class Group:
             memcpy(config.epoch_id, <const char *>epoch_id, 16)
             config.epoch = epoch
             config.first_seq = first_seq
+            config.lane = lane
             config.flags = ((VREP_GROUP_TAP if tap else 0) | (VREP_GROUP_DIRECT if direct else 0)
                             | (VREP_GROUP_READ_ONLY if read_only else 0)
                             | (VREP_GROUP_BYPASS if bypass else 0)
@@ -372,6 +408,25 @@ cdef class Group:
             self.call(run_object, &request)
         finally:
             PyBuffer_Release(&view)
+        return request.seq
+
+    def cut_complete(self, bytes cut_id, lanes, str label=""):
+        """Put the record that completes a cut; return its seq. ``lanes`` are the positions of
+        its marks, ``(epoch, lane, seq)``, rising by lane; seq 0 for a lane without a part."""
+        cdef cut_request request
+        cdef vrep_position at[VREP_LANES_MAX]
+        cdef int i
+        lanes, text = list(lanes), label.encode()
+        if not 0 < len(lanes) <= VREP_LANES_MAX:
+            raise InvalidError(f"a cut has 1 to {VREP_LANES_MAX} lanes, not {len(lanes)}")
+        if len(text) > 255:
+            raise InvalidError("a label has at most 255 bytes")
+        for i, (epoch, lane, seq) in enumerate(lanes):
+            at[i].epoch, at[i].lane, at[i].reserved, at[i].seq = epoch, lane, 0, seq
+        request.cut_id = id_of(cut_id)
+        request.lanes, request.count = at, <uint16_t>len(lanes)
+        request.label, request.label_bytes = <const char *>text, <uint16_t>len(text)
+        self.call(run_cut_complete, &request)
         return request.seq
 
     def resync(self, bint allowed=True, *, uint64_t bytes_per_s=0, bint everything=False):
@@ -624,3 +679,46 @@ cdef class Group:
 
     def __exit__(self, *exception):
         self.close()
+
+
+def cut_all(groups, bytes cut_id, double limit_ms=10.0):
+    """Hold, mark and release some lanes that are served in this process, for one cut; return the
+    seqs of their marks. Each marks as soon as it holds, and holds until all have marked: so the
+    first one waits for as little as can be. What fails is raised with ``lane``, the number of the
+    group that failed; the cut is void then, and nothing is held. The interpreter runs meanwhile.
+    """
+    cdef vrep_group *handles[VREP_LANES_MAX]
+    cdef cut_request requests[VREP_LANES_MAX]
+    cdef int i = 0, count, failed = -1, status = VREP_OK, other
+    cdef Group group
+    groups = list(groups)
+    count = len(groups)
+    if not 0 < count <= VREP_LANES_MAX:
+        raise InvalidError(f"a cut has 1 to {VREP_LANES_MAX} lanes, not {count}")
+    entered = []
+    try:
+        for i, group in enumerate(groups):
+            handles[i] = group.enter()
+            entered.append(group)
+            requests[i].cut_id = id_of(cut_id)
+            requests[i].limit_ns = <uint64_t>(limit_ms * 1000000)
+        with nogil:
+            for i in range(count):
+                status = vrep_group_call(handles[i], run_cut_hold, &requests[i])
+                if status != VREP_OK:
+                    failed = i
+                    break
+            for i in range(count):
+                # Whatever failed: a lane that holds for another cut is left alone.
+                other = vrep_group_call(handles[i], run_cut_release, &requests[i])
+                if status == VREP_OK and other != VREP_OK:
+                    status, failed = other, i
+    finally:
+        for group in entered:
+            group.leave()
+    try:
+        check(status)
+    except Exception as error:
+        error.lane = failed
+        raise
+    return [requests[i].seq for i in range(count)]

@@ -12,6 +12,7 @@ RECORD: Layout
 STREAM: Layout
 TALLY: Layout
 MARK: Layout
+CUT: Layout
 OBJECT: Layout
 RING_SLOT: Layout
 RING_DESC: Layout
@@ -46,6 +47,7 @@ RECORD_FOUND: Layout
 PIECE: Layout
 
 DISKS_MAX: int
+LANES_MAX: int
 TARGETS_MAX: int
 GENERATIONS: int
 WRITE_BYTES_MAX: int
@@ -58,6 +60,8 @@ INTENT_BYTES: int
 SECTOR_BYTES: int
 NAME_BYTES: int
 OBJECT_BYTES_MAX: int
+MARK_VERSION: int
+MARK_CUT_VERSION: int
 LABEL_BYTES_MAX: int
 KIND_LAST: int
 RECORD_MAGIC: int

@@ -35,10 +35,24 @@ cdef extern from "seal/seal.h":
         uint64_t mono_ns
     int VREP_E_RANGE
     int VREP_E_FULL
+    int VREP_MARK_CUT_VERSION
     struct vrep_stream:
         pass
     struct vrep_mark:
         uint64_t wall_ns
+        uint16_t version
+    struct vrep_cut:
+        uint8_t cut_id[16]
+        uint16_t lanes
+    struct vrep_position:
+        uint32_t epoch
+        uint16_t lane
+        uint64_t seq
+    struct vrep_opened_mark:
+        vrep_mark mark
+        vrep_cut cut
+        vrep_position at[64]
+        char label[256]
     struct vrep_tally:
         pass
     struct vrep_sealer_options:
@@ -99,7 +113,7 @@ cdef extern from "seal/seal.h":
     int vrep_opener_hashes(vrep_opener *opener, const void *record, size_t length, void *out,
                            size_t cap, size_t *written) nogil
     int vrep_opener_mark(vrep_opener *opener, const void *record, size_t length,
-                         vrep_mark *mark, char *label)
+                         vrep_opened_mark *out)
     int vrep_tally_new(vrep_tally_check **out)
     void vrep_tally_free(vrep_tally_check *tally)
     enum:
@@ -115,7 +129,6 @@ cdef enum:
     KEY_BYTES = 32
     ID_BYTES = 16
     SECRET_BYTES = 192
-    LABEL_ROOM = 256
 
 
 cdef int copy_exactly(object source, void *to, Py_ssize_t size, str what) except -1:
@@ -607,19 +620,36 @@ cdef class Opener:
 
     def mark(self, record):
         """Open a MARK: ``(wall_ns, label)``."""
+        cdef vrep_opened_mark opened
+        self.open_mark(record, &opened)
+        return opened.mark.wall_ns, (<bytes>opened.label).decode("utf-8")
+
+    def cut(self, record):
+        """Open a MARK as the part of a cut that it is: ``(cut id, positions)``, each position
+        ``(epoch, lane, seq)``, rising by lane. None for a mark of a lane alone; no positions for
+        the mark of one lane, those of all the group's for the record that completes the cut."""
+        cdef vrep_opened_mark opened
+        cdef int i
+        self.open_mark(record, &opened)
+        if opened.mark.version != VREP_MARK_CUT_VERSION:
+            return None
+        return <bytes>opened.cut.cut_id[:ID_BYTES], tuple([
+            (opened.at[i].epoch, opened.at[i].lane, opened.at[i].seq)
+            for i in range(opened.cut.lanes)
+        ])
+
+    cdef int open_mark(self, record, vrep_opened_mark *opened) except -1:
         cdef Py_buffer view
-        cdef vrep_mark mark
-        cdef char label[LABEL_ROOM]
         PyObject_GetBuffer(record, &view, PyBUF_SIMPLE)
         try:
             self.enter()
             try:
-                check(vrep_opener_mark(self.opener, view.buf, <size_t>view.len, &mark, label))
+                check(vrep_opener_mark(self.opener, view.buf, <size_t>view.len, opened))
             finally:
                 self.busy = False
         finally:
             PyBuffer_Release(&view)
-        return mark.wall_ns, (<bytes>label).decode("utf-8")
+        return 0
 
     def tally(self, record, Tally tally not None):
         """Open a TALLY and compare it with what ``tally`` took; return its TALLY struct.

@@ -12,6 +12,7 @@ class Scan(TypedDict):
     records: int
     commits: int
     last: tuple[int, int]
+    lane: int
     durable: tuple[int, int]
 
 def header(fields: Any) -> bytes: ...

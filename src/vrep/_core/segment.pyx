@@ -10,7 +10,7 @@ from vrep.errors import CorruptError, InvalidError
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stddef cimport size_t
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from vrep._core._status cimport check
@@ -18,6 +18,7 @@ from vrep._core._status cimport check
 cdef extern from "format/segment.h":
     struct vrep_position:
         uint32_t epoch
+        uint16_t lane
         uint64_t seq
     struct vrep_segment_header:
         pass
@@ -197,6 +198,7 @@ def scan(buffer, group_id, uint32_t segment, *, known=None, bint commits=False):
             "end": result.end, "wrong_at": result.wrong_at, "proof_at": result.proof_at,
             "records": result.records, "commits": result.commits,
             "last": (result.last.epoch, result.last.seq),
+            "lane": result.last.lane,
             "durable": (result.durable.epoch, result.durable.seq),
         }, found[:result.commits].copy()
     finally:

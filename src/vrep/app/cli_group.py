@@ -119,6 +119,12 @@ def protect(
         str | None,
         typer.Option("--iscsi-auth", metavar="FILE", help="CHAP: a name and a secret a line."),
     ] = None,
+    lanes: Annotated[
+        int,
+        typer.Option(
+            "--lanes", metavar="N", help="Filter threads that the disks are dealt out to, in turn."
+        ),
+    ] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
     window: Annotated[
         str | None,
@@ -175,6 +181,7 @@ def protect(
         accept_key_loss=accept_key_loss,
         options=options,
         fronts=fronts,
+        lanes=lanes,
     )
     if wait:
         _wait(site, group, as_json)
@@ -192,7 +199,8 @@ def _emit_disks(
     last: str = "",
 ) -> None:
     """Say where a VM finds the disks of a group."""
-    uris = {disk.name: site.disk_uri(group, disk.name) for disk in definition.disks}
+    names = [disk.name for lane in site.lanes_of(group) for disk in site.groups.load(lane).disks]
+    uris = {name: site.disk_uri(group, name) for name in names}
     lines = [text, *(f"  {name}: {uri}" for name, uri in uris.items()), *([last] if last else [])]
     answer = {"group": group, "group_id": definition.group_id, "disks": uris}
     emit(answer, as_json, "\n".join(lines))
@@ -203,7 +211,7 @@ def _keep(
 ) -> None:
     """Change what the target keeps of a group."""
     problem = site.keep(group, window_s=window_s, quota_bytes=quota_bytes)
-    options = site.groups.load(group).options
+    options = site.options_of(group)
     text = f"{group}: the target keeps "
     text += f"{options.window_s} s of history" if options.window_s else "all history"
     text += f" in at most {options.quota_bytes} bytes" if options.quota_bytes else ""
@@ -317,7 +325,10 @@ def checkpoint(
     recovered once it is durable at the target."""
     wait_s = CHECKPOINT_WAIT_S if wait else 0.0
     mark = site_of(directory).checkpoint(group, label, wait_s=wait_s, quiesce=quiesce, agent=agent)
-    text = f"{label}: position {mark['seq']}, {time_text(mark['wall_ns'])}"
+    where = mark.get("point") or f"position {mark['seq']}"
+    text = f"{label}: {where}, {time_text(mark['wall_ns'])}"
+    if mark.get("absent"):
+        text += f"; without lane {', '.join(map(str, mark['absent']))}"
     if not mark["durable"]:
         text += "; not durable at the target yet"
     if quiesce:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vrep.app.cli_output import emit
 from vrep.app.cli_view import view_text
+from vrep.errors import NotFoundError
 
 if TYPE_CHECKING:
     from vrep.recovery.view import ViewInfo
@@ -40,8 +41,11 @@ class Start:
             from vrep.recovery import launch
 
             if launch.can_fork():
-                self._show(launch.fork_test(self.directory, self.group, self.at, self.since))
-                return
+                try:
+                    self._show(launch.fork_test(self.directory, self.group, self.at, self.since))
+                    return
+                except NotFoundError:
+                    pass  # a group of several lanes is not one history: below
         from vrep.site import Site
 
         site = Site(self.directory)

@@ -48,6 +48,7 @@ def points_text(found: PointList) -> str:
         label = "(its label needs the key)" if mark.label is None else mark.label
         spoilt = "" if mark.recoverable else " (inside a gap)"
         rows.append((mark.time, f"checkpoint {label}{spoilt}", mark.point))
+    rows += _cut_rows(found)
     states = {v.point: _verdict_text(v) for v in found.verdicts}
     listed = {point for _time, _what, point in rows}
     rows += [(v.time or "?", "verified", v.point) for v in found.verdicts if v.point not in listed]
@@ -67,6 +68,19 @@ def points_text(found: PointList) -> str:
     if verdict.note:
         lines.append(verdict.note)
     return "\n".join(lines)
+
+
+def _cut_rows(found: PointList) -> list[tuple[str, str, str]]:
+    """The first and the last of the cuts of a group with several lanes, and those in which a lane
+    has no part; checkpoints have lines of their own."""
+    rows = []
+    for i, cut in enumerate(found.cuts):
+        without = f", without lane {', '.join(map(str, cut.absent))}" if cut.absent else ""
+        begins = i == 0 or found.cuts[i - 1].absent != cut.absent
+        if begins or i == len(found.cuts) - 1:
+            which = f"cut {i + 1} of {len(found.cuts)}"
+            rows.append((cut.time, f"{which}{without}", cut.point))
+    return rows
 
 
 def _verdict_text(verdict: VerdictInfo) -> str:

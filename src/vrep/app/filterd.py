@@ -23,6 +23,7 @@ import structlog
 from vrep import iscsi
 from vrep._core.filter import Group
 from vrep._core.serve import Server
+from vrep.app.filter_cuts import FilterCuts
 from vrep.app.publishing import Publisher
 from vrep.app.resizing import note_sizes, open_disks, plan_resize
 from vrep.control import ControlServer, Reply
@@ -41,6 +42,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory, gives_way, pauses_guest
+from vrep.lanes import lane_of
 from vrep.paths import SitePaths, socket_gid
 from vrep.settings import Config
 from vrep.wire.address import parse_address
@@ -133,6 +135,7 @@ class FilterHost:
                 "consumer_attach": self._consumer_attach,
                 "consumer_detach": self._consumer_detach,
                 "mark": self._mark,
+                "cut": FilterCuts(self._groups, self._lane).cut,
                 "resync": self._resync,
                 "lose_ring": self._lose_ring,
                 "compare": self._compare,
@@ -326,6 +329,7 @@ class FilterHost:
                 epoch_id=bytes.fromhex(definition.epoch_id),
                 epoch=definition.epoch,
                 first_seq=definition.parent.seq,
+                lane=lane_of(definition.name),
                 shm_dir=shm,
                 state_dir=self._groups.path(definition.name),
                 direct=options.direct,
@@ -419,6 +423,9 @@ class FilterHost:
         if failed is not None:
             raise failed.error
         raise NotFoundError(f"no group {name!r} is served here")
+
+    def _lane(self, name: str) -> Group:
+        return self._host({"group": name}).group
 
     def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
         if params.get("group") is not None:

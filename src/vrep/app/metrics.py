@@ -52,6 +52,11 @@ METRICS: Final = (
     Definition("vrep_group_epoch", "gauge", _GROUP, "the epoch that writes"),
     Definition("vrep_group_clients", "gauge", _GROUP, "NBD connections"),
     Definition("vrep_group_size_bytes", "gauge", ("group", "disk"), "size of a protected disk"),
+    Definition("vrep_lane_cuts_total", "counter", _GROUP, "cuts that a lane held for to the end"),
+    Definition(
+        "vrep_lane_cuts_void_total", "counter", _GROUP, "holds that ended by themselves: void cuts"
+    ),
+    Definition("vrep_lane_hold_max_seconds", "gauge", _GROUP, "longest wait of answers for a cut"),
     Definition("vrep_target_connected", "gauge", _TARGET, "1 while the session stands"),
     Definition(
         "vrep_target_rpo_seconds", "gauge", _TARGET, "age of the oldest write not durable there"
@@ -106,6 +111,11 @@ def samples(
 
 def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
     yield "vrep_group_clients", (name,), float(group["clients"])
+    lane = group.get("filter") if group.get("cuts") else None
+    if lane:
+        yield "vrep_lane_cuts_total", (name,), float(lane["cuts"])
+        yield "vrep_lane_cuts_void_total", (name,), float(lane["cuts_void"])
+        yield "vrep_lane_hold_max_seconds", (name,), lane["cut_hold_ns_max"] / 1e9
     for disk in group["disks"]:
         yield "vrep_group_size_bytes", (name, disk["name"]), float(disk["size"])
     for target in group["targets"]:

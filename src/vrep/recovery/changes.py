@@ -28,7 +28,15 @@ from vrep.recovery.points import PointInfo
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["ChangeList", "DiskChanges", "Extent", "changed", "changes_between", "list_changes"]
+__all__ = [
+    "BLOCK_BYTES",
+    "ChangeList",
+    "DiskChanges",
+    "Extent",
+    "changed",
+    "changes_between",
+    "list_changes",
+]
 
 
 class Extent(msgspec.Struct, frozen=True, gc=False):

@@ -199,14 +199,15 @@ class _Check:
         solid = headers[headers["kind"] != layout.KIND_STREAM]
         if (solid["kind"] == layout.KIND_TALLY).any():
             raise CorruptError(f"{where} was folded, but has a tally")
-        reach = dict(line)
+        reach, lane = dict(line), self.reader.manifest.lane
         for epoch, seq in zip(solid["epoch"].tolist(), solid["seq"].tolist(), strict=True):
-            if (epoch, 0, seq) <= self.state.position or seq > reach.get(epoch, 0):
+            here = (epoch, lane, seq)
+            if here <= self.state.position or seq > reach.get(epoch, 0):
                 raise OmittedError(
-                    f"{where}: {epoch}/0/{seq} does not belong behind "
+                    f"{where}: {Position(*here)} does not belong behind "
                     f"{Position(*self.state.position)}"
                 )
-            self.state.position = (epoch, 0, seq)
+            self.state.position = here
 
     def _known_stream(self, where: str, whole: memoryview) -> bytes:
         """The body of a STREAM record, of an epoch that the store knows."""

@@ -45,7 +45,7 @@ from vrep.target.epochs import EpochDoor, entry_of
 from vrep.target.manifest import EpochEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["Failover", "choose", "commit", "rollback", "serve", "start"]
+__all__ = ["Failover", "choose", "commit", "require_no_writer", "rollback", "serve", "start"]
 
 REPORT_WAIT_S: Final = 3.0
 IDLE_REPORT_WAIT_S: Final = 16.0
@@ -118,6 +118,11 @@ def _require_no_writer(failover: Failover) -> None:
             raise errors.SourceAliveError(_why_alive(failover.held.name, source))
         time.sleep(0.05)
         source = failover.door.state()["source"]
+
+
+def require_no_writer(paths: SitePaths, group: str) -> None:
+    """SourceAliveError unless `start` would take a group over without being forced."""
+    _require_no_writer(Failover(paths, group))
 
 
 def _why_alive(name: str, source: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ class Fetcher:
 
     def __init__(self, reader: StoreReader, extents: ExtentMap, access: KeyAccess) -> None:
         self._reader = reader
+        self._lane = reader.manifest.lane
         self._extents = extents
         self._access = access
         self._streams = extents.streams
@@ -128,8 +129,8 @@ class Fetcher:
             self._open(disk, extent, key, skip, out)
         except IntegrityError as error:
             raise type(error)(
-                f"record {int(extent['epoch'])}/0/{int(extent['seq'])} in segment {segment:08x} "
-                f"at byte {position}, piece {piece}: {error.detail}"
+                f"record {int(extent['epoch'])}/{self._lane}/{int(extent['seq'])} in segment "
+                f"{segment:08x} at byte {position}, piece {piece}: {error.detail}"
             ) from None
 
     def _open(
@@ -144,7 +145,8 @@ class Fetcher:
         start = offset + piece * _PIECE
         size = min(_PIECE, length - piece * _PIECE)
         if (
-            (epoch, lane, seq, on_disk) != (int(extent["epoch"]), 0, int(extent["seq"]), disk)
+            (epoch, lane, seq) != (int(extent["epoch"]), self._lane, int(extent["seq"]))
+            or on_disk != disk
             or size <= 0
             or piece >= pieces
             or start + skip != int(extent["offset"])

@@ -117,10 +117,10 @@ def _walk(reader: StoreReader, segment: int, start: int = 128) -> Iterator[Found
 def _end_of(reader: StoreReader, epoch: int) -> Position:
     """The last durable position of an epoch's line that this store holds: its own; of an epoch that
     has none here, as it wrote nothing or another site holds what it wrote, that of its parent."""
-    for number, reach in reader.ancestry(Position(epoch, 0, _ALL)):
+    for number, reach in reader.ancestry(reader.manifest.end_of(epoch)):
         if reader.durable.epoch == number and reader.durable.seq <= reach:
             return reader.durable
-        first, last = Position(number), Position(number, 0, reach)
+        first, last = Position(number), reader.manifest.end_of(number)._replace(seq=reach)
         for segment in reversed(reader.numbers(first, last)):
             found = [
                 each.position
@@ -370,6 +370,10 @@ class History:
 
     # ---- marks -----------------------------------------------------------------------
 
+    def events(self, kind: int) -> list[Event]:
+        """The events of the line that are of a kind, in order."""
+        return [event for event in self._events if event.kind == kind]
+
     def marks(self, access: KeyAccess | None) -> list[Mark]:
         """Checkpoints of the line, oldest first."""
         found = []
@@ -415,7 +419,7 @@ def resolve(reader: StoreReader, text: str, access: KeyAccess | None, now_ns: in
 def _resolve_position(reader: StoreReader, position: Position) -> Found:
     entry = reader.manifest.epoch(position.epoch)
     last = _end_of(reader, entry.epoch)
-    if position.seq > last.seq or position.lane:
+    if position.seq > last.seq or position.lane != reader.manifest.lane:
         raise PointNotFoundError(f"pos:{position}: the last of its epoch is pos:{last}")
     # The whole line of its epoch, so that an error can name what comes after as well.
     history = History(reader, last if last.epoch == position.epoch else position)

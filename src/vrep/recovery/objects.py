@@ -200,7 +200,7 @@ def _read_segment(path: Path, group_id: bytes, entry: Any) -> None:
     if result["end"] != end:
         raise CorruptError(
             f"damaged at byte {result['wrong_at']} of {end}, after position "
-            f"{result['last'][0]}/0/{result['last'][1]}"
+            f"{result['last'][0]}/{result['lane']}/{result['last'][1]}"
         )
 
 

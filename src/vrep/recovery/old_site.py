@@ -36,7 +36,7 @@ def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
         seq = min(seq, at.seq)
     if at.epoch != mine:
         raise errors.StateError(f"epoch {epochs[-1].epoch} does not go on from epoch {mine}")
-    return Position(mine, 0, seq)
+    return Position(mine, at.lane, seq)
 
 
 def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:

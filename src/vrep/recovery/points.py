@@ -20,7 +20,16 @@ from vrep.recovery.verdict import VerdictBook, VerdictInfo, judge
 from vrep.target.manifest import EpochEntry, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["EpochInfo", "Gap", "MarkInfo", "PointInfo", "PointList", "PointRange", "list_points"]
+__all__ = [
+    "CutInfo",
+    "EpochInfo",
+    "Gap",
+    "MarkInfo",
+    "PointInfo",
+    "PointList",
+    "PointRange",
+    "list_points",
+]
 
 
 class PointInfo(msgspec.Struct, frozen=True):
@@ -54,6 +63,17 @@ class MarkInfo(msgspec.Struct, frozen=True):
     recoverable: bool
 
 
+class CutInfo(msgspec.Struct, frozen=True):
+    """A recovery point of a group with several lanes."""
+
+    point: str
+    time: str
+    label: str
+    """empty: it was made because it was time to"""
+    absent: list[int]
+    """lanes that had no part in it: of their disks it holds nothing"""
+
+
 class EpochInfo(msgspec.Struct, frozen=True):
     """A writer's reign, and where it left its parent."""
 
@@ -82,6 +102,8 @@ class PointList(msgspec.Struct, frozen=True):
     """of verifications (see `vrep verify`), by point"""
     objects: list[ObjectInfo] = []
     """at the newest point; their names are sealed: empty without the key"""
+    cuts: list[CutInfo] = []
+    """the points of a group with several lanes, oldest first; such a group has no ranges"""
 
 
 def _info(position: Position, wall_ns: int) -> PointInfo:

@@ -22,7 +22,10 @@ from collections.abc import Callable
 from typing import Final
 
 from vrep import errors
+from vrep.lanes import lane_of
 from vrep.paths import SitePaths
+from vrep.recovery import joined
+from vrep.recovery.cuts import find_lanes
 from vrep.recovery.held import held_groups
 from vrep.recovery.verdict import VerdictBook
 from vrep.recovery.verify import VerifyOptions, verify
@@ -61,6 +64,8 @@ class VerifySchedule:
         for group_id, held in held_groups(self._paths):
             if isinstance(held, errors.VrepError):
                 continue  # the status says so; a verification could not say more
+            if lane_of(held.name):
+                continue  # it is verified with lane 0 of its group
             book = VerdictBook(self._paths, group_id)
             times = [held.manifest.epochs[0].wall_ns / 1e9]
             for position in book.positions():
@@ -130,7 +135,11 @@ def main(arguments: list[str]) -> int:
         command=config.verify.command,
         limit_s=config.verify.limit_s,
     )
-    report = verify(paths, arguments[1], options=options)
+    lanes = find_lanes(paths, arguments[1])
+    if lanes is not None:
+        report = joined.verify(paths, lanes, options=options)
+    else:
+        report = verify(paths, arguments[1], options=options)
     asked = report.verdicts[0]
     if report.result == "bad":
         text = next(v.text for v in report.verdicts if v.state not in ("good", "intact"))

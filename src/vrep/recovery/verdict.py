@@ -334,7 +334,7 @@ def _why_void(
     known = {entry.epoch for entry in manifest.epochs}
     if position.epoch not in known or history_of(manifest, position) != finding.history:
         return "the epochs below the point are not those that were verified"
-    line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, (1 << 64) - 1)))
+    line = dict(manifest.ancestry(manifest.end_of(manifest.accepted_epoch.epoch)))
     if not manifest.keeps(position):
         return f"what was before {manifest.horizon} was folded away"
     if position.seq > line.get(position.epoch, 0):

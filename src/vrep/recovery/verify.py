@@ -412,7 +412,7 @@ def _sample(
         inside = rng.choice(ranges)
         first, last = inside.first, inside.last
         low = first.seq if first.epoch == last.epoch else 1
-        tries.append(Position(last.epoch, 0, rng.randint(low, last.seq)))
+        tries.append(last._replace(seq=rng.randint(low, last.seq)))
     for position in tries:
         if len(chosen) >= count:
             break

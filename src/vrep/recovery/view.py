@@ -32,6 +32,7 @@ import msgspec
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.durable import make_private_directory, sync_directory, write_atomic
+from vrep.lanes import group_of, is_lane
 from vrep.paths import SitePaths
 from vrep.recovery.alone import under_way
 
@@ -67,6 +68,8 @@ class ViewDisk(msgspec.Struct, frozen=True):
     name: str
     bytes: int
     uri: str
+    bitmap: str | None = None
+    """of a group with several lanes: the NBD metadata context that tells what may differ"""
 
 
 class ViewInfo(msgspec.Struct, frozen=True):
@@ -602,14 +605,22 @@ def ended(view: ViewDirectory, timeout_s: float = STOP_S) -> Iterator[None]:
         os.close(fd)
 
 
+def _names_of(record: ViewRecord) -> tuple[str, ...]:
+    """What a view may be called by: its id, its group or lane; a lane's group, too. The id of
+    the whole group is the last."""
+    names = (record.id, record.group, record.group_id)
+    if not is_lane(record.group):
+        return names
+    return (*names, group_of(record.group), f"{record.group_id[:28]}0000")
+
+
 def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
     """End the tests of a group (or the one with this id), and delete what they wrote. `group`
     may itself be a view's id."""
     matches = [
         (view, record)
         for view in view_directories(paths)
-        if group in ((record := view.load()).id, record.group_id, record.group)
-        and view_id in (None, record.id)
+        if group in _names_of(record := view.load()) and view_id in (None, record.id)
     ]
     tests = [(view, record) for view, record in matches if record.kind == "test"]
     if not tests:
@@ -618,7 +629,7 @@ def stop_test(paths: SitePaths, group: str, view_id: str | None = None) -> None:
                 f"{group!r} is a failover: commit it or roll it back, it is not a test"
             )
         raise errors.NotFoundError(f"no test of {group!r} runs here")
-    groups = {record.group_id for _view, record in tests}
+    groups = {_names_of(record)[-1] for _view, record in tests}
     if len(groups) > 1:
         raise errors.InvalidError(
             f"{len(groups)} groups are called {group!r}: give an id: {', '.join(sorted(groups))}"

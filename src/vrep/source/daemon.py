@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -16,9 +17,11 @@ from vrep.errors import NotFoundError, VrepError
 from vrep.groups import GroupDirectory
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
+from vrep.lanes import group_of, is_lane, lane_of
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
 from vrep.source.bandwidth import Bandwidth
+from vrep.source.cutter import Cutter
 from vrep.source.session import GroupSession
 from vrep.source.session_view import spill_view
 from vrep.source.spill import Spill, is_spilled
@@ -55,6 +58,7 @@ class Source:
         self._unspilled: dict[str, float] = {}
         """sessions whose spill could not be opened, and when that is tried again"""
         self._scanning = threading.Lock()
+        self._cutters: dict[str, Cutter] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._control: ControlServer | None = None
@@ -66,6 +70,7 @@ class Source:
             run / "source.sock",
             {
                 "status": self._status,
+                "cut": self._cut,
                 "reload": self._reload,
                 "stop": self._stop_requested,
             },
@@ -85,7 +90,11 @@ class Source:
         self._stopping.set()
         with self._lock:
             sessions = list(self._sessions.values())
+            cutters = list(self._cutters.values())
             self._sessions.clear()
+            self._cutters.clear()
+        for cutter in cutters:
+            cutter.stop()
         for session in sessions:
             session.stop()
         if self._control is not None:
@@ -100,6 +109,9 @@ class Source:
                     return
                 gone = [self._sessions.pop(name) for name in set(self._sessions) - names]
                 known = dict(self._sessions)
+                ended = self._scan_cutters({group_of(name) for name in names if is_lane(name)})
+            for cutter in ended:
+                cutter.stop()
             for session in gone:
                 self._unspilled.pop(session.name, None)
                 session.stop()
@@ -115,6 +127,25 @@ class Source:
             return self._groups.load(name).yielded
         except VrepError:
             return False  # its session says what is wrong
+
+    def _scan_cutters(self, groups: set[str]) -> list[Cutter]:
+        """Begin the cuts of groups with several lanes; those of groups that are gone, or whose
+        thread is, are to be stopped."""
+        ended = [
+            self._cutters.pop(name)
+            for name, cutter in list(self._cutters.items())
+            if name not in groups or not cutter.alive
+        ]
+        for name in sorted(groups - set(self._cutters)):
+            cutter = self._cutters[name] = Cutter(
+                name,
+                self._groups,
+                ControlClient(self._paths.socket("filter")),
+                every_s=self._config.cut_every_s,
+                gone_s=self._config.lane_gone_s,
+            )
+            cutter.start()
+        return ended
 
     def _tend(self, name: str, session: GroupSession | None) -> None:
         """Begin a group's session; again when it died, or can have its spill now."""
@@ -156,6 +187,8 @@ class Source:
             bandwidth=self._bandwidth,
         )
         self._unspilled.pop(name, None)
+        if is_lane(name):
+            session.cut_at = partial(self._cut_at, name)
         if problem:
             self._unspilled[name] = time.monotonic() + SPILL_AGAIN_S
             session.view.spill = spill_view(self._config.spill_bytes, full=problem)
@@ -189,10 +222,29 @@ class Source:
             if wanted is not None and wanted not in self._sessions:
                 raise NotFoundError(f"no group {wanted!r} is replicated here")
             return {
-                name: dataclasses.asdict(session.view)
+                name: self._view(name, session)
                 for name, session in self._sessions.items()
                 if wanted is None or name == wanted
             }
+
+    def _view(self, name: str, session: GroupSession) -> dict[str, Any]:
+        view = dataclasses.asdict(session.view)
+        cutter = self._cutters.get(group_of(name)) if is_lane(name) else None
+        if cutter is not None:
+            view["cuts"] = cutter.view()
+            view["newest_point"] = view["cuts"]["newest"]
+        return view
+
+    def _cut_at(self, name: str) -> tuple[int, int]:
+        cutter = self._cutters.get(group_of(name))
+        return cutter.durable_at(lane_of(name)) if cutter is not None else (0, 0)
+
+    def _cut(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        with self._lock:
+            cutter = self._cutters.get(str(params["group"]))
+        if cutter is None:
+            raise NotFoundError(f"no group {params['group']!r} of several lanes is replicated here")
+        return cutter.cut(str(params.get("label", "")))
 
     def _reload(self, params: Mapping[str, Any]) -> dict[str, Any]:
         try:

@@ -37,6 +37,7 @@ from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
 from vrep.keys.datakey import DataKey, inspect_wrapped, unwrap_data_key
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
+from vrep.lanes import lane_of
 from vrep.source.attach import RingHold
 from vrep.source.bandwidth import Bandwidth
 from vrep.source.delta import Delta, HashBook, Line
@@ -106,6 +107,9 @@ class GroupSession:
     ) -> None:
         self.name = name
         self.view = SessionView()
+        self.cut_at: Callable[[], tuple[int, int]] = lambda: (0, 0)
+        """of a lane: epoch and seq of its mark in the newest cut of all lanes that is durable with
+        each; zeroes: none"""
         self._groups = groups
         self._identity = identity
         self._peers = peers
@@ -449,7 +453,7 @@ class GroupSession:
                 ],
                 lanes=[
                     m.LaneOffer(
-                        lane=0,
+                        lane=lane_of(definition.name),
                         durable_seq=self.view.durable_seq,
                         oldest_seq=feed.oldest + 1,
                         newest_seq=hold.reader.head,
@@ -559,6 +563,7 @@ class GroupSession:
             data_key.stream_key(stream_id),
             stream_id,
             epoch=definition.epoch,
+            lane=lane_of(definition.name),
             resume_seq=durable,
             secret=data_key.hash_secret(),
             level=definition.options.compression,
@@ -567,7 +572,10 @@ class GroupSession:
             self._effort = Effort(definition.options.compression)
         transport.send(
             m.StreamStart(
-                stream_id=stream_id, key_generation=data_key.generation, resume_seq=durable
+                stream_id=stream_id,
+                key_generation=data_key.generation,
+                lane=lane_of(definition.name),
+                resume_seq=durable,
             ),
             CHANNEL,
         )
@@ -787,6 +795,7 @@ class GroupSession:
                 "head": int(status["head"]),
                 "dirty-bytes": int(status["dirty_bytes"]),
                 "unshipped-bytes": int(status["unshipped_bytes"]),
+                **({"cut-epoch": cut[0], "cut-seq": cut[1]} if (cut := self.cut_at())[1] else {}),
             },
         )
 

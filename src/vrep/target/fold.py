@@ -127,7 +127,7 @@ class Judge:
     def _covers(self, row: Any) -> bool:
         """Whether the store has a record of the line older than some zeroes, in their range."""
         epoch, seq = int(row["epoch"]), int(row["seq"])
-        before = self._map_to(Position(epoch, 0, seq - 1))
+        before = self._map_to(Position(epoch, self._manifest.lane, seq - 1))
         offset = int(row["offset"])
         found = before.next_written(int(row["disk"]), offset)
         return found is not None and found < offset + int(row["length"])

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vrep._core import layout
-from vrep.errors import CorruptError, FencedError, UnsupportedError
+from vrep.errors import CorruptError, FencedError
 from vrep.target.manifest import Manifest
 
 __all__ = ["judge_records"]
@@ -36,8 +36,8 @@ def judge_records(
             f"records of epoch {int(headers[wrong[0]]['epoch'])}, but epoch {accepted.epoch} "
             "is the one that is accepted"
         )
-    if (headers["lane"] != 0).any():
-        raise UnsupportedError("records of another lane than 0")
+    if (headers["lane"] != manifest.lane).any():
+        raise CorruptError(f"records of another lane than {manifest.lane}")
     kinds = headers["kind"]
     if not follows:
         # What lies between was written to another site: nothing in it is a point here, and the

@@ -23,6 +23,7 @@ from vrep._core import layout
 from vrep._core import manifest as native
 from vrep.errors import CorruptError, IntegrityError, NotFoundError, PointNotFoundError
 from vrep.groups import NAME
+from vrep.lanes import lane_of
 
 __all__ = [
     "DiskEntry",
@@ -174,6 +175,15 @@ class Manifest:
             received_bytes=int(head["received_bytes"]),
             folded_bytes=int(head["folded_bytes"]),
         )
+
+    @property
+    def lane(self) -> int:
+        """The number of the lane whose history this is."""
+        return lane_of(self.name)
+
+    def end_of(self, epoch: int) -> Position:
+        """Past every position of an epoch."""
+        return Position(epoch, self.lane, (1 << 64) - 1)
 
     def next(self, wall_ns: int, **changes: Any) -> Manifest:
         """The manifest that follows this one."""

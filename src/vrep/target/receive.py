@@ -32,6 +32,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import check_name
+from vrep.lanes import group_of, lane_ids_agree
 from vrep.target import runs
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.halts import Halts
@@ -194,7 +195,7 @@ class GroupHost:
                 store.set_wrapped_keys(message.wrapped_keys)
             session = Session(store, verdict.epoch, transport, channel, self.conditions)
             here = store.resume_position()
-            position = m.Position(epoch=here.epoch, lane=here.lane, seq=here.seq)
+            position = m.Position(epoch=here.epoch, lane=manifest.lane, seq=here.seq)
             points = wire_points(store)
             transport.send(
                 m.GroupOpened(
@@ -212,8 +213,10 @@ class GroupHost:
 
     def _admit(self, site_id: bytes, message: m.OpenGroup) -> GroupStore:
         """The store for an offer, created on first contact."""
-        if [lane.lane for lane in message.lanes] != [0]:
-            raise RefusedError("invalid", "groups of several lanes are not supported yet")
+        if len(message.lanes) != 1:
+            raise RefusedError("invalid", "each lane of a group has a channel of its own")
+        if not lane_ids_agree(message.name, self.group_id, message.lanes[0].lane):
+            raise RefusedError("invalid", f"{message.name!r} and its lane do not belong together")
         try:
             store = self.load()
             if store is None:
@@ -232,7 +235,7 @@ class GroupHost:
             raise RefusedError("invalid", "epochs begin at 1")
         try:
             # They come from another site, and become names of exports and of files.
-            check_name(message.name)
+            check_name(group_of(message.name))
             for disk in message.disks:
                 check_name(disk.name, "disk")
         except InvalidError as error:
@@ -305,7 +308,7 @@ class GroupHost:
         with self._lock:
             if self._session is not session or session.ended:
                 raise StateError("the session of the source ended meanwhile: its guest goes on")
-            position = Position(session.epoch.epoch, 0, head)
+            position = Position(session.epoch.epoch, session.store.manifest.lane, head)
             self.halts.begin(session, position)
             return position
 

@@ -39,7 +39,7 @@ def successor(
         state=EpochState(state),
         epoch_id=epoch_id or secrets.token_bytes(16),
         writer=writer,
-        parent=Position(known.epoch, parent.lane, parent.seq),
+        parent=Position(known.epoch, manifest.lane, parent.seq),
         wall_ns=wall_ns,
     )
 
@@ -84,7 +84,7 @@ def given_back(
         state=EpochState.ACCEPTED,
         epoch_id=secrets.token_bytes(16),
         writer=before.writer,
-        parent=Position(before.epoch, 0, durable.seq if own else before.parent.seq),
+        parent=Position(before.epoch, manifest.lane, durable.seq if own else before.parent.seq),
         wall_ns=wall_ns,
     )
     return (*epochs, entry)
@@ -114,7 +114,7 @@ def followed(known: tuple[EpochEntry, ...], told: Sequence[EpochEntry]) -> tuple
 def check_horizon(manifest: Manifest, horizon: Position) -> None:
     """StateError unless the horizon of a store may move there."""
     for entry in (manifest.accepted_epoch, manifest.current_epoch):
-        line = dict(manifest.ancestry(Position(entry.epoch, 0, _ALL)))
+        line = dict(manifest.ancestry(manifest.end_of(entry.epoch)))
         if horizon.seq > line.get(horizon.epoch, 0):
             raise StateError(f"epoch {entry.epoch} left its parents before {horizon}")
     if not manifest.keeps(horizon):

@@ -237,7 +237,7 @@ def scan_tail(data: memoryview, group_id: bytes, number: int) -> TailScan:
     the positions when bytes are wrong that are known to have been durable."""
     result, commits = native.scan(data, group_id, number, commits=True)
     header = native.parse_header(data[:HEADER_BYTES])
-    last = Position(result["last"][0], 0, result["last"][1])
+    last = Position(result["last"][0], result["lane"], result["last"][1])
     return TailScan(
         number=number,
         header=header,

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from vrep._core import layout, record
 from vrep.errors import IntegrityError, PeerError, ProtocolError, StateError, UnsupportedError
+from vrep.lanes import is_lane
 from vrep.target.delta import DeltaDesk
 from vrep.target.manifest import EpochEntry, Position
 from vrep.target.span import Point
@@ -38,8 +39,9 @@ Structs = NDArray[np.void]
 
 
 def wire_points(store: GroupStore) -> m.MaybePoints:
-    """The oldest and the newest recovery point of a store, as a source is told."""
-    points = store.points()
+    """The oldest and the newest recovery point of a store, as a source is told. Those of a group
+    with several lanes are cuts, which no lane knows of."""
+    points = None if is_lane(store.name) else store.points()
     return m.Points(oldest=_point(points[0]), newest=_point(points[1])) if points else m.UNSET
 
 
@@ -216,6 +218,9 @@ class Session:
         """What the source says about itself."""
         self.seen_s = time.monotonic()
         self.status = status
+        epoch, seq = (status.values.get(key, 0) for key in ("cut-epoch", "cut-seq"))
+        if epoch > 0 and seq > 0:
+            self.store.note_cut(Position(epoch, self.store.manifest.lane, seq))
 
     # ---- what is said, from any thread ---------------------------------------------
 
@@ -244,6 +249,7 @@ class Session:
                     self.channel,
                     max(durable, self._seq(self.store.received)),
                     durable,
+                    lane=self.store.manifest.lane,
                     conditions=self._conditions(),
                     points=points,
                 )

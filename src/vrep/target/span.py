@@ -123,7 +123,7 @@ class Span:
 
     def sizes(self, manifest: Manifest) -> dict[int, int]:
         """The size that the newest durable RESIZE of the line gives each disk that has one."""
-        line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+        line = dict(manifest.ancestry(manifest.end_of(manifest.accepted_epoch.epoch)))
         with self._lock:
             rows = sorted(self._resizes.items())
         return {disk: size for (at, disk), size in rows if at.seq <= line.get(at.epoch, 0)}
@@ -170,10 +170,10 @@ class Span:
         """Whether a record of this position is a recovery point of the line."""
         with self._lock:
             self._follow(manifest)
-            line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+            line = dict(manifest.ancestry(manifest.end_of(manifest.accepted_epoch.epoch)))
             reach = line.get(position.epoch, 0)
             last = self._lasts.get(position.epoch)
-            if not self._known or last is None or position.lane:
+            if not self._known or last is None or position.lane != manifest.lane:
                 return False
             begins = manifest.epoch(position.epoch).parent.seq
             inside = begins < position.seq <= min(reach, last.position.seq)
@@ -189,7 +189,7 @@ class Span:
 
     def _judge(self, manifest: Manifest) -> None:
         """Walk the gaps of the line."""
-        line = dict(manifest.ancestry(Position(manifest.accepted_epoch.epoch, 0, _ALL)))
+        line = dict(manifest.ancestry(manifest.end_of(manifest.accepted_epoch.epoch)))
         horizon = manifest.horizon
         oldest: Point | None = None
         closed: _Turn | None = None
@@ -217,7 +217,7 @@ class Span:
         if self._oldest is not None and self._oldest.position == horizon and self._oldest.wall_ns:
             return self._oldest
         try:
-            found = self._look_up(Position(horizon.epoch, 0, horizon.seq + 1), _ALL)
+            found = self._look_up(horizon._replace(seq=horizon.seq + 1), _ALL)
         except (VrepError, OSError) as error:
             self._lose(error)
             found = None
@@ -225,15 +225,15 @@ class Span:
 
     def _end(self, manifest: Manifest) -> Point:
         """The last durable record of the line."""
-        return self._standing(manifest, Position(manifest.accepted_epoch.epoch, 0, _ALL))
+        return self._standing(manifest, manifest.end_of(manifest.accepted_epoch.epoch))
 
     def _standing(self, manifest: Manifest, position: Position) -> Point:
         """The record that a position of the line stands for: of an epoch that has none here, as it
         wrote nothing or another site holds what it wrote, the one where it left its parent."""
         for epoch, reach in manifest.ancestry(position):
-            last = self._lasts.get(epoch)
+            last, end = self._lasts.get(epoch), position._replace(epoch=epoch, seq=reach)
             if last is not None:
-                return last if last.position.seq <= reach else Point(Position(epoch, 0, reach))
+                return last if last.position.seq <= reach else Point(end)
         return Point(position)
 
     def _before(self, manifest: Manifest, turn: _Turn) -> Point:

@@ -36,6 +36,7 @@ from vrep.errors import (
     StoreFullError,
     VrepError,
 )
+from vrep.lanes import is_lane
 from vrep.target import reign, runs
 from vrep.target.closing import close_open_segment
 from vrep.target.files import Buffer, Files, is_full
@@ -149,6 +150,7 @@ class GroupStore:
         self._writer: SegmentWriter
         self._span: Span
         self._closed = False
+        self._newest_cut = Position()
         self._upkeep = Upkeep(
             directory,
             lease,
@@ -159,7 +161,7 @@ class GroupStore:
             fold_rate=options.fold_rate,
             held=lambda: options.held(group_id),
             used=self.used_bytes,
-            recoverable=lambda position: self._span.recoverable(self.manifest, position),
+            recoverable=self._may_begin,
             folded=self._note_fold,
         )
         self._journal = Journal(
@@ -324,11 +326,25 @@ class GroupStore:
         """The oldest and the newest recovery point, both durable; None when there is none."""
         return self._span.points(self.manifest)
 
+    def note_cut(self, position: Position) -> None:
+        """The source says that a cut over all lanes of the group, durable with each, has its mark
+        here: history before it is not needed any more for what can be recovered."""
+        if position <= self.durable:  # of what is not here nothing is believed
+            self._newest_cut = max(self._newest_cut, position)
+
+    def _may_begin(self, position: Position) -> bool:
+        """Whether the history that is kept may begin at a position. That of a lane never begins
+        behind the newest cut that is known, and nowhere while none is: what would be left then
+        might be no point at all."""
+        if is_lane(self.name) and position > self._newest_cut:
+            return False
+        return self._span.recoverable(self.manifest, position)
+
     def status(self) -> dict[str, Any]:
         """Figures for people and programs."""
         manifest, writer = self.manifest, self._writer
         failure = self.failure
-        points = self.points()
+        points = None if is_lane(manifest.name) else self.points()
         if len(manifest.segments):
             oldest = Position.of(manifest.segments[0]["first"])
         else:
@@ -427,7 +443,8 @@ class GroupStore:
     def _seed_order(self) -> None:
         self._order = record.Order()
         if self.received.epoch:
-            self._order.seed(epoch=self.received.epoch, seq=self.received.seq)
+            epoch, lane, seq = self.received
+            self._order.seed(epoch=epoch, lane=lane, seq=seq)
 
     def commit(self, timeout_s: float = 60.0) -> Position:
         """Wait until everything that was appended is durable; the last position."""
@@ -530,7 +547,7 @@ class GroupStore:
         epoch = self.manifest.current_epoch
         if self.received.epoch == epoch.epoch:
             return self.received
-        return Position(epoch.epoch, 0, epoch.parent.seq)
+        return Position(epoch.epoch, self.manifest.lane, epoch.parent.seq)
 
     def add_epoch(
         self,
@@ -560,7 +577,7 @@ class GroupStore:
         """The last durable position of the current epoch's line. Of an epoch that wrote to another
         site only, the last record here may be one that its line left behind."""
         manifest, durable = self.manifest, self.durable
-        line = dict(manifest.ancestry(Position(manifest.current_epoch.epoch, 0, _ALL)))
+        line = dict(manifest.ancestry(manifest.end_of(manifest.current_epoch.epoch)))
         if durable.epoch and durable.epoch not in line:
             raise StateError(f"{durable} does not lie on the line of the current epoch")
         return durable._replace(seq=min(durable.seq, line.get(durable.epoch, 0)))

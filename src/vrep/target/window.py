@@ -80,7 +80,7 @@ def common_point(manifest: Manifest, held: Sequence[Position]) -> Position:
         line = dict(manifest.ancestry(point))
         for epoch, seq in manifest.ancestry(common):
             if epoch in line:
-                common = Position(epoch, 0, min(seq, line[epoch]))
+                common = Position(epoch, manifest.lane, min(seq, line[epoch]))
                 break
         else:
             common = Position()

@@ -1,0 +1,124 @@
+"""Protecting disks: what is looked at, and what is written, before a group is replicated.
+
+A group with one lane is one definition. With several, each lane has one, of what it needs of its
+own: an id, an epoch, a data key. Every definition names all lanes, so a command that was cut off
+between two of them leaves a group that is known not to be whole; to unprotect it ends it.
+"""
+
+from __future__ import annotations
+
+import base64
+import shutil
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from vrep import errors, iscsi
+from vrep.examine import check_options, examine_disk
+from vrep.groups import (
+    FRONTS,
+    VERSION,
+    DiskDefinition,
+    GroupDefinition,
+    GroupOptions,
+    check_name,
+)
+from vrep.keys.datakey import DataKey
+from vrep.lanes import check_lanes, lane_id, lane_name
+
+if TYPE_CHECKING:
+    from vrep.site import Site
+
+__all__ = ["DISKS_MAX", "protect", "with_fronts"]
+
+DISKS_MAX: Final = 64
+"""of one lane"""
+
+
+def protect(
+    site: Site,
+    group: str,
+    disks: Mapping[str, str],
+    *,
+    to: str,
+    key: str,
+    accept_key_loss: bool,
+    options: GroupOptions,
+    fronts: Mapping[str, str],
+    lanes: int,
+) -> list[GroupDefinition]:
+    """Write the definition of a group, or of each of its `lanes`; 0: it has one, and no other will
+    be brought into it. Disks are dealt out in turn. What is wrong is found before anything is
+    written."""
+    check_name(group)
+    if not 1 <= len(disks) <= DISKS_MAX * max(1, lanes):
+        raise errors.InvalidError(f"a lane has 1 to {DISKS_MAX} disks; these are {len(disks)}")
+    if lanes:
+        check_lanes(group, lanes, len(disks))
+    check_options(options)
+    identity, peer = site.identity, site.peers.get(to)
+    if site.lanes_of(group):
+        raise errors.ExistsError(f"group {group!r} is protected already")
+    found = with_fronts(examined(site, group, disks), fronts)
+    iscsi.check(options, [disk.front for disk in found])
+    if lanes > 1 and any(disk.front == iscsi.FRONT for disk in found):
+        raise errors.UnsupportedError("the lanes of a group are not served over iSCSI yet")
+    info = site.keys.require_verified(key, accept_key_loss=accept_key_loss)
+    assert identity.site_id != peer.site_id
+    group_id, tenant = uuid.uuid4().bytes, site.keys.get(key)
+    made = []
+    for lane in range(max(1, lanes)):
+        own_id = lane_id(group_id, lane) if lanes else group_id
+        wrapped = DataKey.create(own_id).wrap(tenant)
+        mine = found[lane :: max(1, lanes)]
+        made.append(
+            GroupDefinition(
+                version=VERSION,
+                group_id=own_id.hex(),
+                name=lane_name(group, lane) if lanes else group,
+                disks=tuple(msgspec.structs.replace(d, index=i) for i, d in enumerate(mine)),
+                to_site=peer.site_id,
+                key=key,
+                tenant_key_id=info.key_id,
+                epoch=1,
+                epoch_id=uuid.uuid4().hex,
+                wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
+                created=time.time(),
+                options=options,
+                lanes=tuple(range(lanes)),
+            )
+        )
+    for definition in made:
+        # What an unprotect that was cut off left here belongs to another group.
+        shutil.rmtree(site.groups.path(definition.name), ignore_errors=True)
+        site.groups.store(definition)
+    return made
+
+
+def examined(site: Site, group: str, disks: Mapping[str, str]) -> list[DiskDefinition]:
+    """The disks as they are, none of them another group's."""
+    # Those of a group that cannot be read are not known; whoever has them open holds their locks.
+    known = {disk.uri: g.name for g in site.groups.readable() for disk in g.disks}
+    found = []
+    for index, (name, uri) in enumerate(disks.items()):
+        disk = examine_disk(index, check_name(name, "disk"), uri)
+        if disk.uri in known:
+            raise errors.BusyError(f"{disk.uri} is a disk of group {known[disk.uri]!r} already")
+        known[disk.uri] = group
+        found.append(disk)
+    return found
+
+
+def with_fronts(disks: Sequence[DiskDefinition], fronts: Mapping[str, str]) -> list[DiskDefinition]:
+    """Disks with the front-ends that are named; the others keep theirs."""
+    unknown = sorted(set(fronts) - {disk.name for disk in disks})
+    if unknown:
+        raise errors.NotFoundError(f"the group has no disk {unknown[0]!r}")
+    for front in fronts.values():
+        if front not in FRONTS:
+            raise errors.InvalidError(f"a front-end is one of {', '.join(FRONTS)}, not {front!r}")
+    replace = msgspec.structs.replace
+    return [replace(disk, front=fronts.get(disk.name, disk.front)) for disk in disks]
