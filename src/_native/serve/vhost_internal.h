@@ -1,6 +1,7 @@
 /* Internal to the vhost-user server.
  *
- * vhost.c accepts and ends connections and answers messages; vhost_memory.c maps the guest's memory
+ * vhost.c accepts, receives and ends connections; vhost_messages.c does what messages ask for;
+ * vhost_memory.c maps the guest's memory
  * and logs what is written to it; vhost_queue.c takes chains from virtqueues, gives them back and
  * keeps the in-flight region; vhost_block.c makes commands of them.  Nothing outside
  * src/_native/serve includes it.
@@ -10,6 +11,7 @@
 
 #include <pthread.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "base/atomic.h"
 #include "serve/listen.h"
@@ -179,6 +181,32 @@ struct vrep_vhost_server {
 struct vhost_request *vhost_request_take(struct vrep_vhost_server *server);
 void vhost_request_give(struct vrep_vhost_server *server, struct vhost_request *request);
 void vhost_end(struct vhost_connection *c, const char *why);
+
+/* ---- vhost_messages.c -------------------------------------------------------------------- */
+
+/* A whole message. False: the connection ended. */
+bool vhost_take_message(struct vhost_connection *c);
+/* Ends the wait of GET_VRING_BASE. 1, or below 0: nobody reads the answer. */
+int vhost_answer_base(struct vhost_connection *c, struct vhost_queue *queue);
+bool vhost_send(int socket, const struct vrep_vhost_header *header, const void *body, int fd);
+void vhost_close_fds(struct vrep_vhost_message *message);
+void vhost_forget_kick(struct vhost_queue *queue);
+void vhost_drop_inflight(struct vhost_connection *c);
+
+/* ---- shared ---------------------------------------------------------------------------------- */
+
+static inline void vhost_close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* A feature of the protocol that both agreed on. */
+static inline bool vhost_speaks(const struct vhost_connection *c, int feature)
+{
+    return (c->protocol >> feature & 1) != 0;
+}
 
 static inline void vhost_count(uint64_t *counter, uint64_t more)
 {
