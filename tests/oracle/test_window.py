@@ -398,6 +398,7 @@ def test_where_a_fold_must_stop_for_points_in_use(rng: random.Random) -> None:
     manifest = Manifest.__new__(Manifest)
     entries = tuple(_entry(epoch, parent) for epoch, parent in epochs)
     object.__setattr__(manifest, "epochs", entries)
+    object.__setattr__(manifest, "name", "web")
 
     def line(point: Position) -> set[tuple[int, int]]:
         found = set()

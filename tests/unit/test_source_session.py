@@ -296,9 +296,10 @@ def test_what_shipped_is_freed_with_its_attempt(
         for _ in range(3):
             opened = mock.Mock(lanes=[mock.Mock(points=None, durable=mock.Mock(seq=0))])
             opened.conditions = []
+            transport = mock.Mock(peer_features=frozenset())
             try:
                 one._replicate(
-                    mock.Mock(), mock.Mock(), mock.Mock(), definition(), mock.Mock(), opened
+                    transport, mock.Mock(), mock.Mock(), definition(), mock.Mock(), opened
                 )
             except PeerError as error:
                 assert "cut" in str(error)  # noqa: PT017 - what pytest keeps of it would live on

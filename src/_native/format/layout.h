@@ -189,9 +189,11 @@ struct vrep_cut {
     uint8_t reserved[14];
 };
 VREP_LAYOUT(struct vrep_cut, 32);
-#define VREP_MARK_BYTES_MAX                                                                        \
-    (sizeof(struct vrep_mark) + sizeof(struct vrep_cut) +                                          \
-     VREP_LANES_MAX * sizeof(struct vrep_position) + VREP_LABEL_BYTES_MAX)
+#define VREP_MARK_BYTES_MAX 1327u /* plaintext of a MARK */
+_Static_assert(VREP_MARK_BYTES_MAX == sizeof(struct vrep_mark) + sizeof(struct vrep_cut) +
+                                          VREP_LANES_MAX * sizeof(struct vrep_position) +
+                                          VREP_LABEL_BYTES_MAX,
+               "a cut over all lanes with the longest label");
 
 /* Plaintext of an OBJECT: this struct, then name_bytes of UTF-8, then the
  * blob, up to the length of the record. */
