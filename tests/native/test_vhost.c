@@ -433,6 +433,11 @@ static void one_monitor_at_a_time(void)
     end();
 }
 
+static void resized(void)
+{
+    vrep_vhost_resized(server);
+}
+
 static void the_configuration_is_that_of_the_disk(void)
 {
     begin();
@@ -452,7 +457,7 @@ static void the_configuration_is_that_of_the_disk(void)
     CHECK_EQ(monitor_do(&m, VREP_VHOST_SET_BACKEND_REQ_FD, NULL, 0, pair[1]), 0);
     monitor_give_memory(&m); /* the answer says that what came before was done */
     struct vrep_vhost_header told;
-    vrep_vhost_resized(server); /* the loop's thread has nothing to do, so this one may */
+    double_ask(group, resized);
     CHECK_EQ(recv(pair[0], &told, sizeof told, MSG_WAITALL), (ssize_t)sizeof told);
     CHECK_EQ(told.request, VREP_VHOST_BACKEND_CONFIG_CHANGE);
     close(pair[0]);

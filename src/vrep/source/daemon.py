@@ -78,9 +78,13 @@ class Source:
         self._scan()
 
     def run(self) -> None:
-        """Until `request_stop`."""
+        """Until `request_stop`. That the groups cannot be looked at, as when descriptors run out,
+        ends nothing."""
         while not self._stopping.wait(SCAN_EVERY_S):
-            self._scan()
+            try:
+                self._scan()
+            except (VrepError, OSError) as error:
+                log.error("the groups cannot be looked at", error=str(error))
 
     def request_stop(self) -> None:
         self._stopping.set()

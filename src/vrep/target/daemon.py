@@ -139,9 +139,13 @@ class Target:
         return self._listener.address if self._listener is not None else ""
 
     def run(self) -> None:
-        """Until `request_stop`. Stores that appear are opened, failed ones again."""
+        """Until `request_stop`. Stores that appear are opened, failed ones again. That they cannot
+        be looked for, as when descriptors run out, ends nothing."""
         while not self._stopping.wait(SCAN_EVERY_S):
-            self._scan()
+            try:
+                self._scan()
+            except (VrepError, OSError) as error:
+                log.error("the stores cannot be looked at", error=str(error))
 
     def request_stop(self) -> None:
         self._stopping.set()
