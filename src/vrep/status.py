@@ -342,6 +342,7 @@ def _target(
         "compared_bytes": int(filtered.get("compared_bytes", 0)) if filtered else 0,
         "equal_bytes": int(filtered.get("equal_bytes", 0)) if filtered else 0,
         "hash_bytes": _hash_bytes(session),
+        "comparing": bool(((session or {}).get("delta") or {}).get("on")),
         "compression": session.get("compression") if session else None,
         "round_trip_ms": round(session["round_trip_s"] * 1000, 3)
         if session and session["round_trip_s"] is not None

@@ -67,6 +67,7 @@ def test_an_operator_has_a_disk_compared(pair: Pair, rng: random.Random) -> None
     apart, and is small."""
     fill(pair, rng)
     units = change(pair, rng)
+    wait_until("resyncs are compared", lambda: pair.status()["targets"][0]["comparing"])
     before = pair.status()
     pair.a.resync(GROUP)
     with pair.client() as client:

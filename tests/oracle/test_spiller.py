@@ -404,3 +404,20 @@ def test_no_error_ends_the_thread(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> 
         time.sleep(0.005)
     assert "ends elsewhere" in lab.spiller.full
     lab.spiller.stop()
+
+
+def test_a_ring_that_fills_fast_is_drained_before_it_is_nearly_full(lab: Lab) -> None:
+    """Although a target takes records; at a slow pace they are left to it."""
+    spiller = lab.spiller
+    spiller.connected = True
+    level, now_s = 0.4, 100.0
+    for _ in range(40):  # 1 percent in 0.1 s: full in 4 s
+        level, now_s = level + 0.01, now_s + 0.1
+        spiller.draining = spiller._due(level, now_s)
+        assert not spiller.draining
+    assert level == pytest.approx(0.8)
+    assert spiller._due(0.9, now_s + 1)  # HIGH_CONNECTED
+    spiller._due(0.4, now_s + 2)
+    assert not spiller._due(0.45, now_s + 2.03)  # below LOW, whatever the pace
+    assert spiller._due(0.55, now_s + 2.06)  # full in 135 ms
+    assert not spiller._due(0.55, now_s + 2.09)  # it fills no more

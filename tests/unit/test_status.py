@@ -34,7 +34,7 @@ FILTERED: dict[str, Any] = {
 SESSION: dict[str, Any] = {
     "connected": True, "fenced": False, "conditions": [], "error": "", "received_seq": 9,
     "bytes_sent": 1, "records_sent": 1, "round_trip_s": None,
-    "delta": {"hash_bytes": 20, "question_bytes": 3},
+    "delta": {"hash_bytes": 20, "question_bytes": 3, "on": True},
 }  # fmt: skip
 
 
@@ -356,5 +356,6 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
     assert (target["spill_bytes"], target["whole_in_s"]) == (5 << 20, 7.5)
     assert target["lag_bytes"] >= 5 << 20
     assert (target["compared_bytes"], target["equal_bytes"], target["hash_bytes"]) == (4, 3, 23)
+    assert target["comparing"]
     assert groups["full"]["conditions"] == ["spill-full"]
     assert groups["lost"]["conditions"] == ["history-lost"]

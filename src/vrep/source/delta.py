@@ -46,7 +46,7 @@ BATCH_WINDOWS: Final = DELTA_WINDOWS // 2
 """asked for at once: the filter copies one half while the other is asked for"""
 IDLE_S: Final = 0.2
 BUSY_S: Final = 0.005
-FILL_S: Final = 1.0
+FILL_S: Final = 0.1
 ANSWER_S: Final = 20.0
 """an answer that takes longer is not waited for: its windows are sent whole"""
 OPENERS_MAX: Final = 64
@@ -67,8 +67,10 @@ class DeltaCount:
     windows: int = 0
     refused: int = 0
     """records whose hashes could not be used"""
+    on: bool = False
+    """whether what is unshipped now is compared; else it is sent whole"""
 
-    def plain(self) -> dict[str, int]:
+    def plain(self) -> dict[str, int | bool]:
         return asdict(self)
 
 
@@ -221,7 +223,7 @@ class Delta:
         """From now on the filter compares. After the stream was opened: what the target held of
         an older one is durable or gone then. UnsupportedError: the filter cannot."""
         if not self._empty:
-            self._hold.delta_begin(self._book.secrets)
+            self._begin()
         self._thread.start()
 
     def stop(self) -> None:
@@ -264,9 +266,14 @@ class Delta:
         while self._hold.status()["gap"]:
             if self._stopping.wait(FILL_S):
                 return
+        self._begin()
+
+    def _begin(self) -> None:
         self._hold.delta_begin(self._book.secrets)
+        self.count.on = True
 
     def _end(self) -> None:
+        self.count.on = False
         try:
             self._hold.delta_end()
         except VrepError as error:

@@ -2,7 +2,8 @@
 
 Past `HIGH` of the ring it seals the oldest records into the spill and lets the filter have
 their memory, until `LOW` is left: history stays whole while a target is slow or gone. It runs
-beside the session, connected or not. Only when the spill is full, or fails, is the ring left to
+beside the session, connected or not. While a target takes records it waits longer, but not
+for a ring that is about to be full. Only when the spill is full, or fails, is the ring left to
 overflow, which the filter answers with a gap.
 """
 
@@ -32,7 +33,13 @@ HIGH_CONNECTED: Final = 7 / 8
 LOW_CONNECTED: Final = 3 / 4
 """the same while a target takes records: sealing and syncing them here slows down the shipping
 that empties the ring"""
+HEADROOM_S: Final = 0.25
+"""a ring that is full in less, at the pace at which it fills, is drained before `HIGH_CONNECTED`"""
 POLL_S: Final = 0.05
+POLL_NEAR_S: Final = 0.01
+"""the same above `LOW`"""
+PACE_S: Final = 0.02
+"""a pace is measured over no less"""
 BATCH_BYTES: Final = 4 << 20
 BUFFER_BYTES: Final = (32 << 20) + (1 << 20)
 """the largest record, sealed"""
@@ -56,6 +63,21 @@ class Work:
     level: int
 
 
+class Pace:
+    """How fast a ring fills, in rings a second; below 0 while it empties."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._level = self._at_s = 0.0
+
+    def note(self, level: float, now_s: float) -> None:
+        passed_s = now_s - self._at_s
+        if passed_s < PACE_S:
+            return
+        self.value = (level - self._level) / passed_s
+        self._level, self._at_s = level, now_s
+
+
 class Spiller:
     """One group's spiller, on a thread of its own, from `start` to `stop`."""
 
@@ -73,6 +95,8 @@ class Spiller:
         self.renew: Callable[[], None] = lambda: None
         """asked for another ring when there is none, or its filter is gone: gives it by `take`"""
         self._renewed_s = 0.0
+        self._pace = Pace()
+        self._poll_s = POLL_S
         self._work: Work | None = None
         self._gate = threading.Lock()
         self._stopping = threading.Event()
@@ -111,7 +135,7 @@ class Spiller:
                 self._find_ring()
                 with self._gate:
                     self.step()
-                pause_s = PAUSE_FULL_S if self.full else POLL_S
+                pause_s = PAUSE_FULL_S if self.full else self._poll_s
             except (VrepError, OSError) as error:
                 self._note_full(str(error))
                 pause_s = PAUSE_FULL_S
@@ -142,8 +166,7 @@ class Spiller:
             except VrepError as error:  # the filter is gone; whoever attaches again says so
                 log.debug("filter not reached", group=self.group, error=str(error))
                 return
-            low, high = (LOW_CONNECTED, HIGH_CONNECTED) if self.connected else (LOW, HIGH)
-            self.draining = level >= (low if self.draining else high)
+            self.draining = self._due(level, time.monotonic())
             if not self.draining:
                 self._look_for_room()
                 return
@@ -158,6 +181,16 @@ class Spiller:
             self.full = ""
             if begins:
                 log.warning("spilling begins: the target is slow or gone", group=self.group)
+
+    def _due(self, level: float, now_s: float) -> bool:
+        """Whether the ring is to be drained, which is `level` full."""
+        self._pace.note(level, now_s)
+        self._poll_s = POLL_NEAR_S if level >= LOW else POLL_S
+        if not self.connected:
+            return level >= (LOW if self.draining else HIGH)
+        if level >= LOW and level + self._pace.value * HEADROOM_S >= 1:
+            return True
+        return level >= (LOW_CONNECTED if self.draining else HIGH_CONNECTED)
 
     @staticmethod
     def _level(work: Work) -> float:
