@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from vrep.rotate import Rotation
     from vrep.service import ServiceOptions, ServicePlan
     from vrep.wire.peers import Peer, PeerRegistry
+
+Made = TypeVar("Made")
 
 SERVE_WAIT_S: Final = 15.0
 RESIZE_S: Final = 120.0
@@ -513,21 +515,25 @@ class Site:
         settings; it is thawed whatever happens, and an error says that it was not frozen."""
         from vrep.hypervisor.quiesce import mark_quiesced
         from vrep.recovery.point import check_label
-        from vrep.waits import checkpoint_lanes, durable, mark
+        from vrep.waits import cut, cut_durable, durable, mark
 
         check_label(label)
-        if self.lanes_of(group) not in ([group], []):
-            if quiesce:
-                raise errors.UnsupportedError("a group of several lanes is not quiesced yet")
-            return {
-                **checkpoint_lanes(self, self.lanes_of(group), label, wait_s),
-                "quiesced": False,
-            }
-        control, make = self._filter(), mark
-        if quiesce:
-            make = partial(mark_quiesced, self.config.quiesce, agent)
-        made = make(self.groups, control, group, label, wait_s)
-        return {**durable(self.groups, control, group, made, wait_s), "quiesced": quiesce}
+        control, lanes = self._filter(), self.lanes_of(group) or [group]
+
+        def made_by(make: Callable[[float | None], Made]) -> Made:
+            if not quiesce:
+                return make(None)
+            return mark_quiesced(
+                self.config.quiesce, agent, self.groups, control, lanes, label, make
+            )
+
+        if lanes != [group]:
+            answer = made_by(partial(cut, self, lanes, label, wait_s))
+            found = cut_durable(self, lanes, label, answer, wait_s)
+        else:
+            one = made_by(partial(mark, self.groups, control, group, label, wait_s))
+            found = durable(self.groups, control, group, one, wait_s)
+        return {**found, "quiesced": quiesce}
 
     def disk_uri(self, group: str, disk: str | None = None) -> str:
         """Where a VM finds a disk of a protected group (default: the first): an NBD or iSCSI URI,

@@ -102,14 +102,26 @@ def durable(
         time.sleep(ASK_MARK_EVERY_S)
 
 
-def checkpoint_lanes(site: Site, lanes: list[str], label: str, wait_s: float) -> dict[str, Any]:
-    """Mark the present instant of a group with several lanes by a cut, and wait at most so long
-    until it is durable with all of them: {"point", "wall_ns", "durable", ...}."""
-    groups, filters = site.groups, ControlClient(site.paths.socket("filter"))
-    if wait_s > 0 and any(_own(groups, name).paused for name in lanes):
+def cut(
+    site: Site, lanes: list[str], label: str, wait_s: float, limit_s: float | None = None
+) -> dict[str, Any]:
+    """Mark the present instant of a group with several lanes by a cut, tried again while it is
+    void, for `limit_s` at most: {"point", "wall_ns", ...}. Refused where `wait_s`, for which it is
+    to be waited for afterwards, would be in vain."""
+    if any(_own(site.groups, name).paused for name in lanes) and wait_s > 0:
         raise errors.StateError(f"{lanes[0]!r} is paused: nothing becomes durable until resumed")
     source = ControlClient(site.paths.socket("source"), timeout=CUT_S)
-    made = source.call("cut", group=group_of(lanes[0]), label=label)
+    limit = {} if limit_s is None else {"try_s": limit_s}
+    group = group_of(lanes[0])
+    made: dict[str, Any] = source.call("cut", timeout=limit_s, group=group, label=label, **limit)
+    return made
+
+
+def cut_durable(
+    site: Site, lanes: list[str], label: str, made: dict[str, Any], wait_s: float
+) -> dict[str, Any]:
+    """Wait at most so long until a cut is durable with all lanes that have a part in it."""
+    groups, filters = site.groups, ControlClient(site.paths.socket("filter"))
     wanted = {lane_name(group_of(lanes[0]), lane): seq for _epoch, lane, seq in made["at"] if seq}
     first = min(wanted, key=lane_of)
     wanted[first] = made["seq"]
@@ -144,4 +156,4 @@ def _own(groups: GroupDirectory, group: str) -> GroupDefinition:
     return definition
 
 
-__all__ = ["Mark", "checkpoint_lanes", "durable", "mark", "replicating"]
+__all__ = ["Mark", "cut", "cut_durable", "durable", "mark", "replicating"]

@@ -23,7 +23,7 @@ import pytest
 from vrep import errors
 from vrep.hypervisor import quiesce
 from vrep.hypervisor.agent import SocketAgent
-from vrep.hypervisor.quiesce import Hooks, quiesced
+from vrep.hypervisor.quiesce import Hooks, all_quiesced, quiesced
 
 
 class FakeAgent:
@@ -98,6 +98,29 @@ def test_a_mark_is_set_while_the_guest_is_frozen(agent: FakeAgent) -> None:
     assert seen == [True]
     assert not agent.frozen
     assert agent.commands[1:] == [quiesce.FREEZE, quiesce.STATUS, quiesce.THAW, quiesce.STATUS]
+
+
+def test_several_guests_are_frozen_at_once_and_all_thawed(agent: FakeAgent, tmp_path: Path) -> None:
+    other = FakeAgent(tmp_path / "other")
+    try:
+        addresses, seen = [agent.address, other.address], []
+
+        def mark(left_s: float) -> str:
+            assert 0 < left_s <= 5
+            seen.append((agent.frozen, other.frozen))
+            return "marked"
+
+        assert all_quiesced(addresses, 5.0, mark) == "marked"
+        assert seen == [(True, True)]
+        assert not agent.frozen
+        assert not other.frozen
+        other.answers[quiesce.FREEZE] = lambda: {"error": {"desc": "it has been disabled"}}
+        with pytest.raises(errors.HypervisorError, match="has been disabled"):
+            all_quiesced(addresses, 5.0, mark)
+        assert len(seen) == 1
+        assert not agent.frozen
+    finally:
+        other.close()
 
 
 def test_the_guest_is_thawed_when_the_mark_fails(agent: FakeAgent) -> None:

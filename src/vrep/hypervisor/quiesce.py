@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar
 
 from vrep import errors
@@ -21,8 +21,8 @@ from vrep.control import ControlClient
 from vrep.groups import GroupDirectory
 from vrep.hypervisor.agent import Agent, check_agent, open_agent
 from vrep.hypervisor.record import attached_vm
+from vrep.lanes import group_of
 from vrep.settings import QuiesceConfig
-from vrep.waits import Mark, mark
 
 Marked = TypeVar("Marked")
 
@@ -80,28 +80,48 @@ def mark_quiesced(
     agent: str,
     groups: GroupDirectory,
     control: ControlClient,
-    group: str,
+    lanes: Sequence[str],
     label: str,
-    wait_s: float,
-) -> Mark:
-    """`vrep.waits.mark` with the guest frozen, between the commands of the settings. `agent`: its
-    address; empty: of the libvirt domain that the group is attached to, or the settings'."""
-    vm = attached_vm(groups, group)
-    known = agent or (vm if vm.startswith("libvirt:") else "")
-    address = known or settings.agent.replace("{group}", group)
-    if not address:
+    mark: Callable[[float], Marked],
+) -> Marked:
+    """What `mark` returns, with the guest frozen, between the commands of the settings. `lanes`: a
+    group, or the lanes of one. `agent`: its address; empty: of the libvirt domains that these are
+    attached to, or the settings'."""
+    group = group_of(lanes[0])
+    addresses = _agents(settings, agent, groups, lanes)
+    for address in addresses:
+        check_agent(address)
+    for lane in lanes:
+        control.call("status", group=lane)  # no guest is frozen for nothing
+    names = {"VREP_GROUP": group, "VREP_LABEL": label}
+    with Hooks(settings.before, settings.after, settings.hook_limit_s, names).around():
+        return all_quiesced(addresses, settings.limit_s, mark)
+
+
+def _agents(
+    settings: QuiesceConfig, agent: str, groups: GroupDirectory, lanes: Sequence[str]
+) -> list[str]:
+    """The agents of the guests that use some lanes, each once."""
+    if agent:
+        return [agent]
+    usual = settings.agent.replace("{group}", group_of(lanes[0]))
+    vms = [attached_vm(groups, lane) for lane in lanes]
+    addresses = [vm if vm.startswith("libvirt:") else usual for vm in vms]
+    if not all(addresses):
         raise errors.ConfigError(
             "the guest agent is not known: give --agent, or set quiesce.agent in config.toml"
         )
-    check_agent(address)
-    control.call("status", group=group)  # no guest is frozen for nothing
-    names = {"VREP_GROUP": group, "VREP_LABEL": label}
-    with Hooks(settings.before, settings.after, settings.hook_limit_s, names).around():
-        return quiesced(
-            address,
-            settings.limit_s,
-            lambda left_s: mark(groups, control, group, label, wait_s, left_s),
-        )
+    return list(dict.fromkeys(addresses))
+
+
+def all_quiesced(
+    addresses: Sequence[str], limit_s: float, mark: Callable[[float], Marked]
+) -> Marked:
+    """`quiesced`, of several guests: each is frozen before the next, and for at most `limit_s`."""
+    first, *rest = addresses
+    if not rest:
+        return quiesced(first, limit_s, mark)
+    return quiesced(first, limit_s, lambda left_s: all_quiesced(rest, left_s, mark))
 
 
 def quiesced(address: str, limit_s: float, mark: Callable[[float], Marked]) -> Marked:
@@ -195,7 +215,7 @@ def _guard(address: str) -> int:
     return 0
 
 
-__all__ = ["Hooks", "mark_quiesced", "quiesced"]
+__all__ = ["Hooks", "all_quiesced", "mark_quiesced", "quiesced"]
 
 if __name__ == "__main__":
     sys.exit(_guard(sys.argv[1]))

@@ -21,7 +21,7 @@ from vrep.lanes import group_of, is_lane, lane_of
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
 from vrep.source.bandwidth import Bandwidth
-from vrep.source.cutter import Cutter
+from vrep.source.cutter import TRY_S, Cutter
 from vrep.source.session import GroupSession
 from vrep.source.session_view import spill_view
 from vrep.source.spill import Spill, is_spilled
@@ -248,7 +248,7 @@ class Source:
             cutter = self._cutters.get(str(params["group"]))
         if cutter is None:
             raise NotFoundError(f"no group {params['group']!r} of several lanes is replicated here")
-        return cutter.cut(str(params.get("label", "")))
+        return cutter.cut(str(params.get("label", "")), float(params.get("try_s", TRY_S)))
 
     def _reload(self, params: Mapping[str, Any]) -> dict[str, Any]:
         try:
