@@ -608,9 +608,12 @@ class Site:
 
     # ---- recovery, at the site that holds the history ------------------------------
 
-    def _require_one_lane(self, group: str, what: str) -> None:
-        if is_lane(group) or self._lanes_held(group):
-            raise errors.UnsupportedError(f"a group of several lanes is not {what} yet")
+    def _require_group(self, group: str) -> None:
+        """InvalidError for one of the lanes of a group that is taken as a whole."""
+        if is_lane(group):
+            raise errors.InvalidError(
+                f"{group!r} is a lane: all lanes of {group_of(group)!r} go together"
+            )
 
     def _lanes_held(self, group: str) -> HeldLanes | None:
         """The lanes of a group whose history this site holds, if it is one of several."""
@@ -685,29 +688,29 @@ class Site:
         from vrep.recovery.failover import start
 
         if lanes := self._lanes_held(group):
-            from vrep.recovery import joined
+            from vrep.recovery import joined_failover
 
-            if onto:
-                raise errors.UnsupportedError("a group of several lanes has no --onto yet")
-            return joined.failover_start(self.paths, lanes, at, force=force, since=since)
+            return joined_failover.failover_start(
+                self.paths, lanes, at, force=force, since=since, onto=onto
+            )
         return start(self.paths, group, at, force=force, since=since, onto=onto)
 
     def failover_commit(self, group: str) -> ViewInfo:
         from vrep.recovery.failover import commit
 
         if lanes := self._lanes_held(group):
-            from vrep.recovery import joined
+            from vrep.recovery import joined_failover
 
-            return joined.failover_commit(self.paths, lanes)
+            return joined_failover.failover_commit(self.paths, lanes)
         return commit(self.paths, group)
 
     def failover_rollback(self, group: str) -> None:
         from vrep.recovery.failover import rollback
 
         if lanes := self._lanes_held(group):
-            from vrep.recovery import joined
+            from vrep.recovery import joined_failover
 
-            joined.failover_rollback(self.paths, lanes)
+            joined_failover.failover_rollback(self.paths, lanes)
         else:
             rollback(self.paths, group)
 
@@ -726,7 +729,13 @@ class Site:
         `failover_start`."""
         from vrep.recovery.move import move
 
-        self._require_one_lane(group, "moved")
+        self._require_group(group)
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined_failover
+
+            return joined_failover.move(
+                self.paths, lanes, pause=pause, wait_s=wait_s, onto=onto, progress=progress
+            )
         return move(self.paths, group, pause=pause, wait_s=wait_s, onto=onto, progress=progress)
 
     def failback(
@@ -745,7 +754,14 @@ class Site:
         disks hold writes that were not taken over and not exported, unless `discard_untaken`."""
         from vrep.recovery.failback import failback
 
-        self._require_one_lane(group, "returned")
+        self._require_group(group)
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined_failover
+
+            return joined_failover.failback(
+                self.paths, lanes, self.group_options(), pause=pause, wait_s=wait_s,
+                discard_untaken=discard_untaken, moved=moved, progress=progress,
+            )[0]  # fmt: skip
         return failback(
             self.paths, group, self.group_options(), pause=pause, wait_s=wait_s,
             discard_untaken=discard_untaken, moved=moved, progress=progress,
@@ -753,8 +769,11 @@ class Site:
 
     def untaken(self, group: str) -> Untaken:
         """What this site wrote of a group that the site which took it over does not have."""
-        from vrep.recovery.untaken import find_untaken
+        from vrep.recovery.untaken import find_untaken, joined_untaken
 
+        lanes = self._of_group(group)
+        if lanes != [group]:
+            return joined_untaken([find_untaken(self.paths, lane) for lane in lanes])
         return find_untaken(self.paths, group)
 
     def export_untaken(
@@ -766,8 +785,13 @@ class Site:
     ) -> Untaken:
         """Write the disks of a group that was taken over as they are here, and the list of extents
         that were not taken, into new files of a directory. Refused while a VM uses them."""
-        from vrep.recovery.untaken import export_untaken
+        from vrep.recovery.untaken import export_untaken, joined_untaken
 
+        lanes = self._of_group(group)
+        if lanes != [group]:
+            return joined_untaken(
+                [export_untaken(self.paths, lane, Path(out), progress=progress) for lane in lanes]
+            )
         return export_untaken(self.paths, group, Path(out), progress=progress)
 
     def reverse(
@@ -779,7 +803,13 @@ class Site:
         all: they must all be."""
         from vrep.recovery.reverse import reverse
 
-        self._require_one_lane(group, "protected back")
+        self._require_group(group)
+        if lanes := self._lanes_held(group):
+            from vrep.recovery import joined_failover
+
+            return joined_failover.reverse(
+                self.paths, lanes, self.group_options(), progress=progress
+            )[0]
         return reverse(self.paths, group, self.group_options(), progress=progress)
 
     def export(

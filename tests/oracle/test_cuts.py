@@ -397,17 +397,29 @@ def test_a_failover_that_was_cut_off_goes_on_at_its_cut(
     at = group.cut()
     group.commit()
     group.close()
-    start = failover.start
+    claim, shut_out = failover.claim, failover.shut_out
 
-    def cut_off(paths: Any, lane: str, at: str, **options: Any) -> Any:
-        if lane.endswith("0001"):
+    def no_room(one: Any, at: str, **options: Any) -> Any:
+        if one.held.hex.endswith("0001"):
             raise errors.StorageError("no space left")
-        return start(paths, lane, at, **options)
+        return claim(one, at, **options)
 
-    monkeypatch.setattr(failover, "start", cut_off)
+    def cut_off(one: Any, view: Any) -> None:
+        if one.held.hex.endswith("0001"):
+            raise errors.StorageError("no space left")
+        shut_out(one, view)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(failover, "claim", no_room)
+        with pytest.raises(errors.StorageError):
+            group.site.failover_start("web", force=True)
+    assert group.site.tests() == []  # nothing of it is left, in no lane
+    with pytest.raises(errors.NotFoundError, match="no failover"):
+        group.site.failover_rollback("web")
+    monkeypatch.setattr(failover, "shut_out", cut_off)
     with pytest.raises(errors.StorageError):
         group.site.failover_start("web", force=True)
-    with pytest.raises(errors.StateError, match="has not reached lane 1"):
+    with pytest.raises(errors.StateError, match="has not reached lane 0, 1"):
         group.site.failover_commit("web")
     monkeypatch.undo()
     # A newer cut came meanwhile: the lane that was not reached is taken over at the same one.

@@ -11,6 +11,7 @@ from vrep.app.cli_common import At, Directory, Group, Json, Since, site_of
 from vrep.app.cli_output import Progress, emit
 from vrep.app.cli_view import changes_text, export_text, points_text, untaken_text, view_text
 from vrep.errors import IntegrityError, UsageError
+from vrep.lanes import group_of
 
 if TYPE_CHECKING:
     from vrep.recovery.view import ViewInfo
@@ -152,9 +153,9 @@ def reverse(group: Group, directory: Directory = None, as_json: Json = False) ->
     with Progress("filling the disks", as_json) as progress:
         made = site_of(directory).reverse(group, progress=progress)
     emit(
-        {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
+        {"group": group_of(made.name), "epoch": made.epoch, "to_site": made.to_site},
         as_json,
-        f"{made.name}: protected back to its old site, in epoch {made.epoch}",
+        f"{group_of(made.name)}: protected back to its old site, in epoch {made.epoch}",
     )
 
 
@@ -186,9 +187,10 @@ def failback(
             progress=progress.step,
         )
     emit(
-        {"group": made.name, "epoch": made.epoch, "to_site": made.to_site},
+        {"group": group_of(made.name), "epoch": made.epoch, "to_site": made.to_site},
         as_json,
-        f"{made.name}: is back on its own disks, and protected again, in epoch {made.epoch}",
+        f"{group_of(made.name)}: is back on its own disks, and protected again, in epoch "
+        f"{made.epoch}",
     )
 
 

@@ -110,6 +110,7 @@ class FilterHost:
         self._config = config
         self._bypass_why = bypass_why
         self._groups = GroupDirectory(paths.root)
+        self._cuts = FilterCuts(self._groups, self._lane)
         self._hosted: dict[str, _Hosted] = {}
         self._passed: dict[str, _Hosted] = {}
         """groups that are passed through; each stands in `_failed` as well, with the reason"""
@@ -135,7 +136,7 @@ class FilterHost:
                 "consumer_attach": self._consumer_attach,
                 "consumer_detach": self._consumer_detach,
                 "mark": self._mark,
-                "cut": FilterCuts(self._groups, self._lane).cut,
+                "cut": self._cuts.cut,
                 "resync": self._resync,
                 "lose_ring": self._lose_ring,
                 "compare": self._compare,
@@ -544,6 +545,7 @@ class FilterHost:
         """Serve a group's guest no more, or again. Its connections end, the socket is gone: a
         QEMU with `reconnect-delay` waits. The group stays open, and is copied as ever."""
         name = str(params["group"])
+        self._cuts.settle()
         with self._scanning:
             if name in self._passed and params["paused"]:
                 with self._lock:

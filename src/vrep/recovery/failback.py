@@ -7,18 +7,18 @@ group is protected to the other site again. Each part goes on where it was cut o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vrep import errors
 from vrep.groups import GroupDefinition, GroupDirectory, GroupOptions
 from vrep.paths import SitePaths
 from vrep.recovery.failover import Failover
-from vrep.recovery.move import WAIT_S, move
-from vrep.recovery.reverse import reverse
+from vrep.recovery.move import WAIT_S, move_all
+from vrep.recovery.reverse import reverse_all
 from vrep.recovery.untaken import find_untaken
 from vrep.recovery.view import ViewInfo
 
-__all__ = ["failback"]
+__all__ = ["failback", "failback_all"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -38,34 +38,57 @@ def failback(
     writes that were not taken over and not exported, unless `discard_untaken`. `moved` hears of the
     view as soon as its VM may run; `progress` of the bytes of each part. See `move` and `reverse`.
     """
-    failover = Failover(paths, group)
-    mine = GroupDirectory(paths.root).of_id(failover.held.hex)
-    if mine is None:
-        raise errors.StateError(
-            f"{failover.held.name!r} was never written at this site: 'vrep move' takes it over"
-        )
+    (made,) = failback_all(
+        paths, [group], options, pause=pause, wait_s=wait_s, discard_untaken=discard_untaken,
+        moved=None if moved is None else lambda views: moved(views[0]), progress=progress,
+    )  # fmt: skip
+    return made
+
+
+def failback_all(
+    paths: SitePaths,
+    groups: Sequence[str],
+    options: GroupOptions,
+    *,
+    pause: bool = False,
+    wait_s: float = WAIT_S,
+    discard_untaken: bool = False,
+    moved: Callable[[list[ViewInfo]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[GroupDefinition]:
+    """`failback` of all lanes of a group, by their ids or names."""
+    away: dict[str, dict[str, str]] = {}
+    for group in groups:
+        failover = Failover(paths, group)
+        mine = GroupDirectory(paths.root).of_id(failover.held.hex)
+        if mine is None:
+            raise errors.StateError(
+                f"{failover.held.name!r} was never written at this site: 'vrep move' takes it over"
+            )
+        if not mine.yielded:
+            continue  # it is back
+        if failover.view() is None and not discard_untaken:
+            _require_taken(paths, mine)
+        away[group] = {disk.name: disk.uri for disk in mine.disks}
 
     def part(name: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(name, done, total)
 
-    if mine.yielded and failover.view() is None:
-        left = find_untaken(paths, mine.name)
-        if left.bytes and not left.exported and not discard_untaken:
-            raise errors.StateError(
-                f"the disks of {mine.name!r} here hold writes that were not taken over, in "
-                f"{left.bytes} bytes: 'vrep export {mine.name} --untaken' keeps them, "
-                "--discard-untaken gives them up"
-            )
-    if mine.yielded:
-        onto = {disk.name: disk.uri for disk in mine.disks}
-        view = move(
-            paths,
-            group,
-            pause=pause,
-            wait_s=wait_s,
-            onto=onto,
-            progress=part("checking the history"),
+    if away:
+        views = move_all(
+            paths, away, pause=pause, wait_s=wait_s, progress=part("checking the history")
         )
         if moved is not None:
-            moved(view)
-    return reverse(paths, group, options, progress=part("filling the disks"))
+            moved(views)
+    return reverse_all(paths, groups, options, progress=part("filling the disks"))
+
+
+def _require_taken(paths: SitePaths, mine: GroupDefinition) -> None:
+    """StateError when the group's disks here hold what is nowhere else."""
+    left = find_untaken(paths, mine.name)
+    if left.bytes and not left.exported:
+        raise errors.StateError(
+            f"the disks of {mine.name!r} here hold writes that were not taken over, in "
+            f"{left.bytes} bytes: 'vrep export {mine.name} --untaken' keeps them, "
+            "--discard-untaken gives them up"
+        )

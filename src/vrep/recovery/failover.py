@@ -37,6 +37,7 @@ from vrep.recovery.view import (
     ViewProcess,
     ViewRecord,
     describe,
+    discard,
     ended,
     record_of,
     view_directories,
@@ -45,7 +46,23 @@ from vrep.target.epochs import EpochDoor, entry_of
 from vrep.target.manifest import EpochEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
-__all__ = ["Failover", "choose", "commit", "require_no_writer", "rollback", "serve", "start"]
+__all__ = [
+    "MOVED",
+    "Failover",
+    "check_onto",
+    "choose",
+    "claim",
+    "commit",
+    "require_no_writer",
+    "retarget",
+    "rollback",
+    "serve",
+    "shut_out",
+    "start",
+]
+
+MOVED: Final = "move"
+"""what was asked for, in the record of a view that a move made"""
 
 REPORT_WAIT_S: Final = 3.0
 IDLE_REPORT_WAIT_S: Final = 16.0
@@ -173,18 +190,43 @@ def start(
     process = ViewProcess(paths)
     try:
         view = failover.view()
-        if view is None:
-            view = _begin(failover, at, force=force, since=since, onto=onto)
-        else:
-            _check_resumed(view.load(), at, since)
-            _check_onto(view.load(), onto or {})
-        record = view.load()
-        if record.state == "starting":
-            _raise(failover, view, record)
+        if view is not None and took_nothing(failover, view.load()):
+            discard(view)
+        view = claim(failover, at, force=force, since=since, onto=onto)
+        shut_out(failover, view)
     except BaseException:
         process.cancel()
         raise
     return serve(view, process)
+
+
+def took_nothing(failover: Failover, record: ViewRecord) -> bool:
+    """Whether a view is of a move that ended before it took the group: its source went on."""
+    return record.asked == MOVED and record.state == "starting" and failover.provisional() is None
+
+
+def claim(
+    failover: Failover,
+    at: str,
+    *,
+    force: bool = False,
+    since: str | None = None,
+    onto: Mapping[str, str] | None = None,
+) -> ViewDirectory:
+    """Step 1, or the view of a failover that was cut off. See `start`."""
+    view = failover.view()
+    if view is None:
+        return _begin(failover, at, force=force, since=since, onto=onto)
+    _check_resumed(view.load(), at, since)
+    check_onto(view.load(), onto or {})
+    return view
+
+
+def shut_out(failover: Failover, view: ViewDirectory) -> None:
+    """Step 2, unless it was done."""
+    record = view.load()
+    if record.state == "starting":
+        _raise(failover, view, record)
 
 
 def serve(view: ViewDirectory, process: ViewProcess) -> ViewInfo:
@@ -216,7 +258,7 @@ def _check_resumed(record: ViewRecord, at: str, since: str | None) -> None:
         )
 
 
-def _check_onto(record: ViewRecord, onto: Mapping[str, str]) -> None:
+def check_onto(record: ViewRecord, onto: Mapping[str, str]) -> None:
     """StateError when other disks are to be filled than those that are."""
     filled = {disk.name: disk.onto for disk in record.disks if disk.onto}
     if any(filled.get(name) != uri for name, uri in onto.items()):
@@ -242,9 +284,10 @@ def choose(
     since: str | None = None,
     asked: str | None = None,
     onto: Mapping[str, str] | None = None,
+    halt: str = "",
 ) -> ViewDirectory:
     """The view of a failover, with its point, claimed; its key is proven. `asked`: what stands in
-    the record instead of the point that was asked for. `onto`: see `start`."""
+    the record instead of the point that was asked for. `onto`: see `start`. `halt`: of a move."""
     held, paths = failover.held, failover.paths
     current = failover.require_other_writer()
     access = KeyAccess.open(paths, held.group_id, held.manifest.wrapped_keys)
@@ -257,6 +300,7 @@ def choose(
         msgspec.structs.replace(
             record,
             asked=asked or record.asked,
+            halt=halt,
             disks=place_onto(paths, held.hex, record.disks, onto or {}),
             old_writer=current.writer.hex(),
             old_epoch=current.epoch,
@@ -273,7 +317,7 @@ def _raise(failover: Failover, view: ViewDirectory, record: ViewRecord) -> ViewR
     point = Position(*record.point)
     if entry.parent != point:
         # `latest` is decided in the moment when the old writer was shut out.
-        record = _moved(failover, view, record, entry.parent)
+        record = retarget(failover, view, record, entry.parent)
     return view.change(epoch=entry.epoch, epoch_id=entry.epoch_id.hex())
 
 
@@ -301,15 +345,17 @@ def _is_end(failover: Failover, point: Position) -> bool:
         return history.newest == history.end and history.end >= point
 
 
-def _moved(
-    failover: Failover, view: ViewDirectory, record: ViewRecord, parent: Position
+def retarget(
+    failover: Failover, view: ViewDirectory, record: ViewRecord, parent: Position, halt: str = ""
 ) -> ViewRecord:
+    """Let a view that is not served yet be of another point."""
     with StoreReader(failover.paths.store, failover.held.group_id) as reader:
         found = resolve(reader, f"pos:{parent}", None, 0)
         return view.change(
             point=(parent.epoch, parent.lane, parent.seq),
             wall_ns=found.wall_ns,
             ancestry=reader.ancestry(parent),
+            halt=halt or record.halt,
         )
 
 

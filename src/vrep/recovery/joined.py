@@ -2,16 +2,13 @@
 
 A point of such a group is a cut (see `cuts`): a position of each lane. A disk belongs to one lane,
 so what a cut holds of it is what its lane holds at its position; everything here resolves the cut
-once and then does for each lane what is done for a group with one lane. A test or a failover is a
-view for each lane, each with its own socket, as the lanes have at the source.
-
-What is done to several lanes is not one step: a failover that was cut off has raised the epoch of
-some, and goes on, at the cut that it began with, when it is asked for again.
+once and then does for each lane what is done for a group with one lane. A test is a view for each
+lane, each with its own socket, as the lanes have at the source. To take such a group over is in
+`joined_failover`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +20,6 @@ from vrep.lanes import lane_of
 from vrep.paths import SitePaths
 from vrep.recovery import changes as one_changes
 from vrep.recovery import export as one_export
-from vrep.recovery import failover as one_failover
 from vrep.recovery import fold as one_fold
 from vrep.recovery import points as one_points
 from vrep.recovery import verify as one_verify
@@ -35,21 +31,20 @@ from vrep.recovery.verify import VerifyOptions, VerifyReport
 from vrep.recovery.view import (
     ViewDirectory,
     ViewInfo,
-    ViewRecord,
     discard,
     start_test,
-    view_directories,
 )
 from vrep.target.manifest import Position
 
 __all__ = [
+    "base_of",
     "changes",
     "export",
-    "failover_commit",
-    "failover_rollback",
-    "failover_start",
     "fold",
+    "joined_view",
+    "lanes_of",
     "points",
+    "resolve",
     "serve",
     "verify",
 ]
@@ -57,13 +52,14 @@ __all__ = [
 _WORST = ("bad", "intact", "good")
 
 
-def _resolve(paths: SitePaths, held: HeldLanes, *texts: str) -> list[Cut]:
+def resolve(paths: SitePaths, held: HeldLanes, *texts: str) -> list[Cut]:
+    """The cuts that some POINTs mean."""
     now_ns = time.time_ns()
     with LaneSet(paths, held) as lanes:
         return [lanes.resolve(text, now_ns) for text in texts]
 
 
-def _lanes_of(held: HeldLanes, cut: Cut) -> list[tuple[str, Position]]:
+def lanes_of(held: HeldLanes, cut: Cut) -> list[tuple[str, Position]]:
     """The ids of the lanes that have a part in a cut, and their positions."""
     ids = {lane_of(lane.name): lane.hex for lane in held.lanes}
     return [(ids[position.lane], position) for position in cut.at]
@@ -133,10 +129,10 @@ def changes(
     paths: SitePaths, held: HeldLanes, since: str, at: str = "latest", disk: str | None = None
 ) -> one_changes.ChangeList:
     """What may differ between two cuts."""
-    first, last = _resolve(paths, held, since, at)
+    first, last = resolve(paths, held, since, at)
     found: list[one_changes.DiskChanges] = []
-    for lane, position in _lanes_of(held, last):
-        base = _base_of(first, position.lane)
+    for lane, position in lanes_of(held, last):
+        base = base_of(first, position.lane)
         found += one_changes.list_changes(paths, lane, f"pos:{base}", f"pos:{position}").disks
     if disk is not None:
         chosen = [each for each in found if each.name == disk]
@@ -154,7 +150,8 @@ def changes(
     )
 
 
-def _base_of(cut: Cut, lane: int) -> Position:
+def base_of(cut: Cut, lane: int) -> Position:
+    """The position of a lane in the cut from which changes count."""
     base = cut.of(lane)
     if base is None:
         raise errors.PointNotFoundError(f"lane {lane} has no part in {cut}: nothing to count from")
@@ -173,12 +170,12 @@ def export(
 ) -> one_export.ExportResult:
     """Write every disk of a group at a cut. A disk that was written before an error stays."""
     began = time.monotonic()
-    (cut,) = _resolve(paths, held, at)
+    (cut,) = resolve(paths, held, at)
     done = [
         one_export.export(
             paths, lane, f"pos:{position}", out, format, progress=progress, sha256=sha256
         )
-        for lane, position in _lanes_of(held, cut)
+        for lane, position in lanes_of(held, cut)
     ]
     return one_export.ExportResult(
         group=held.name,
@@ -203,10 +200,10 @@ def verify(
     progress: one_verify.Progress | None = None,
 ) -> VerifyReport:
     """Verify each lane at a cut, with its samples and checks."""
-    (cut,) = _resolve(paths, held, at)
+    (cut,) = resolve(paths, held, at)
     reports = [
         one_verify.verify(paths, lane, f"pos:{position}", options=options, progress=progress)
-        for lane, position in _lanes_of(held, cut)
+        for lane, position in lanes_of(held, cut)
     ]
     objects: dict[str, int] = {}
     for report in reports:
@@ -230,15 +227,13 @@ def verify(
 
 def fold(paths: SitePaths, held: HeldLanes, at: str) -> one_fold.FoldResult:
     """Keep the cuts of a group from one on."""
-    (cut,) = _resolve(paths, held, at)
+    (cut,) = resolve(paths, held, at)
     if cut.absent:
         raise errors.StateError(
             f"lane {', '.join(map(str, cut.absent))} has no part in {cut}: what it keeps cannot "
             "begin there"
         )
-    done = [
-        one_fold.fold(paths, lane, f"pos:{position}") for lane, position in _lanes_of(held, cut)
-    ]
+    done = [one_fold.fold(paths, lane, f"pos:{position}") for lane, position in lanes_of(held, cut)]
     return one_fold.FoldResult(
         group=held.name,
         group_id=held.hex,
@@ -253,7 +248,7 @@ def fold(paths: SitePaths, held: HeldLanes, at: str) -> one_fold.FoldResult:
 # ---- views -----------------------------------------------------------------------------
 
 
-def _joined_view(held: HeldLanes, cut: Cut, since: Cut | None, views: list[ViewInfo]) -> ViewInfo:
+def joined_view(held: HeldLanes, cut: Cut, since: Cut | None, views: list[ViewInfo]) -> ViewInfo:
     """The views of all lanes as one; each disk says which dirty bitmap it has."""
     first = views[0]
     return ViewInfo(
@@ -285,112 +280,15 @@ def serve(
     paths: SitePaths, held: HeldLanes, at: str = "latest", since: str | None = None
 ) -> ViewInfo:
     """Serve the disks of all lanes as they were at a cut: a view for each lane."""
-    cut, *rest = _resolve(paths, held, at, *([since] if since is not None else []))
+    cut, *rest = resolve(paths, held, at, *([since] if since is not None else []))
     base = rest[0] if rest else None
     views: list[ViewInfo] = []
     try:
-        for lane, position in _lanes_of(held, cut):
-            from_ = f"pos:{_base_of(base, position.lane)}" if base is not None else None
+        for lane, position in lanes_of(held, cut):
+            from_ = f"pos:{base_of(base, position.lane)}" if base is not None else None
             views.append(start_test(paths, lane, f"pos:{position}", from_))
     except BaseException:
         for view in views:
             discard(ViewDirectory(paths, view.id))
         raise
-    return _joined_view(held, cut, base, views)
-
-
-# ---- failover ----------------------------------------------------------------------------
-
-
-def _failovers(paths: SitePaths, held: HeldLanes) -> dict[int, tuple[ViewDirectory, ViewRecord]]:
-    """The views of a failover that was begun, by lane."""
-    ids = {lane.hex: lane_of(lane.name) for lane in held.lanes}
-    found = {}
-    for view in view_directories(paths):
-        with contextlib.suppress(errors.NotFoundError):  # it ended since the listing
-            record = view.load()
-            if record.kind == "failover" and record.group_id in ids:
-                found[ids[record.group_id]] = (view, record)
-    return found
-
-
-def _begun(
-    paths: SitePaths, held: HeldLanes, begun: dict[int, tuple[ViewDirectory, ViewRecord]]
-) -> Cut:
-    """The cut of a failover that was begun."""
-    positions = [Position(*record.point) for _view, record in begun.values()]
-    (cut,) = _resolve(paths, held, f"pos:{positions[0]}")
-    if not set(positions) <= set(cut.at):
-        raise errors.CorruptError(f"the views of the failover of {held.name!r} are of several cuts")
-    return cut
-
-
-def failover_start(
-    paths: SitePaths,
-    held: HeldLanes,
-    at: str = "latest",
-    *,
-    force: bool = False,
-    since: str | None = None,
-) -> ViewInfo:
-    """Take all lanes over at a cut, or go on with what was cut off. A lane without a part in the
-    cut is left alone. Nothing is served to a VM by this command before every lane's old writer
-    is refused: it returns then.
-
-    SourceAliveError while a source's VM runs or may run, unless `force`."""
-    begun = _failovers(paths, held)
-    cut = _begun(paths, held, begun) if begun else _resolve(paths, held, at)[0]
-    if begun and at.strip() != "latest" and _resolve(paths, held, at)[0] != cut:
-        raise errors.StateError(
-            f"a failover of {held.name!r} to {cut} is under way: commit it or roll it back first"
-        )
-    base = _resolve(paths, held, since)[0] if since is not None else None
-    if not force:
-        for lane, position in _lanes_of(held, cut):
-            if position.lane not in begun:
-                one_failover.require_no_writer(paths, lane)
-    views = []
-    for lane, position in _lanes_of(held, cut):
-        from_ = f"pos:{_base_of(base, position.lane)}" if base is not None else None
-        views.append(one_failover.start(paths, lane, f"pos:{position}", force=True, since=from_))
-    return _joined_view(held, cut, base, views)
-
-
-def failover_commit(paths: SitePaths, held: HeldLanes) -> ViewInfo:
-    """Keep what was taken over, of all lanes."""
-    begun = _failovers(paths, held)
-    if not begun:
-        raise errors.NotFoundError(f"no failover of {held.name!r} is under way")
-    cut = _begun(paths, held, begun)
-    unready = [p.lane for p in cut.at if p.lane not in begun] + [
-        lane
-        for lane, (_view, record) in begun.items()
-        if record.state not in ("serving", "committed")
-    ]
-    if unready:
-        lanes = ", ".join(map(str, sorted(unready)))
-        raise errors.StateError(
-            f"the failover of {held.name!r} has not reached lane {lanes}: give 'failover start' "
-            "again first"
-        )
-    ids = {position.lane: lane for lane, position in _lanes_of(held, cut)}
-    views = [one_failover.commit(paths, ids[lane]) for lane in sorted(begun)]
-    return _joined_view(held, cut, None, views)
-
-
-def failover_rollback(paths: SitePaths, held: HeldLanes) -> None:
-    """Give all lanes back to their old writers. What was cut off goes on when it is asked for
-    again; a lane that was committed already stops it before anything is undone."""
-    begun = _failovers(paths, held)
-    committed = [lane for lane, (_view, record) in begun.items() if record.state == "committed"]
-    if committed:
-        raise errors.StateError(
-            f"the failover of {held.name!r} was committed: what this site wrote since is the truth"
-        )
-    done = 0
-    for lane in held.lanes:
-        with contextlib.suppress(errors.NotFoundError):  # it was not begun, or is undone
-            one_failover.rollback(paths, lane.hex)
-            done += 1
-    if not done:
-        raise errors.NotFoundError(f"no failover of {held.name!r} is under way")
+    return joined_view(held, cut, base, views)

@@ -38,6 +38,7 @@ from vrep.groups import (
 from vrep.keys.datakey import inspect_wrapped
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
+from vrep.lanes import is_lane, lane_of
 from vrep.paths import SitePaths
 from vrep.recovery.failover import Failover
 from vrep.recovery.untaken import read_untaken
@@ -49,7 +50,7 @@ from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
 from vrep.wire.transport import PeerRefusedError
 
-__all__ = ["reverse"]
+__all__ = ["reverse", "reverse_all"]
 
 ASK_EVERY_S: Final = 0.1
 FOLLOW_S: Final = 90.0
@@ -68,31 +69,68 @@ def reverse(
 ) -> GroupDefinition:
     """Protect a group that this site took over, and committed, to the site that wrote it before.
     `progress` hears the bytes of its disks that are here, so far and in all."""
-    failover = Failover(paths, group)
-    groups = GroupDirectory(paths.root)
-    view = failover.view()
-    epochs = failover.epochs()
-    current = epochs[-1]
-    if current.writer != failover.site_id:
-        raise errors.StateError(f"{failover.held.name!r} is written by another site")
-    mine = groups.of_id(failover.held.hex)
-    if view is None:
-        if mine is not None and not mine.yielded:
-            return mine  # it was done before
-        raise errors.NotFoundError(f"no failover of {group!r} is under way")
-    record = view.load()
-    if record.state != "committed" or current.state is not EpochState.ACCEPTED:
-        raise errors.StateError(f"the failover of {group!r} is not committed: do that first")
-    if mine is not None and not mine.yielded and mine.epoch == current.epoch:
-        _switch(paths, mine, view)  # it was cut off there; the filter may have the disks already
-        return mine
-    peer = _old_site(paths, record)
-    _require_name(groups, failover.held.name, failover.held.hex)
-    _wait_filled(view, record, progress)
-    _follow(paths, peer, failover.held.hex, epochs)
-    definition = _define(paths, failover, record, view, peer, current, options, mine)
-    _switch(paths, definition, view)
-    return definition
+    (made,) = reverse_all(paths, [group], options, progress=progress)
+    return made
+
+
+class _Way:
+    """A group with one lane, or a lane, on its way back. Raises why it cannot go."""
+
+    def __init__(self, paths: SitePaths, group: str) -> None:
+        self.failover = failover = Failover(paths, group)
+        self.name = failover.held.name
+        groups = GroupDirectory(paths.root)
+        self.view = failover.view()
+        self.epochs = failover.epochs()
+        self.current = current = self.epochs[-1]
+        if current.writer != failover.site_id:
+            raise errors.StateError(f"{self.name!r} is written by another site")
+        self.mine = mine = groups.of_id(failover.held.hex)
+        self.defined = mine is not None and not mine.yielded
+        """whether this site protects it already; with a view, that may serve its disks still"""
+        if self.view is None:
+            if not self.defined:
+                raise errors.NotFoundError(f"no failover of {group!r} is under way")
+            return
+        record = self.record = self.view.load()
+        if record.state != "committed" or current.state is not EpochState.ACCEPTED:
+            raise errors.StateError(f"the failover of {group!r} is not committed: do that first")
+        self.defined = self.defined and mine is not None and mine.epoch == current.epoch
+        if not self.defined:
+            self.peer = _old_site(paths, record)
+            _require_name(groups, self.name, failover.held.hex)
+
+
+def reverse_all(
+    paths: SitePaths,
+    groups: Sequence[str],
+    options: GroupOptions,
+    *,
+    progress: Progress | None = None,
+) -> list[GroupDefinition]:
+    """`reverse` of all lanes of a group, by their ids or names: each step of all of them before
+    the next of any. What was cut off goes on with those that are left."""
+    ways = [_Way(paths, group) for group in groups]
+    new = [way for way in ways if not way.defined]
+    if len({way.record.old_writer for way in new}) > 1:
+        raise errors.UnsupportedError(
+            "the lanes of the group come from several sites: each would go back to its own, and "
+            "none of those would have a point of all"
+        )
+    for way in new:
+        assert way.view is not None
+        _wait_filled(way.view, way.record, progress)
+    for way in new:
+        _follow(paths, way.peer, way.failover.held.hex, way.epochs)
+    lanes = tuple(lane_of(way.name) for way in ways if is_lane(way.name))
+    made = [_define(paths, way, options, lanes) if way in new else way.mine for way in ways]
+    found = []
+    for way, definition in zip(ways, made, strict=True):
+        assert definition is not None
+        if way.view is not None:
+            _switch(paths, definition, way.view)
+        found.append(definition)
+    return found
 
 
 def _old_site(paths: SitePaths, record: ViewRecord) -> Peer:
@@ -144,18 +182,12 @@ def _follow(paths: SitePaths, peer: Peer, group_id: str, epochs: Sequence[EpochE
 
 
 def _define(
-    paths: SitePaths,
-    failover: Failover,
-    record: ViewRecord,
-    view: ViewDirectory,
-    peer: Peer,
-    current: EpochEntry,
-    options: GroupOptions,
-    mine: GroupDefinition | None,
+    paths: SitePaths, way: _Way, options: GroupOptions, lanes: tuple[int, ...]
 ) -> GroupDefinition:
     """The definition, written. What the filter and the spill knew of an earlier reign of this site
     goes first: it is of other disks, or of what they held before."""
-    name, manifest = failover.held.name, failover.held.manifest
+    name, manifest, mine, view = way.name, way.failover.held.manifest, way.mine, way.view
+    assert view is not None
     groups = GroupDirectory(paths.root)
     if mine is None or mine.yielded:
         config = load_config(paths.config)
@@ -166,16 +198,16 @@ def _define(
     tenant = TenantKeyring(paths.root).find(
         inspect_wrapped(manifest.wrapped_keys[-1]).tenant_key_id
     )
-    parent = current.parent
+    current, parent = way.current, way.current.parent
     definition = GroupDefinition(
         version=VERSION,
-        group_id=failover.held.hex,
+        group_id=way.failover.held.hex,
         name=name,
         disks=tuple(
             DiskDefinition(disk.name, view.disk_uri(disk), disk.bytes, disk.index)
-            for disk in record.disks
+            for disk in way.record.disks
         ),
-        to_site=peer.site_id,
+        to_site=way.peer.site_id,
         key=tenant.name,
         tenant_key_id=tenant.key_id,
         epoch=current.epoch,
@@ -184,6 +216,7 @@ def _define(
         created=mine.created if mine is not None else time.time(),
         parent=ParentPosition(parent.epoch, parent.lane, parent.seq),
         options=mine.options if mine is not None else options,
+        lanes=lanes,
     )
     groups.store(definition)
     return definition

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,7 @@ from vrep._core.map import ChangeMap
 from vrep.control import ControlClient
 from vrep.durable import sync_directory, write_atomic
 from vrep.groups import GroupDefinition, GroupDirectory
+from vrep.lanes import group_of
 from vrep.paths import SitePaths
 from vrep.settings import load_config
 
@@ -31,6 +32,7 @@ __all__ = [
     "UntakenDisk",
     "export_untaken",
     "find_untaken",
+    "joined_untaken",
     "note_untaken",
     "untaken_path",
 ]
@@ -88,6 +90,20 @@ def read_untaken(paths: SitePaths, group: str) -> Untaken:
         raise errors.NotFoundError(f"nothing was noted when {group!r} was given up") from None
     except (msgspec.MsgspecError, OSError) as error:
         raise errors.CorruptError(f"{untaken_path(paths, group)}: {error}") from None
+
+
+def joined_untaken(found: Sequence[Untaken]) -> Untaken:
+    """What was not taken of all lanes of a group."""
+    return msgspec.structs.replace(
+        found[0],
+        group=group_of(found[0].group),
+        group_id=found[0].group_id[:28] + "0000",
+        after=", ".join(each.after for each in found if each.after),
+        bytes=sum(each.bytes for each in found),
+        known=all(each.known for each in found),
+        disks=[disk for each in found for disk in each.disks],
+        exported=found[0].exported if all(each.exported for each in found) else "",
+    )
 
 
 def _of_map(paths: SitePaths, definition: GroupDefinition) -> Untaken:

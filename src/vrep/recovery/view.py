@@ -138,6 +138,8 @@ class ViewRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """another point: what may differ from it is offered as a dirty bitmap"""
     since_ancestry: list[tuple[int, int]] = []
     since_asked: str = ""
+    halt: str = ""
+    """of a move: which halt of all lanes the point is of"""
 
 
 class ViewDirectory:

@@ -198,7 +198,9 @@ class Cutter:
     def _is_due(self, status: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether anything was written since the last cut, to lanes that are shipped."""
         definitions = self._definitions()
-        if any(one.paused or one.fenced or one.detached for one in definitions.values()):
+        if any(
+            one.paused or one.fenced or one.detached or one.halted for one in definitions.values()
+        ):
             return False
         return {name: int(one["head"]) for name, one in status.items()} != self._heads
 
