@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,19 @@ def test_kinds_are_those_of_the_format() -> None:
     """The place of fields that both ends read from headers."""
     names = [name for name, _ in sorted(layout.RECORD.fields.items(), key=lambda f: f[1][1])]
     assert names[3:10] == ["flags", "epoch", "lane", "disk", "seq", "offset", "length"]
+
+
+def test_an_answer_of_many_small_records_needs_little_memory(lab: Any) -> None:
+    """Random writes of one block each: an answer has a record for nearly every block."""
+    lab.write(0, 0, lab.rng.randbytes(BLOCK))
+    answer = ask(lab)
+    many = msgspec.structs.replace(answer, records=answer.records[:1] * 4000)
+    book = HashBook([lab.key])
+    tracemalloc.start()
+    try:
+        _found, refused = book.read(many, dict(enumerate(WINDOWS)), line(lab))
+        used = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert refused == 0
+    assert used < 8 << 20

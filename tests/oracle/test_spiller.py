@@ -417,7 +417,7 @@ def test_a_ring_that_fills_fast_is_drained_before_it_is_nearly_full(lab: Lab) ->
         assert not spiller.draining
     assert level == pytest.approx(0.8)
     assert spiller._due(0.9, now_s + 1)  # HIGH_CONNECTED
-    spiller._due(0.4, now_s + 2)
-    assert not spiller._due(0.45, now_s + 2.03)  # below LOW, whatever the pace
-    assert spiller._due(0.55, now_s + 2.06)  # full in 135 ms
-    assert not spiller._due(0.55, now_s + 2.09)  # it fills no more
+    spiller._due(0.6, now_s + 2)
+    assert not spiller._due(0.7, now_s + 2.03)  # below LOW_CONNECTED, whatever the pace
+    assert spiller._due(0.8, now_s + 2.06)  # full in 60 ms
+    assert not spiller._due(0.8, now_s + 2.09)  # it fills no more

@@ -103,6 +103,7 @@ class HashBook:
         self._numbers = {key.generation: number for number, key in enumerate(found)}
         self._keys = found
         self._openers: OrderedDict[bytes, Opener] = OrderedDict()
+        self._room = bytearray(layout.WRITE_BYTES_MAX // BLOCK * HASH_BYTES)
 
     @property
     def secrets(self) -> list[bytes]:
@@ -160,16 +161,16 @@ class HashBook:
         epoch, _lane, disk, seq, offset, length = fields[4:10]
         if not line.holds(epoch, seq, answer.position.seq):
             return None
-        room = bytearray(layout.WRITE_BYTES_MAX // BLOCK * HASH_BYTES)
         try:
             opener = self._opener(stream, self._keys[number])
-            size = opener.piece(item.header, layout.PIECE_HASH, item.word, item.piece, room)
+            size = opener.piece(item.header, layout.PIECE_HASH, item.word, item.piece, self._room)
         except IntegrityError:
             return None
         blocks, first = record.hash_blocks(offset, length)
         if size != blocks * HASH_BYTES:
             return None
-        values = np.frombuffer(room, np.uint8, size).reshape(blocks, HASH_BYTES)
+        # A copy of what is used: an answer has thousands of records, most of one block.
+        values = np.frombuffer(self._room, np.uint8, size).reshape(blocks, HASH_BYTES).copy()
         return _Piece(disk, offset + first, values, number + 1)
 
     def _opener(self, stream: m.HashStream, key: DataKey) -> Opener:

@@ -33,7 +33,7 @@ HIGH_CONNECTED: Final = 7 / 8
 LOW_CONNECTED: Final = 3 / 4
 """the same while a target takes records: sealing and syncing them here slows down the shipping
 that empties the ring"""
-HEADROOM_S: Final = 0.25
+HEADROOM_S: Final = 0.08
 """a ring that is full in less, at the pace at which it fills, is drained before `HIGH_CONNECTED`"""
 POLL_S: Final = 0.05
 POLL_NEAR_S: Final = 0.01
@@ -188,7 +188,7 @@ class Spiller:
         self._poll_s = POLL_NEAR_S if level >= LOW else POLL_S
         if not self.connected:
             return level >= (LOW if self.draining else HIGH)
-        if level >= LOW and level + self._pace.value * HEADROOM_S >= 1:
+        if level >= LOW_CONNECTED and level + self._pace.value * HEADROOM_S >= 1:
             return True
         return level >= (LOW_CONNECTED if self.draining else HIGH_CONNECTED)
 
