@@ -30,7 +30,7 @@ from vrep.keys.datakey import DataKey
 from vrep.lanes import check_lanes, lane_id, lane_name
 
 if TYPE_CHECKING:
-    from vrep.site import Site
+    from vrep.site.base import SiteBase
 
 __all__ = ["DISKS_MAX", "protect", "with_fronts"]
 
@@ -39,7 +39,7 @@ DISKS_MAX: Final = 64
 
 
 def protect(
-    site: Site,
+    site: SiteBase,
     group: str,
     disks: Mapping[str, str],
     *,
@@ -98,7 +98,7 @@ def protect(
     return made
 
 
-def examined(site: Site, group: str, disks: Mapping[str, str]) -> list[DiskDefinition]:
+def examined(site: SiteBase, group: str, disks: Mapping[str, str]) -> list[DiskDefinition]:
     """The disks as they are, none of them another group's."""
     # Those of a group that cannot be read are not known; whoever has them open holds their locks.
     known = {disk.uri: g.name for g in site.groups.readable() for disk in g.disks}

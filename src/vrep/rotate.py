@@ -34,7 +34,7 @@ from vrep.keys.errors import KeyNotVerifiedError, TenantKeyError
 from vrep.keys.tenant import KeyInfo, TenantKey, TenantKeyring
 
 if TYPE_CHECKING:
-    from vrep.site import Site
+    from vrep.site.base import SiteBase
 
 __all__ = ["RotatedGroup", "Rotation", "rotate"]
 
@@ -64,7 +64,7 @@ class Rotation(msgspec.Struct, frozen=True):
 
 
 def rotate(
-    site: Site,
+    site: SiteBase,
     name: str,
     *,
     out: str | os.PathLike[str] | None = None,
@@ -104,7 +104,7 @@ def rotate(
 
 
 @contextlib.contextmanager
-def _alone(site: Site) -> Iterator[None]:
+def _alone(site: SiteBase) -> Iterator[None]:
     """One rotation at a time."""
     path = site.paths.keys / "rotate.lock"
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -118,11 +118,11 @@ def _alone(site: Site) -> Iterator[None]:
         os.close(fd)
 
 
-def _sealed_under(site: Site, name: str) -> list[GroupDefinition]:
+def _sealed_under(site: SiteBase, name: str) -> list[GroupDefinition]:
     return [definition for definition in site.groups.readable() if definition.key == name]
 
 
-def _unfinished(site: Site, ring: TenantKeyring, name: str) -> bool:
+def _unfinished(site: SiteBase, ring: TenantKeyring, name: str) -> bool:
     """Whether a group is not wrapped under the current generation yet, or its target was not
     told. The first generation was never rotated to."""
     current = ring.info(name)
@@ -133,7 +133,7 @@ def _unfinished(site: Site, ring: TenantKeyring, name: str) -> bool:
     )
 
 
-def _carry_on(site: Site, ring: TenantKeyring, name: str, wait_s: float) -> Rotation:
+def _carry_on(site: SiteBase, ring: TenantKeyring, name: str, wait_s: float) -> Rotation:
     tenant = ring.get(name)
     failed: dict[str, str] = {}
     for definition in _sealed_under(site, name):
@@ -153,7 +153,7 @@ def _carry_on(site: Site, ring: TenantKeyring, name: str, wait_s: float) -> Rota
 
 
 def _rewrap(
-    site: Site, ring: TenantKeyring, definition: GroupDefinition, tenant: TenantKey
+    site: SiteBase, ring: TenantKeyring, definition: GroupDefinition, tenant: TenantKey
 ) -> None:
     """Replace the wrapped keys of a group, all at once."""
     blobs = []
@@ -173,7 +173,7 @@ def _rewrap(
         ControlClient(site.paths.socket("source")).call("reload", group=definition.name)
 
 
-def _reason(site: Site, definition: GroupDefinition) -> str:
+def _reason(site: SiteBase, definition: GroupDefinition) -> str:
     """Why a target cannot be told now; empty when it is only a matter of time."""
     if definition.fenced:
         return "another site took the group over: its target hears nothing from here"
@@ -184,7 +184,7 @@ def _reason(site: Site, definition: GroupDefinition) -> str:
     return ""
 
 
-def _wait_told(site: Site, name: str, wait_s: float) -> None:
+def _wait_told(site: SiteBase, name: str, wait_s: float) -> None:
     """Until every target that can be told has answered."""
     deadline = time.monotonic() + wait_s
     while time.monotonic() < deadline:
@@ -195,7 +195,7 @@ def _wait_told(site: Site, name: str, wait_s: float) -> None:
 
 
 def _told(
-    site: Site, definition: GroupDefinition, tenant: TenantKey, failed: dict[str, str]
+    site: SiteBase, definition: GroupDefinition, tenant: TenantKey, failed: dict[str, str]
 ) -> RotatedGroup:
     wrapped = definition.tenant_key_id == tenant.key_id
     at_target = wrapped and definition.keys_at_target == definition.keys_digest

@@ -18,7 +18,7 @@ from vrep.lanes import group_of
 from vrep.settings import StatusConfig
 
 if TYPE_CHECKING:
-    from vrep.site import Site
+    from vrep.site.base import SiteBase
 
 STATES: Final = (
     "initial-sync",
@@ -41,7 +41,7 @@ WARNING: Final = 1
 CRITICAL: Final = 2
 
 
-def _ask(site: Site, role: str, method: str = "status") -> dict[str, Any] | None:
+def _ask(site: SiteBase, role: str, method: str = "status") -> dict[str, Any] | None:
     """A process's answer; None when it does not run, or hangs: the others are asked all the
     same."""
     try:
@@ -52,7 +52,7 @@ def _ask(site: Site, role: str, method: str = "status") -> dict[str, Any] | None
     return answer
 
 
-def collect(site: Site, group: str | None = None) -> dict[str, Any]:
+def collect(site: SiteBase, group: str | None = None) -> dict[str, Any]:
     """The status of a site, or of one group of it (`NotFoundError`)."""
     now_ns = time.time_ns()
     filters, sources, targets = (_ask(site, role) for role in ("filter", "source", "target"))
@@ -122,7 +122,7 @@ def collect(site: Site, group: str | None = None) -> dict[str, Any]:
     return answer
 
 
-def _held(site: Site) -> dict[str, dict[str, Any]]:
+def _held(site: SiteBase) -> dict[str, dict[str, Any]]:
     """Groups whose history is held here while no target process runs, by their ids."""
     if not site.paths.store.is_dir():
         return {}
@@ -145,7 +145,7 @@ def _held(site: Site) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _noted(site: Site, group: str) -> dict[str, Any]:
+def _noted(site: SiteBase, group: str) -> dict[str, Any]:
     """What was not taken of a group that this site gave up; nothing once it was exported."""
     from vrep.recovery.untaken import read_untaken
 
@@ -157,7 +157,7 @@ def _noted(site: Site, group: str) -> dict[str, Any]:
     return {"after": found.after, "to": None, "bytes": size, "exported": found.exported or None}
 
 
-def _two_run(site: Site, group_id: str, store: Mapping[str, Any]) -> bool:
+def _two_run(site: SiteBase, group_id: str, store: Mapping[str, Any]) -> bool:
     """Whether the old source says that clients use its disks, and some use those here."""
     source = store.get("source") or {}
     if "old-source-alive" not in store["conditions"] or not source.get("guest_clients"):
@@ -167,7 +167,7 @@ def _two_run(site: Site, group_id: str, store: Mapping[str, Any]) -> bool:
     return clients_here(site.paths, group_id) > 0
 
 
-def _verified(site: Site, group_id: str, store: Mapping[str, Any]) -> dict[str, Any] | None:
+def _verified(site: SiteBase, group_id: str, store: Mapping[str, Any]) -> dict[str, Any] | None:
     """The newest verdict on a point of a group that is held here; None when there is none, or
     when nothing can be said: what is wrong then stands in the group's error."""
     if not (site.paths.verdicts / group_id).is_dir():
@@ -184,7 +184,7 @@ def _verified(site: Site, group_id: str, store: Mapping[str, Any]) -> dict[str, 
         return None
 
 
-def _views(site: Site) -> dict[str, set[str]]:
+def _views(site: SiteBase) -> dict[str, set[str]]:
     """What recovered disks mean for their groups, by the groups' ids: `testing` while a test is
     served, `view-down` while one that should be served is not."""
     if not site.paths.views.is_dir():

@@ -15,7 +15,7 @@ from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.lanes import group_of, lane_name, lane_of
 
 if TYPE_CHECKING:
-    from vrep.site import Site
+    from vrep.site.base import SiteBase
 
 ASK_EVERY_S: Final = 0.2
 ASK_MARK_EVERY_S: Final = 0.02
@@ -24,7 +24,7 @@ CUT_S: Final = 30.0
 
 
 def replicating(
-    site: Site,
+    site: SiteBase,
     group: str,
     timeout_s: float | None,
     progress: Callable[[int, int], None] | None,
@@ -103,7 +103,7 @@ def durable(
 
 
 def cut(
-    site: Site, lanes: list[str], label: str, wait_s: float, limit_s: float | None = None
+    site: SiteBase, lanes: list[str], label: str, wait_s: float, limit_s: float | None = None
 ) -> dict[str, Any]:
     """Mark the present instant of a group with several lanes by a cut, tried again while it is
     void, for `limit_s` at most: {"point", "wall_ns", ...}. Refused where `wait_s`, for which it is
@@ -118,7 +118,7 @@ def cut(
 
 
 def cut_durable(
-    site: Site, lanes: list[str], label: str, made: dict[str, Any], wait_s: float
+    site: SiteBase, lanes: list[str], label: str, made: dict[str, Any], wait_s: float
 ) -> dict[str, Any]:
     """Wait at most so long until a cut is durable with all lanes that have a part in it."""
     groups, filters = site.groups, ControlClient(site.paths.socket("filter"))

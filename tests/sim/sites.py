@@ -25,7 +25,7 @@ from net import Controls, Network, Peers, Wires
 from vrep._core.filter_driver import GroupDriver
 from vrep._core.ring import RingReader
 from vrep._core.seal import Sealer
-from vrep.app import filterd
+from vrep.app import filterd, hosted
 from vrep.errors import VrepError
 from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.keys.datakey import DataKey
@@ -170,8 +170,8 @@ class SourceSite:
 
     def _run_filter(self) -> None:
         process = self.filter
-        filterd.Group = self._open_group  # type: ignore
-        filterd.Server = self._open_gate  # type: ignore
+        hosted.Group = self._open_group  # type: ignore
+        hosted.Server = self._open_gate  # type: ignore
         filterd.ControlServer = self.controls.server(process)  # type: ignore
         config = Config(filter=FilterConfig(shm_dir=str(self.paths.root / "shm")))
         self.host = filterd.FilterHost(self.paths, config)

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from vrep.app import filterd, hosted
 from vrep.app.filterd import FilterHost
 from vrep.control import ControlClient
 from vrep.errors import GapError, VrepError
@@ -223,14 +224,14 @@ def test_one_group_that_does_not_close_leaves_the_others_clean(
     rig.add("b")
     rig.start()
     assert set(rig.status()) == {"a", "b"}
-    real = FilterHost._close
+    real = hosted.close
 
-    def fail(hosted: Any) -> None:
-        real(hosted)
-        if hosted.definition.name == "a":
+    def fail(one: Any) -> None:
+        real(one)
+        if one.definition.name == "a":
             raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(FilterHost, "_close", staticmethod(fail))
+    monkeypatch.setattr(filterd, "close", fail)
     rig.close()
     monkeypatch.undo()
     again = Rig(rig.paths.root)

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_target_receive import CHANNEL, Client, RefusedByTarget, World
+from target_world import CHANNEL, Client, RefusedByTarget, World
 
 from vrep._core import layout
 from vrep.errors import BusyError, GapError, StateError

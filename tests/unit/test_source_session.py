@@ -21,7 +21,8 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig, load_config
-from vrep.source import daemon, session, spiller
+from vrep.source import daemon, holder, session, spiller
+from vrep.source.holder import SealKeys
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
 from vrep.source.ship import BUFFER_BYTES
 from vrep.source.spill import Spill
@@ -181,8 +182,8 @@ def test_a_vm_is_paused_before_the_fence_is_told(
 ) -> None:
     GroupDirectory(paths.root).update("web", options=GroupOptions(on_fence="pause"))
     monkeypatch.setattr(PeerRegistry, "get", lambda _peers, _name: mock.Mock())
-    monkeypatch.setattr(session, "RingHold", mock.Mock())
-    monkeypatch.setattr(GroupSession, "_open_key", mock.Mock())
+    monkeypatch.setattr(holder, "RingHold", mock.Mock())
+    monkeypatch.setattr(SealKeys, "open", mock.Mock())
     monkeypatch.setattr(GroupSession, "_open", raising(FencedError("epoch 2 took over")))
     one = make_session(paths, connect_peer=Link(done))
     one.start()
@@ -289,7 +290,7 @@ def test_what_shipped_is_freed_with_its_attempt(
     monkeypatch.setattr(session, "Sealer", mock.Mock())
     monkeypatch.setattr(GroupSession, "_listen", listen)
     monkeypatch.setattr(GroupSession, "_settle", lambda *_: None)
-    monkeypatch.setattr(GroupSession, "_stream", lambda *_: None)
+    monkeypatch.setattr(session, "stream_of", lambda *_: None)
     one = make_session(paths)
     gc.disable()
     try:
@@ -353,9 +354,9 @@ def test_a_filter_that_restarts_while_the_source_connects_is_held_at_once(
         raise PeerError("that is all")
 
     monkeypatch.setattr(Hold, "made", [])
-    monkeypatch.setattr(session, "RingHold", Hold)
+    monkeypatch.setattr(holder, "RingHold", Hold)
     monkeypatch.setattr(
-        session,
+        holder,
         "Feed",
         mock.Mock(
             side_effect=lambda ring, *_: mock.Mock(
@@ -364,7 +365,7 @@ def test_a_filter_that_restarts_while_the_source_connects_is_held_at_once(
         ),
     )
     monkeypatch.setattr(spiller, "RENEW_EVERY_S", 0.01)
-    monkeypatch.setattr(GroupSession, "_open_key", lambda *_: mock.Mock(generation=1))
+    monkeypatch.setattr(SealKeys, "open", lambda *_: mock.Mock(generation=1))
     monkeypatch.setattr(GroupSession, "_open", open_group)
     monkeypatch.setattr(PeerRegistry, "get", lambda *_: mock.Mock(site_id="22" * 16))
     spill = Spill(paths.spill("web"), b"g" * 16, quota_bytes=1 << 20, reserve_bytes=0)
@@ -583,8 +584,8 @@ def test_the_keys_that_were_sent_are_noted_and_no_others(
         noted.append(groups.load("web").keys_at_target)
 
     monkeypatch.setattr(PeerRegistry, "get", lambda _peers, _name: mock.Mock())
-    monkeypatch.setattr(session, "RingHold", mock.Mock())
-    monkeypatch.setattr(GroupSession, "_open_key", mock.Mock())
+    monkeypatch.setattr(holder, "RingHold", mock.Mock())
+    monkeypatch.setattr(SealKeys, "open", mock.Mock())
     monkeypatch.setattr(GroupSession, "_open", opened)
     monkeypatch.setattr(GroupSession, "_note_keys", noting)
     monkeypatch.setattr(GroupSession, "_replicate", replicate)

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -20,12 +20,11 @@ import msgspec
 import numpy as np
 import structlog
 
-from vrep import iscsi
 from vrep._core.filter import Group
-from vrep._core.serve import Server
 from vrep.app.filter_cuts import FilterCuts
+from vrep.app.hosted import Hosted, close, open_group, serve, serve_or_close
 from vrep.app.publishing import Publisher
-from vrep.app.resizing import note_sizes, open_disks, plan_resize
+from vrep.app.resizing import note_sizes, plan_resize
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
@@ -38,17 +37,14 @@ from vrep.errors import (
     NotFoundError,
     StateError,
     StorageError,
-    StoreFullError,
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory, gives_way, pauses_guest
-from vrep.lanes import lane_of
-from vrep.paths import SitePaths, socket_gid
+from vrep.paths import SitePaths
 from vrep.settings import Config
-from vrep.wire.address import parse_address
 
 if TYPE_CHECKING:
-    from vrep._core.serve import Client
+    pass
 
 SCAN_EVERY_S: Final = 1.0
 RETRY_MAX_S: Final = 30.0
@@ -57,34 +53,6 @@ PAUSE_GUEST_MS: Final = 5000
 """commands of a guest that is paused get so long to end"""
 
 log = structlog.get_logger("vrep.filter")
-
-
-@dataclass
-class _Hosted:
-    """A group that is served."""
-
-    definition: GroupDefinition
-    group: Group
-    server: Server | None
-    """None while the guest is paused"""
-    ring_path: str = ""
-    """empty: passed through, without a ring"""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    publisher: Publisher | None = None
-    """of its objects; None: passed through"""
-    handover_until: float = 0.0
-    """a VM that has not switched by then (monotonic) is not waited for"""
-
-    def clients(self) -> list[Client]:
-        with self.lock:
-            return self.server.clients() if self.server is not None else []
-
-    def take_server(self) -> Server | None:
-        """The server, which nobody else uses from now on."""
-        with self.lock:
-            server, self.server = self.server, None
-            return server
 
 
 @dataclass
@@ -111,8 +79,8 @@ class FilterHost:
         self._bypass_why = bypass_why
         self._groups = GroupDirectory(paths.root)
         self._cuts = FilterCuts(self._groups, self._lane)
-        self._hosted: dict[str, _Hosted] = {}
-        self._passed: dict[str, _Hosted] = {}
+        self._hosted: dict[str, Hosted] = {}
+        self._passed: dict[str, Hosted] = {}
         """groups that are passed through; each stands in `_failed` as well, with the reason"""
         self._failed: dict[str, _Failed] = {}
         self._lock = threading.Lock()
@@ -255,7 +223,7 @@ class FilterHost:
         log.info("group served", group=name, opened_as=hosted.group.status()["opened_as"])
         self._note_sizes(hosted)
 
-    def _note_sizes(self, hosted: _Hosted) -> None:
+    def _note_sizes(self, hosted: Hosted) -> None:
         """A plan that stays although it was carried out means nothing: it is told again later."""
         try:
             note_sizes(self._groups, hosted.definition, hosted.group)
@@ -269,8 +237,8 @@ class FilterHost:
             return False
         name = definition.name
         try:
-            group = self._open_group(definition, self._shm_if_any(name), bypass=True)
-            hosted = _Hosted(definition, group, self._serve_or_close(definition, group))
+            group = open_group(self._paths, definition, self._shm_if_any(name), bypass=True)
+            hosted = Hosted(definition, group, serve_or_close(self._paths, definition, group))
         except Exception as caught:  # noqa: BLE001 - the reason before stands in the status
             if news:
                 log.error("group is not passed through either", group=name, error=_text(caught))
@@ -300,121 +268,28 @@ class FilterHost:
         self._try_close(passed)
         return True
 
-    def _open(self, definition: GroupDefinition, *, handover: bool = False) -> _Hosted:
+    def _open(self, definition: GroupDefinition, *, handover: bool = False) -> Hosted:
         assert self._config is not None
         shm = self._paths.make_shm(definition.name, self._config.filter.shm_dir)
-        group = self._open_group(definition, shm, handover=handover)
-        server = None if pauses_guest(definition) else self._serve_or_close(definition, group)
+        group = open_group(self._paths, definition, shm, handover=handover)
+        server = None
+        if not pauses_guest(definition):
+            server = serve_or_close(self._paths, definition, group)
         publisher = Publisher(definition.name, self._groups.path(definition.name))
         publisher.begin(group)
-        return _Hosted(definition, group, server, str(shm / "ring"), publisher=publisher)
+        return Hosted(definition, group, server, str(shm / "ring"), publisher=publisher)
 
-    def _open_group(
-        self,
-        definition: GroupDefinition,
-        shm: Path | None,
-        *,
-        bypass: bool = False,
-        handover: bool = False,
-    ) -> Group:
-        options = definition.options
-        disks = open_disks(definition)
-        uris = ", ".join(disk.uri for disk in disks)
-        try:
-            return Group(
-                disks,
-                tap=not bypass,
-                bypass=bypass,
-                group_id=bytes.fromhex(definition.group_id),
-                target_id=bytes.fromhex(definition.to_site),
-                epoch_id=bytes.fromhex(definition.epoch_id),
-                epoch=definition.epoch,
-                first_seq=definition.parent.seq,
-                lane=lane_of(definition.name),
-                shm_dir=shm,
-                state_dir=self._groups.path(definition.name),
-                direct=options.direct,
-                ring_bytes=options.ring_bytes,
-                ring_descriptors=options.descriptors,
-                slots=options.slots,
-                bit_bytes=options.bit_bytes,
-                threads=options.threads,
-                resync_bytes_per_s=options.rate_bytes_per_s,
-                handover=handover,
-                mirror=definition.mirrored and not bypass,
-            )
-        except GoneError:
-            if not handover:
-                raise
-            raise StateError(
-                f"no VM holds the image locks of {uris}: is it running, with locks?"
-            ) from None
-        except LockedError:
-            raise LockedError(f"a VM, or another filter, has {uris} open") from None
-        except StoreFullError as error:
-            error.detail = f"a ring of {options.ring_bytes} bytes in {shm}: {error.detail}"
-            raise
-        except VrepError as error:
-            error.detail = f"{uris}: {error.detail}"
-            raise
-
-    def _serve_or_close(self, definition: GroupDefinition, group: Group) -> Server:
-        try:
-            return self._serve(definition, group)
-        except BaseException:
-            group.close(clean=True)
-            raise
-
-    def _serve(self, definition: GroupDefinition, group: Group) -> Server:
-        options = definition.options
-        tcp = "" if definition.mirrored else options.tcp  # its VM is on this host
-        self._paths.admit_users(options.socket_mode)
-        try:
-            vhost = {
-                disk.name: self._paths.vhost_socket(definition.name, disk.index)
-                for disk in definition.disks
-                if disk.front == "vhost-user-blk"
-            }
-            target = iscsi.target(definition, self._groups.path(definition.name))
-            elsewhere = len(vhost) + (len(target.disks) if target is not None else 0)
-            nbd = elsewhere < len(definition.disks)
-            server = Server(
-                group,
-                unix_path=self._paths.nbd_socket(definition.name) if nbd else None,
-                mode=options.socket_mode,
-                socket_gid=socket_gid(options.socket_group),
-                tcp=parse_address(options.tcp) if nbd and tcp else None,
-                vhost=vhost,
-                iscsi=target,
-            )
-            server.start()
-        except BusyError:
-            taken = [where for where in (options.tcp, options.iscsi_listen) if where]
-            where = "".join(f"{one} or " for one in taken)
-            raise BusyError(f"another program listens on {where}the group's socket") from None
-        return server
-
-    def _try_close(self, hosted: _Hosted) -> None:
+    def _try_close(self, hosted: Hosted) -> None:
         """One group that does not end well leaves the others alone: its next start finds out."""
         try:
-            self._close(hosted)
+            close(hosted)
         except Exception as error:  # noqa: BLE001 - the others are closed all the same
             name = hosted.definition.name
             log.error("group was not closed cleanly", group=name, error=_text(error))
 
-    @staticmethod
-    def _close(hosted: _Hosted) -> None:
-        try:
-            server = hosted.take_server()
-            if server is not None:
-                server.stop(drain=True)
-        finally:
-            hosted.group.close(clean=True)
-        log.info("group closed", group=hosted.definition.name)
-
     # ---- control -----------------------------------------------------------------
 
-    def _host(self, params: Mapping[str, Any]) -> _Hosted:
+    def _host(self, params: Mapping[str, Any]) -> Hosted:
         name = str(params["group"])
         with self._lock:
             hosted = self._hosted.get(name)
@@ -445,7 +320,7 @@ class FilterHost:
         return answer
 
     @staticmethod
-    def _status_of(hosted: _Hosted) -> dict[str, Any]:
+    def _status_of(hosted: Hosted) -> dict[str, Any]:
         return {
             **hosted.group.status(),
             "disks": dict(hosted.group.disks),
@@ -563,7 +438,7 @@ class FilterHost:
                 log.warning("guest is paused", group=hosted.definition.name)
                 server.stop(drain=True, timeout_ms=PAUSE_GUEST_MS)
             elif not params["paused"] and hosted.server is None:
-                hosted.server = self._serve(hosted.definition, hosted.group)
+                hosted.server = serve(self._paths, hosted.definition, hosted.group)
                 log.info("guest is served again", group=hosted.definition.name)
         return {}
 
@@ -584,10 +459,10 @@ class FilterHost:
             if server is not None:
                 server.stop(drain=True)
                 try:
-                    hosted.server = self._serve(hosted.definition, hosted.group)
+                    hosted.server = serve(self._paths, hosted.definition, hosted.group)
                 except VrepError:  # a port that is taken: as it was before
                     hosted.definition = before
-                    hosted.server = self._serve(before, hosted.group)
+                    hosted.server = serve(self._paths, before, hosted.group)
                     raise
         return {}
 
@@ -639,7 +514,7 @@ class FilterHost:
                     log.warning("no VM switched to the group", group=hosted.definition.name)
                     self._give_up(hosted)
 
-    def _give_up(self, hosted: _Hosted) -> None:
+    def _give_up(self, hosted: Hosted) -> None:
         with self._lock:
             self._hosted.pop(hosted.definition.name, None)
         self._try_close(hosted)
@@ -699,7 +574,7 @@ class FilterHost:
             raise StorageError(f"disk {disk!r} could not be given {size} bytes: it has {got}")
         return {"bytes": size, "changed": True}
 
-    def _end_for_resize(self, hosted: _Hosted) -> None:
+    def _end_for_resize(self, hosted: Hosted) -> None:
         """Drain a group and close it, with all that is known of it left in memory."""
         name = hosted.definition.name
         with self._lock:

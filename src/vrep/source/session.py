@@ -17,16 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-import numpy as np
 import structlog
 
-from vrep._core import layout
 from vrep._core.seal import Sealer
 from vrep.control import ControlClient
 from vrep.errors import (
     AgainError,
     FencedError,
-    NotFoundError,
     PeerError,
     StateError,
     TenantKeyError,
@@ -34,7 +31,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
-from vrep.keys.datakey import DataKey, inspect_wrapped, unwrap_data_key
+from vrep.keys.datakey import DataKey
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.lanes import lane_of
@@ -44,10 +41,10 @@ from vrep.source.delta import Delta, HashBook, Line
 from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
+from vrep.source.holder import Holder, SealKeys, stream_of
 from vrep.source.session_view import Backlog, SessionView, spill_view
 from vrep.source.ship import BUFFER_BYTES, Shipper
-from vrep.source.spill import SpillKeys
-from vrep.source.spiller import Spiller, Work
+from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
 from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
@@ -122,12 +119,11 @@ class GroupSession:
         self._nudge = threading.Event()
         self._spiller = spiller
         self._bandwidth = bandwidth
-        # The hold is taken by this session's thread, and by the spiller's when the filter
-        # restarted while this one waits or connects.
-        self._holding = threading.RLock()
-        self._claimed = False
-        self._hold: RingHold | None = None
-        self._feed: Feed | None = None
+        self._sealing = SealKeys(name, groups, keys)
+        self._holder = Holder(
+            name, groups, peers, filter_control, self._sealing, spiller, self._clock,
+            self._stopping,
+        )  # fmt: skip
         self._catching_up = Backlog()
         self._effort: Effort | None = None
         # Of one shipper after the other: what an ended attempt leaves behind is freed late.
@@ -144,7 +140,7 @@ class GroupSession:
 
     def start(self) -> None:
         if self._spiller is not None:
-            self._spiller.renew = self._renew_hold
+            self._spiller.renew = self._holder.renew
             self._spiller.start()
         self._thread.start()
 
@@ -190,7 +186,7 @@ class GroupSession:
             raise
         finally:
             self.view.connected = False
-            self._drop_hold()
+            self._holder.drop()
 
     def _loop(self) -> None:
         backoff = BACKOFF_FIRST_S
@@ -223,7 +219,7 @@ class GroupSession:
                 if self._spiller is not None:
                     self._spiller.connected = False
                 self.view.conditions = []  # of the target, which says nothing now
-                self._drop_hold_unless_alive()
+                self._holder.drop_unless_alive()
             # What was reached may soon be reached again: a link that is up for moments only is
             # not to be met by chance.
             if self._replicated:
@@ -260,89 +256,12 @@ class GroupSession:
         except VrepError as failed:
             log.warning("fenced, and not all is done", group=self.name, error=str(failed))
 
-    def _drop_hold_unless_alive(self) -> None:
-        with self._holding:
-            if self._hold is not None and not self._hold.alive():
-                self._drop_hold()
-
-    def _drop_hold(self) -> None:
-        with self._holding:
-            if self._spiller is not None:
-                self._spiller.take(None)
-            if self._hold is not None:
-                self._hold.close()
-                self._hold = self._feed = None
-
-    def _renew_hold(self) -> None:
-        """The filter restarted while this session waits or connects, which may take long: its
-        ring is held at once, so that spilling goes on. For the spiller's thread."""
-        with self._holding:
-            if self._claimed or self._stopping.is_set():
-                return
-            try:
-                definition = self._groups.load(self.name)
-                self._take_hold(definition, self._open_key(definition))
-            except (VrepError, OSError) as error:
-                log.debug("the ring is not held", group=self.name, error=str(error))
-
-    @contextlib.contextmanager
-    def _claim(
-        self, definition: GroupDefinition, data_key: DataKey
-    ) -> Iterator[tuple[RingHold, Feed]]:
-        """The hold, which nobody else renews meanwhile."""
-        with self._holding:
-            hold, feed = self._take_hold(definition, data_key)
-            self._claimed = True
-        try:
-            yield hold, feed
-        finally:
-            self._claimed = False
-
-    def _take_hold(self, definition: GroupDefinition, data_key: DataKey) -> tuple[RingHold, Feed]:
-        """The hold on the ring, which stands until the filter or the session ends, and from
-        then on what the ring cannot keep is spilled."""
-        with self._holding:
-            self._drop_hold_unless_alive()
-            return self._take_hold_locked(definition, data_key)
-
-    def _take_hold_locked(
-        self, definition: GroupDefinition, data_key: DataKey
-    ) -> tuple[RingHold, Feed]:
-        if self._hold is None or self._feed is None:
-            peer = self._peers.get(definition.to_site)
-            self._hold = RingHold(self._filter, self.name, peer.site_id)
-            spiller, keys = self._spiller, None
-            if spiller is not None:
-                keys = SpillKeys(data_key, self._key_of)
-                with spiller.still():
-                    # A crash between the two left records in both; the ring's are this history's.
-                    spiller.spill.cut(self._hold.reader.released)
-                # A process before this one may have left what the target took since.
-                acknowledged = int(self._hold.status()["acknowledged"])
-                spiller.durable = max(spiller.durable, acknowledged)
-            spill = spiller.spill if spiller is not None else None
-            self._feed = Feed(self._hold.reader, spill, keys)
-        if self._spiller is not None:
-            assert self._feed.keys is not None
-            self._feed.keys.renew(data_key)
-            self._spiller.take(
-                Work(
-                    self._hold,
-                    self._feed,
-                    self._feed.keys,
-                    lambda: self._stream(definition, data_key),
-                    definition.epoch,
-                    definition.options.compression,
-                )
-            )
-        return self._hold, self._feed
-
     def _keep_history(self, definition: GroupDefinition) -> None:
         """Spill, although nothing is to be sent."""
         if self._spiller is None:
             return
         try:
-            self._take_hold(definition, self._open_key(definition))
+            self._holder.take(definition, self._sealing.open(definition))
         except (VrepError, OSError) as error:
             log.debug("nothing can be spilled", group=self.name, error=str(error))
         self._show_spill()
@@ -352,16 +271,16 @@ class GroupSession:
     def _attempt(self, definition: GroupDefinition) -> None:
         self._sent_keys = None
         try:
-            data_key = self._open_key(definition)
+            data_key = self._sealing.open(definition)
             peer = self._peers.get(definition.to_site)
-            self._take_hold(definition, data_key)
+            self._holder.take(definition, data_key)
         except Exception:
             self._report_idle(definition, "error")  # its VM may write all the same
             raise
         self._show_spill()
         with (
             self._link(peer) as transport,
-            self._claim(definition, data_key) as (hold, feed),
+            self._holder.claim(definition, data_key) as (hold, feed),
         ):
             if self._wants_end():
                 return
@@ -374,7 +293,7 @@ class GroupSession:
                 self._nudge.set()  # at once
                 return
             if adopted is not definition:
-                hold, feed = self._take_hold(adopted, data_key)
+                hold, feed = self._holder.take(adopted, data_key)
             self._replicate(transport, hold, feed, adopted, data_key, opened)
 
     @contextlib.contextmanager
@@ -414,23 +333,6 @@ class GroupSession:
             self._groups.update(self.name, keys_at_target=definition.keys_digest)
         except VrepError as error:
             log.warning("not noted that the target has the keys", group=self.name, error=str(error))
-
-    def _open_key(self, definition: GroupDefinition, index: int = -1) -> DataKey:
-        tenant = self._keys.get(definition.key)
-        blob = base64.b64decode(definition.wrapped_keys[index])
-        needed = inspect_wrapped(blob).tenant_key_id
-        if needed != tenant.key_id:
-            tenant = self._keys.find(needed)  # another generation: a rotation is under way
-        return unwrap_data_key(blob, tenant, group_id=bytes.fromhex(definition.group_id))
-
-    def _key_of(self, generation: int) -> DataKey:
-        """An older data key, for what was spilled under it."""
-        definition = self._groups.load(self.name)
-        for index in range(len(definition.wrapped_keys)):
-            key = self._open_key(definition, index)
-            if key.generation == generation:
-                return key
-        raise NotFoundError(f"no data key of generation {generation} of group {self.name!r}")
 
     def _open(
         self, transport: FrameTransport, hold: RingHold, feed: Feed, definition: GroupDefinition
@@ -589,7 +491,7 @@ class GroupSession:
             self._effort,
             self._buffer,
         )
-        shipper.open_stream(self._stream(definition, data_key))
+        shipper.open_stream(stream_of(definition, data_key, self._clock))
         self._acknowledged(feed, durable, durable)
         self.view.durable_seq = self.view.received_seq = durable
         self.view.conditions = list(opened.conditions)
@@ -651,7 +553,7 @@ class GroupSession:
         keys = {data_key.generation: data_key}
         for index in range(len(definition.wrapped_keys)):
             with contextlib.suppress(TenantKeyError):
-                key = self._open_key(definition, index)
+                key = self._sealing.open(definition, index)
                 keys[key.generation] = key
         parent = definition.parent
         delta = Delta(
@@ -688,16 +590,6 @@ class GroupSession:
             hold.resync(False, 0)
         except VrepError as error:
             log.debug("filter not reached", group=self.name, error=str(error))
-
-    def _stream(self, definition: GroupDefinition, data_key: DataKey) -> np.ndarray[Any, Any]:
-        stream = np.zeros(1, layout.STREAM)
-        stream["epoch_id"] = np.frombuffer(bytes.fromhex(definition.epoch_id), np.uint8)
-        stream["key_generation"] = data_key.generation
-        stream["wall_ns"] = self._clock.time_ns()
-        stream["parent"]["epoch"] = definition.parent.epoch
-        stream["parent"]["lane"] = definition.parent.lane
-        stream["parent"]["seq"] = definition.parent.seq
-        return stream
 
     # ---- acknowledgements --------------------------------------------------------
 

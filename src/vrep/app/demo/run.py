@@ -25,7 +25,8 @@ from vrep.app.demo.guest_disk import DiskContent, Manifest, build_disk
 from vrep.app.demo.guest_image import GuestImage
 from vrep.app.demo.nbd_client import NbdClient
 from vrep.app.demo.sites import DemoError, DemoSite, Network
-from vrep.site import Site, utc
+from vrep.recovery.history import format_time
+from vrep.site import Site
 
 GROUP: Final = "web"
 DISK: Final = "root"
@@ -281,7 +282,7 @@ class Demo:
         say(f"checkpoint {LABEL!r} taken at line {len(self.witness())}")
         self.more_lines(LINES_BEFORE_CHECKPOINT)
         self.chosen_ms = time.time_ns() // 1_000_000
-        say(f"a moment to come back to: {utc(self.chosen_ms / 1000)}")
+        say(f"a moment to come back to: {format_time(self.chosen_ms * 1_000_000)}")
         self.more_lines(LINES_BEFORE_CHECKPOINT)
         time.sleep(random.uniform(0.0, 2.0))
         if self.guest is None:
@@ -319,7 +320,7 @@ class Demo:
         points = b.call("points", GROUP)
         say(f"recovery points: {points['oldest']['time']} to {points['newest']['time']}")
         self.recover_test("checkpoint", LABEL, witness)
-        self.recover_test("chosen second", utc(self.chosen_ms / 1000), witness)
+        self.recover_test("chosen second", format_time(self.chosen_ms * 1_000_000), witness)
         self.recover_latest(witness)
 
     def start_view(self, *command: str) -> tuple[str, float]:
