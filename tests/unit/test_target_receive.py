@@ -468,8 +468,7 @@ def test_a_group_that_is_given_up_is_not_missed(world: World) -> None:
     with StoreReader(world.paths.store, GROUP) as reader:
         assert reader.durable == Position(1, 0, 2)
     # Its source was cut off before it forgot the group, and goes on.
-    again = Client(world, feed=records.Feed(seq=2))
-    again.open()  # a connection that nobody holds is closed
+    Client(world, feed=records.Feed(seq=2)).open()
     assert world.status()["conditions"] == []
     world.connect("a").ask("group.unprotect", group)
     world.control.call("delete_unprotected", **group)

@@ -197,17 +197,21 @@ class GroupHost:
             here = store.resume_position()
             position = m.Position(epoch=here.epoch, lane=manifest.lane, seq=here.seq)
             points = wire_points(store)
-            transport.send(
-                m.GroupOpened(
-                    epoch=wire_epoch(manifest, verdict.epoch),
-                    lanes=[m.LaneState(durable=position, received=position, points=points)],
-                    credit_bytes=self._window,
-                    empty=not store.received.epoch,
-                    conditions=self.conditions(),
-                ),
-                channel,
-            )
-            self._session = session
+            self._session = session  # who is told that it is open finds it connected
+            try:
+                transport.send(
+                    m.GroupOpened(
+                        epoch=wire_epoch(manifest, verdict.epoch),
+                        lanes=[m.LaneState(durable=position, received=position, points=points)],
+                        credit_bytes=self._window,
+                        empty=not store.received.epoch,
+                        conditions=self.conditions(),
+                    ),
+                    channel,
+                )
+            except BaseException:
+                self._session = None
+                raise
             store.listen(session.acknowledge)
             return session
 
