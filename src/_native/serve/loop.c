@@ -16,6 +16,9 @@
 #define FRONTS_MAX (VREP_DISKS_MAX + 1u)
 #define EVENTS_MAX 64
 #define DEEP_TURNS 64u
+#define YIELD_LONG_NS 500000u        /* more than a client takes to make its next requests */
+#define YIELD_PAUSE_MIN_NS 16000000u /* without yielding, after one that was so long */
+#define YIELD_PAUSE_MAX_NS 1024000000u
 
 enum stop_kind { STOP_NO, STOP_DRAIN, STOP_CUT };
 
@@ -26,19 +29,26 @@ struct vrep_loop {
     uint32_t fronts;
     int epoll_fd;
     bool group_ready;
-    uint32_t deep_turns; /* to come, in which requests are waited for */
-    bool running;        /* outside thread only */
+    uint32_t deep_turns;     /* to come, in which requests are waited for */
+    uint64_t yield_after_ns; /* not before */
+    uint64_t yield_pause_ns;
+    bool running; /* outside thread only */
     pthread_t thread;
     uint32_t stop; /* enum stop_kind, atomic */
     uint32_t stop_timeout_ms;
     int result; /* of the thread, read after join */
 };
 
-static uint64_t now_ms(void)
+static uint64_t now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000u + (uint64_t)now.tv_nsec / 1000000u;
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t now_ms(void)
+{
+    return now_ns() / 1000000u;
 }
 
 #define OWNER_OF(watch, member)                                                                    \
@@ -71,6 +81,7 @@ int vrep_loop_create(struct vrep_group *group, struct vrep_loop **out)
     if (loop == NULL)
         return VREP_E_NOMEM;
     loop->group = group;
+    loop->yield_pause_ns = YIELD_PAUSE_MIN_NS;
     loop->stop_watch = (struct vrep_watch){eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), stop_ready};
     loop->group_watch = (struct vrep_watch){vrep_group_fd(group), group_ready};
     loop->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
@@ -146,12 +157,29 @@ static bool all_idle(const struct vrep_loop *loop)
 /* A client that keeps several requests in flight sends them one by one, and would be answered one
  * by one.  While several came in one of the last turns, whoever else wants this processor runs
  * first, so that more of them come together: fewer system calls for each.  A client that waits for
- * each answer never pays for this. */
+ * each answer never pays for this.  Where the processor goes to somebody who keeps it, all clients
+ * would wait for him at each turn: then nothing is yielded for a while, and longer each time. */
+static void yield(struct vrep_loop *loop)
+{
+    uint64_t begin = now_ns();
+    if (begin < loop->yield_after_ns)
+        return;
+    sched_yield();
+    uint64_t end = now_ns();
+    if (end - begin < YIELD_LONG_NS) {
+        loop->yield_pause_ns = YIELD_PAUSE_MIN_NS;
+        return;
+    }
+    loop->yield_after_ns = end + loop->yield_pause_ns;
+    if (loop->yield_pause_ns < YIELD_PAUSE_MAX_NS)
+        loop->yield_pause_ns *= 2;
+}
+
 static int wait_for_events(struct vrep_loop *loop, struct epoll_event *events, int wait_ms)
 {
     if (loop->deep_turns > 0) {
         loop->deep_turns--;
-        sched_yield();
+        yield(loop);
     }
     return epoll_wait(loop->epoll_fd, events, EVENTS_MAX, wait_ms);
 }
