@@ -321,7 +321,8 @@ static bool work(struct iscsi_connection *c)
             c->in_to -= c->in_from;
             c->in_from = 0;
         }
-        ssize_t got = read(c->watch.fd, c->in + c->in_to, ISCSI_IN_BYTES - c->in_to);
+        size_t room = ISCSI_IN_BYTES - c->in_to;
+        ssize_t got = read(c->watch.fd, c->in + c->in_to, room);
         if (got < 0 && errno == EINTR)
             continue;
         if (got < 0 && errno == EAGAIN) {
@@ -332,6 +333,10 @@ static bool work(struct iscsi_connection *c)
             iscsi_end(c, got == 0 ? "the initiator closed it" : strerror(errno));
             return false;
         }
+        /* The socket is empty, and an event will tell of more; but of a peer that is gone there is
+         * no second event. */
+        if ((size_t)got < room && !c->hung_up)
+            c->readable = false;
         c->in_to += (uint32_t)got;
         share += (uint32_t)got;
         c->heard_ms = now_ms();

@@ -19,7 +19,8 @@
 #define ISCSI_BATCH_PDUS 64u /* made before they are sent */
 #define ISCSI_BATCH_IOV 512u
 #define ISCSI_QUEUE_MAX 256u
-#define ISCSI_TAIL 8u /* padding and digest behind a data segment */
+#define ISCSI_TAIL 8u       /* padding and digest behind a data segment */
+#define ISCSI_TAG_LISTS 64u /* initiators number their tasks, from 0 or in a row */
 
 struct iscsi_connection;
 
@@ -40,6 +41,7 @@ struct iscsi_task {
     struct iscsi_item item;
     uint8_t sense[2 + VREP_SENSE_BYTES_MAX];
     struct iscsi_task *before, *after;   /* of its connection; or the free list */
+    struct iscsi_task *next_tag;         /* in the list that its tag is looked for in */
     struct iscsi_connection *connection; /* NULL: it ended meanwhile */
     struct vrep_iscsi_server *server;
     uint32_t tag, expected; /* ITT, EDTL */
@@ -78,7 +80,8 @@ struct iscsi_connection {
 
     uint32_t exp_cmd_sn, max_cmd_sn, stat_sn;
     struct iscsi_task *tasks; /* all of it, answered ones until they are sent */
-    uint32_t tasks_count;     /* in the window */
+    struct iscsi_task *tags[ISCSI_TAG_LISTS];
+    uint32_t tasks_count; /* in the window */
     struct iscsi_manage *managing;
 
     struct iscsi_item *out_first, *out_last;   /* to be made into PDUs */
@@ -142,7 +145,6 @@ int iscsi_admit(struct iscsi_connection *c);
 /* iscsi_request.c */
 /* Works on what lies in the staging buffer; false: the connection has ended. */
 bool iscsi_consume(struct iscsi_connection *c);
-struct iscsi_task *iscsi_task_take(struct iscsi_connection *c);
 void iscsi_task_give(struct iscsi_task *task);
 /* Nobody waits for what is in flight any more. */
 void iscsi_forget_tasks(struct iscsi_connection *c);

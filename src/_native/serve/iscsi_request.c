@@ -27,7 +27,12 @@ static enum handled queued(bool good)
 
 /* ---- tasks ----------------------------------------------------------------------- */
 
-struct iscsi_task *iscsi_task_take(struct iscsi_connection *c)
+static struct iscsi_task **tag_list(struct iscsi_connection *c, uint32_t tag)
+{
+    return &c->tags[tag % ISCSI_TAG_LISTS];
+}
+
+static struct iscsi_task *task_take(struct iscsi_connection *c, uint32_t tag)
 {
     struct vrep_iscsi_server *server = c->server;
     struct iscsi_task *task = server->free_task;
@@ -43,6 +48,9 @@ struct iscsi_task *iscsi_task_take(struct iscsi_connection *c)
         c->tasks->before = task;
     c->tasks = task;
     c->tasks_count++;
+    task->tag = tag;
+    task->next_tag = *tag_list(c, tag);
+    *tag_list(c, tag) = task;
     task->item = (struct iscsi_item){.task = task};
     task->submitted = task->unsolicited = task->solicited = task->broken = false;
     task->received = task->burst_end = task->data_sn = task->r2t_sn = 0;
@@ -63,6 +71,10 @@ static void leave_connection(struct iscsi_task *task)
         c->tasks = task->after;
     if (task->after != NULL)
         task->after->before = task->before;
+    struct iscsi_task **at = tag_list(c, task->tag);
+    while (*at != task)
+        at = &(*at)->next_tag;
+    *at = task->next_tag;
     task->connection = NULL;
 }
 
@@ -110,11 +122,11 @@ static void task_done(struct vrep_scsi_task *scsi)
     iscsi_queue(c, &task->item);
 }
 
-static struct iscsi_task *find_task(const struct iscsi_connection *c, uint32_t tag)
+static struct iscsi_task *find_task(struct iscsi_connection *c, uint32_t tag)
 {
-    struct iscsi_task *task = c->tasks;
+    struct iscsi_task *task = *tag_list(c, tag);
     while (task != NULL && task->tag != tag)
-        task = task->after;
+        task = task->next_tag;
     return task;
 }
 
@@ -245,10 +257,9 @@ static bool unprepared(struct iscsi_connection *c, struct iscsi_task *task)
 /* False: no room now, nothing was taken. */
 static bool begin(struct iscsi_connection *c, const uint8_t *bhs, struct iscsi_task **out)
 {
-    struct iscsi_task *task = iscsi_task_take(c);
+    struct iscsi_task *task = task_take(c, vrep_be_load_u32(bhs + 16));
     if (task == NULL)
         return false;
-    task->tag = vrep_be_load_u32(bhs + 16);
     task->expected = vrep_be_load_u32(bhs + 20);
     task->direction = bhs[1] & (ISCSI_READ | ISCSI_WRITE);
     memset(&task->scsi, 0, offsetof(struct vrep_scsi_task, out));
