@@ -20,11 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench.pipeline import replicate, tap, vhost
+from bench.pipeline import iscsi, replicate, tap, vhost
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "value", "unit", "against", "ratio", "target", "met", "void")
-PIPELINE = ("tap", "vhost", "write", "single", "large", "steady", "first", "delta", "rto")
+PIPELINE = ("tap", "vhost", "iscsi", "write", "single", "large", "steady", "first", "delta", "rto")
 QUICK: dict[str, list[str]] = {
     "disk": ["--mib", "64", "--runs", "1", "--seconds", "0.3"],
     "filter": ["--writes", "20000", "--runs", "3"],
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="short runs: a look, in five minutes")
     parser.add_argument("--whole", action="store_true", help="the largest sizes too: an hour")
     parser.add_argument("--only", help=f"a bench/micro without bench_, or {', '.join(PIPELINE)}")
-    parser.add_argument("--load", default="", help="of tap: only loads whose name holds this")
+    parser.add_argument("--load", default="", help="of tap, iscsi: loads whose name holds this")
     parser.add_argument("--runs", type=int)
     parser.add_argument("--seconds", type=float)
     arguments = parser.parse_args()
@@ -108,7 +108,14 @@ def main() -> None:
         for each in vhost.rows(runs=arguments.runs or (2 if arguments.quick else 5)):
             print(each, flush=True)
             table.append(asdict(each))
-    if arguments.only is None or arguments.only in PIPELINE[2:-1]:
+    if arguments.only in (None, "iscsi"):
+        print("== iscsi")
+        runs = arguments.runs or (2 if arguments.quick else 5)
+        seconds = arguments.seconds or (0.5 if arguments.quick else 2.0)
+        for each in iscsi.rows(runs, seconds, arguments.load):
+            print(each, flush=True)
+            table.append(asdict(each))
+    if arguments.only is None or arguments.only in PIPELINE[3:-1]:
         print("== pipeline")
         plan = replicate.QUICK if arguments.quick else replicate.Plan()
         if arguments.runs:

@@ -230,16 +230,6 @@ static void a_damaged_digest_ends_the_connection(void)
 
 /* ---- login ----------------------------------------------------------------------------- */
 
-static const char *value_of(const struct client *client, const char *key)
-{
-    const char *at = (const char *)client->data, *end = at + client->data_bytes;
-    size_t bytes = strlen(key);
-    for (; at < end; at += strlen(at) + 1)
-        if (strncmp(at, key, bytes) == 0 && at[bytes] == '=')
-            return at + bytes + 1;
-    return NULL;
-}
-
 static void logins_are_refused_for_a_reason(void)
 {
     static const struct {
@@ -291,26 +281,26 @@ static void keys_are_negotiated(void)
     client_connect(&one, &served);
     CHECK_EQ(STEP(&one, 0x81, LOGIN_KEYS(NAME) "AuthMethod=None\0"), 0);
     CHECK_EQ(one.bhs[1], 0x81);
-    CHECK_STR(value_of(&one, "AuthMethod"), "None");
-    CHECK_STR(value_of(&one, "TargetPortalGroupTag"), "1");
+    CHECK_STR(client_value(&one, "AuthMethod"), "None");
+    CHECK_STR(client_value(&one, "TargetPortalGroupTag"), "1");
     CHECK_EQ(STEP(&one, 0x44, "MaxBurstLength=1677"), 0); /* in two pieces */
     CHECK_EQ(STEP(&one, 0x87,
                   "7215\0FirstBurstLength=1000000\0MaxConnections=8\0ErrorRecoveryLevel=2\0"
                   "InitialR2T=No\0ImmediateData=No\0DataPDUInOrder=No\0MaxOutstandingR2T=16\0"
                   "HeaderDigest=None,CRC32C\0DefaultTime2Wait=2\0DefaultTime2Retain=20\0X-odd=1\0"),
              0);
-    CHECK_STR(value_of(&one, "MaxBurstLength"), "1048576");
-    CHECK_STR(value_of(&one, "FirstBurstLength"), "262144");
-    CHECK_STR(value_of(&one, "MaxConnections"), "1");
-    CHECK_STR(value_of(&one, "MaxOutstandingR2T"), "1");
-    CHECK_STR(value_of(&one, "ErrorRecoveryLevel"), "0");
-    CHECK_STR(value_of(&one, "InitialR2T"), "No");
-    CHECK_STR(value_of(&one, "ImmediateData"), "No");
-    CHECK_STR(value_of(&one, "DataPDUInOrder"), "Yes");
-    CHECK_STR(value_of(&one, "HeaderDigest"), "None");
-    CHECK_STR(value_of(&one, "DefaultTime2Retain"), "0");
-    CHECK_STR(value_of(&one, "MaxRecvDataSegmentLength"), "262144");
-    CHECK_STR(value_of(&one, "X-odd"), "NotUnderstood");
+    CHECK_STR(client_value(&one, "MaxBurstLength"), "1048576");
+    CHECK_STR(client_value(&one, "FirstBurstLength"), "262144");
+    CHECK_STR(client_value(&one, "MaxConnections"), "1");
+    CHECK_STR(client_value(&one, "MaxOutstandingR2T"), "1");
+    CHECK_STR(client_value(&one, "ErrorRecoveryLevel"), "0");
+    CHECK_STR(client_value(&one, "InitialR2T"), "No");
+    CHECK_STR(client_value(&one, "ImmediateData"), "No");
+    CHECK_STR(client_value(&one, "DataPDUInOrder"), "Yes");
+    CHECK_STR(client_value(&one, "HeaderDigest"), "None");
+    CHECK_STR(client_value(&one, "DefaultTime2Retain"), "0");
+    CHECK_STR(client_value(&one, "MaxRecvDataSegmentLength"), "262144");
+    CHECK_STR(client_value(&one, "X-odd"), "NotUnderstood");
     client_settle(&one);
     /* Unsolicited data, as agreed. */
     fill(5);
@@ -365,9 +355,9 @@ static int respond(struct client *client, const char *name, const char *secret, 
     uint8_t challenge[64], response[CHAP_RESPONSE_MAX];
     char text[1024], hex[2 * CHAP_RESPONSE_MAX + 3];
     uint32_t bytes, id, algorithm;
-    CHECK(iscsi_number(value_of(client, "CHAP_A"), &algorithm));
-    CHECK(iscsi_number(value_of(client, "CHAP_I"), &id));
-    CHECK(iscsi_binary_decode(value_of(client, "CHAP_C"), challenge, sizeof challenge, &bytes));
+    CHECK(iscsi_number(client_value(client, "CHAP_A"), &algorithm));
+    CHECK(iscsi_number(client_value(client, "CHAP_I"), &id));
+    CHECK(iscsi_binary_decode(client_value(client, "CHAP_C"), challenge, sizeof challenge, &bytes));
     uint32_t length =
         iscsi_chap_response((uint8_t)algorithm, (uint8_t)id, secret, challenge, bytes, response);
     CHECK(length > 0);
@@ -382,7 +372,7 @@ static void begin_chap(const char *algorithms)
     char text[64];
     client_connect(&one, &served);
     CHECK_EQ(STEP(&one, 0x81, LOGIN_KEYS(NAME) "AuthMethod=CHAP,None\0"), 0);
-    CHECK_STR(value_of(&one, "AuthMethod"), "CHAP");
+    CHECK_STR(client_value(&one, "AuthMethod"), "CHAP");
     CHECK_EQ(one.bhs[1], 0x00); /* not yet */
     int bytes = snprintf(text, sizeof text, "CHAP_A=%s%c", algorithms, 0);
     CHECK_EQ(login_step(&one, 0x00, text, (uint32_t)bytes), 0);
@@ -398,15 +388,15 @@ static void chap_in_both_directions(void)
         uint8_t expected[CHAP_RESPONSE_MAX], sent[16];
         char hex[2 * CHAP_RESPONSE_MAX + 3];
         begin_chap(md5 ? "5" : "5,7");
-        CHECK_STR(value_of(&one, "CHAP_A"), md5 ? "5" : "7");
+        CHECK_STR(client_value(&one, "CHAP_A"), md5 ? "5" : "7");
         CHECK_EQ(respond(&one, "user", SECRET, challenge, sizeof challenge - 1), 0);
         CHECK_EQ(one.bhs[1], 0x81);
         for (uint8_t i = 0; i < 16; i++)
             sent[i] = i;
         uint32_t bytes = iscsi_chap_response(md5 ? 5 : 7, 7, MUTUAL, sent, 16, expected);
         iscsi_binary_encode(expected, bytes, hex);
-        CHECK_STR(value_of(&one, "CHAP_N"), "target");
-        CHECK_STR(value_of(&one, "CHAP_R"), hex);
+        CHECK_STR(client_value(&one, "CHAP_N"), "target");
+        CHECK_STR(client_value(&one, "CHAP_R"), hex);
         CHECK_EQ(STEP(&one, 0x87, "HeaderDigest=None\0"), 0);
         client_settle(&one);
         client_close(&one);
@@ -435,7 +425,7 @@ static void chap_in_both_directions(void)
     begin_chap("7");
     char reflected[128];
     int bytes = snprintf(reflected, sizeof reflected, "CHAP_I=%s%cCHAP_C=%s%c",
-                         value_of(&one, "CHAP_I"), 0, value_of(&one, "CHAP_C"), 0);
+                         client_value(&one, "CHAP_I"), 0, client_value(&one, "CHAP_C"), 0);
     CHECK_EQ(respond(&one, "user", SECRET, reflected, (uint32_t)bytes), ISCSI_LOGIN_AUTHENTICATION);
     client_close(&one);
     serve_end(&served);
@@ -458,8 +448,8 @@ static void discovery_tells_the_target(void)
     CHECK(get_pdu(&one));
     CHECK_EQ(iscsi_opcode(one.bhs), ISCSI_TEXT_RESPONSE);
     snprintf(address, sizeof address, "127.0.0.1:%u,1", vrep_iscsi_port(served.server));
-    CHECK_STR(value_of(&one, "TargetName"), TARGET_NAME);
-    CHECK_STR(value_of(&one, "TargetAddress"), address);
+    CHECK_STR(client_value(&one, "TargetName"), TARGET_NAME);
+    CHECK_STR(client_value(&one, "TargetAddress"), address);
     put_command(&one, READ_, read_8_blocks, 4096, NULL, 0); /* there is no disk here */
     CHECK(get_pdu(&one));
     CHECK_EQ(iscsi_opcode(one.bhs), ISCSI_REJECT);
