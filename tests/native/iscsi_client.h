@@ -7,6 +7,11 @@
 #include "serve/iscsi.h"
 
 #define TARGET_NAME "iqn.2026-01.test:disk"
+#define NAME "iqn.2026-01.test:a" /* of an initiator */
+#define READ_ 0xc0u               /* byte 1 of a command */
+#define WRITE_ 0xa0u
+CHECK_UNUSED static const uint8_t write_8_blocks[16] = {0x2a, [8] = 8};
+CHECK_UNUSED static const uint8_t read_8_blocks[16] = {0x28, [8] = 8};
 
 struct served {
     struct rig rig;

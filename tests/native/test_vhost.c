@@ -95,8 +95,8 @@ static void what_is_written_is_read(void)
     uint8_t *id = guest_request(&m, 0, 3, VREP_VIRTIO_GET_ID, 0, VREP_VIRTIO_ID_BYTES);
     CHECK_EQ(guest_run(&m, 0, 3), VREP_VIRTIO_OK);
     CHECK_EQ(memcmp(id, "root", 5), 0);
-    CHECK_EQ(stats().written_bytes, 8192);
-    CHECK_EQ(stats().read_bytes, 4096);
+    CHECK_EQ(stats().traffic.written_bytes, 8192);
+    CHECK_EQ(stats().traffic.read_bytes, 4096);
     end();
 }
 
@@ -149,7 +149,7 @@ static void errors_are_told(void)
     CHECK_EQ(guest_run(&m, 0, 0), VREP_VIRTIO_IOERR);
     vrep_store_release_u32(&group->fail, 0);
     CHECK_EQ(guest_run(&m, 0, 0), VREP_VIRTIO_OK);
-    CHECK_EQ(stats().errors, 5);
+    CHECK_EQ(stats().traffic.errors, 5);
     end();
 }
 

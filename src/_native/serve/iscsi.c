@@ -1,6 +1,5 @@
 #include "serve/iscsi.h"
 
-#include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <openssl/crypto.h>
@@ -17,7 +16,6 @@
 #include "serve/iscsi_internal.h"
 
 #define RECEIVE_SHARE (1u << 20) /* of one connection before others have their turn */
-#define ACCEPTS_A_TURN 16
 #define SOCKET_BYTES (1 << 20)
 #define TICK_S 5
 #define LOGIN_MS 30000u
@@ -56,14 +54,6 @@ static void want_to_send(struct iscsi_connection *c)
 
 /* ---- beginning and end ------------------------------------------------------------ */
 
-static void add_stats(struct vrep_iscsi_stats *to, const struct vrep_iscsi_session *from)
-{
-    iscsi_count(&to->requests, from->requests);
-    iscsi_count(&to->read_bytes, from->read_bytes);
-    iscsi_count(&to->written_bytes, from->written_bytes);
-    iscsi_count(&to->errors, from->errors);
-}
-
 static void free_memory(struct iscsi_connection *c)
 {
     free(c->in);
@@ -91,7 +81,7 @@ void iscsi_end(struct iscsi_connection *c, const char *why)
     pthread_mutex_lock(&server->lock);
     close(c->watch.fd);
     c->watch.fd = -1;
-    add_stats(&server->stats, &c->client);
+    vrep_traffic_add(&server->stats.traffic, &c->client.traffic);
     pthread_mutex_unlock(&server->lock);
     iscsi_forget_tasks(c);
     iscsi_drop_queue(c);
@@ -113,20 +103,6 @@ static bool get_memory(struct iscsi_connection *c)
     c->tails = calloc(ISCSI_BATCH_PDUS, sizeof *c->tails);
     return c->in != NULL && c->login != NULL && c->batch != NULL && c->heads != NULL &&
            c->tails != NULL;
-}
-
-static void name_peer(const struct sockaddr_storage *peer, char *out, size_t bytes)
-{
-    char host[INET6_ADDRSTRLEN] = "?";
-    if (peer->ss_family == AF_INET6) {
-        const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)peer;
-        (void)inet_ntop(AF_INET6, &v6->sin6_addr, host, sizeof host);
-        snprintf(out, bytes, "[%s]:%u", host, ntohs(v6->sin6_port));
-    } else {
-        const struct sockaddr_in *v4 = (const struct sockaddr_in *)peer;
-        (void)inet_ntop(AF_INET, &v4->sin_addr, host, sizeof host);
-        snprintf(out, bytes, "%s:%u", host, ntohs(v4->sin_port));
-    }
 }
 
 /* The transport's name of an initiator port: SPC-4 7.6.4.6, format 01b. */
@@ -204,35 +180,34 @@ static struct iscsi_connection *free_connection(struct vrep_iscsi_server *server
     return oldest;
 }
 
-static void open_connection(struct vrep_iscsi_server *server, int fd,
-                            const struct sockaddr_storage *peer)
+static void connected(struct vrep_accept *accept, int fd)
 {
+    struct vrep_iscsi_server *server = accept->owner;
     struct iscsi_connection *c = free_connection(server);
-    struct timespec now;
     int one = 1, bytes = SOCKET_BYTES;
     if (c == NULL) {
         VREP_WARN("iscsi", "a connection is refused: %u are open", server->connections_max);
-        iscsi_count(&server->stats.refused, 1);
+        vrep_count(&server->stats.refused, 1);
         close(fd);
         return;
     }
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     (void)setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
     (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
-    clock_gettime(CLOCK_REALTIME, &now);
     pthread_mutex_lock(&server->lock);
     *c = (struct iscsi_connection){
         .watch = {fd, connection_ready},
         .server = server,
         .state = ISCSI_LOGGING_IN,
-        .peer = *peer,
         .writable = true,
         .heard_ms = now_ms(),
     };
-    c->client.connected_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    name_peer(peer, c->client.address, sizeof c->client.address);
+    socklen_t peer_bytes = sizeof c->peer;
+    (void)getpeername(fd, (struct sockaddr *)&c->peer, &peer_bytes); /* else no rule admits it */
+    c->client.connected_ns = vrep_accept_time_ns();
+    vrep_peer_name(fd, c->client.address);
     pthread_mutex_unlock(&server->lock);
-    iscsi_count(&server->stats.accepted, 1);
+    vrep_count(&server->stats.accepted, 1);
     int status = get_memory(c) ? VREP_OK : VREP_E_NOMEM;
     if (status == VREP_OK) {
         iscsi_login_init(c->login, &server->credentials, server->name);
@@ -241,25 +216,6 @@ static void open_connection(struct vrep_iscsi_server *server, int fd,
     }
     if (status != VREP_OK)
         iscsi_end(c, vrep_status_text(status));
-}
-
-static void listener_ready(struct vrep_watch *watch, uint32_t events)
-{
-    struct vrep_iscsi_server *server =
-        (struct vrep_iscsi_server *)(void *)((char *)watch -
-                                             offsetof(struct vrep_iscsi_server, listen_watch));
-    (void)events;
-    for (int i = 0; i < ACCEPTS_A_TURN && watch->fd >= 0 && !server->stopping; i++) {
-        struct sockaddr_storage peer = {0};
-        socklen_t bytes = sizeof peer;
-        int fd = accept4(watch->fd, (struct sockaddr *)&peer, &bytes, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0) {
-            if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR)
-                VREP_WARN("iscsi", "accept: %s", strerror(errno));
-            return;
-        }
-        open_connection(server, fd, &peer);
-    }
 }
 
 static void scsi_ready(struct vrep_watch *watch, uint32_t events)
@@ -391,19 +347,11 @@ static void front_wakeup(struct vrep_front *front)
     vrep_scsi_wakeup(server->target);
 }
 
-static void close_listener(struct vrep_iscsi_server *server)
-{
-    if (server->listen_watch.fd >= 0)
-        vrep_loop_forget(server->loop, &server->listen_watch);
-    server->listen_watch.fd = -1;
-    vrep_listen_close(&server->listener);
-}
-
 static void front_stop(struct vrep_front *front, bool drain)
 {
     struct vrep_iscsi_server *server = (struct vrep_iscsi_server *)front;
     server->stopping = true;
-    close_listener(server);
+    vrep_accept_stop(&server->accept);
     for (uint32_t i = 0; i < server->connections_max; i++) {
         struct iscsi_connection *c = &server->connections[i];
         if (c->state == ISCSI_FREE)
@@ -522,18 +470,16 @@ int vrep_iscsi_create(struct vrep_loop *loop, const struct vrep_iscsi_config *co
     server->front = (struct vrep_front){front_turn, front_wakeup, front_stop, front_idle, 0};
     server->loop = loop;
     server->group = vrep_loop_group(loop);
-    server->listener.fd = server->listen_watch.fd = server->scsi_watch.fd = -1;
-    server->timer_watch.fd = -1;
+    server->scsi_watch.fd = server->timer_watch.fd = -1;
+    vrep_accept_init(&server->accept, loop, "iscsi", connected, server);
     pthread_mutex_init(&server->lock, NULL);
     int status = configure(server, config);
     if (status == VREP_OK)
         status = vrep_scsi_create(server->group, &config->scsi, &server->target);
     if (status == VREP_OK)
-        status = vrep_listen_any(config->host, config->port, &server->listener);
-    if (status == VREP_OK) {
-        server->listen_watch = (struct vrep_watch){server->listener.fd, listener_ready};
-        status = vrep_loop_watch(loop, &server->listen_watch, EPOLLIN);
-    }
+        status = vrep_listen_any(config->host, config->port, &server->accept.listener);
+    if (status == VREP_OK)
+        status = vrep_accept_start(&server->accept);
     if (status == VREP_OK) {
         server->scsi_watch = (struct vrep_watch){vrep_scsi_fd(server->target), scsi_ready};
         status = vrep_loop_watch(loop, &server->scsi_watch, EPOLLIN);
@@ -552,14 +498,14 @@ int vrep_iscsi_create(struct vrep_loop *loop, const struct vrep_iscsi_config *co
 
 uint16_t vrep_iscsi_port(const struct vrep_iscsi_server *server)
 {
-    return server->listener.port;
+    return server->accept.listener.port;
 }
 
 void vrep_iscsi_destroy(struct vrep_iscsi_server *server)
 {
     if (server == NULL)
         return;
-    close_listener(server);
+    vrep_accept_stop(&server->accept);
     for (uint32_t i = 0; server->connections != NULL && i < server->connections_max; i++)
         iscsi_end(&server->connections[i], NULL);
     if (server->scsi_watch.fd >= 0)
@@ -586,10 +532,7 @@ static void copy_session(const struct vrep_iscsi_session *from, struct vrep_iscs
     memcpy(to->address, from->address, sizeof to->address);
     memcpy(to->initiator, from->initiator, sizeof to->initiator);
     to->connected_ns = from->connected_ns;
-    to->requests = vrep_load_relaxed_u64(&from->requests);
-    to->read_bytes = vrep_load_relaxed_u64(&from->read_bytes);
-    to->written_bytes = vrep_load_relaxed_u64(&from->written_bytes);
-    to->errors = vrep_load_relaxed_u64(&from->errors);
+    to->traffic = vrep_traffic_read(&from->traffic);
 }
 
 uint32_t vrep_iscsi_sessions(struct vrep_iscsi_server *server, struct vrep_iscsi_session *out,
@@ -606,27 +549,20 @@ uint32_t vrep_iscsi_sessions(struct vrep_iscsi_server *server, struct vrep_iscsi
 
 void vrep_iscsi_stats(struct vrep_iscsi_server *server, struct vrep_iscsi_stats *out)
 {
-    pthread_mutex_lock(&server->lock);
     const struct vrep_iscsi_stats *ended = &server->stats;
+    pthread_mutex_lock(&server->lock);
     *out = (struct vrep_iscsi_stats){
         .accepted = vrep_load_relaxed_u64(&ended->accepted),
-        .refused = vrep_load_relaxed_u64(&ended->refused),
-        .requests = vrep_load_relaxed_u64(&ended->requests),
-        .read_bytes = vrep_load_relaxed_u64(&ended->read_bytes),
-        .written_bytes = vrep_load_relaxed_u64(&ended->written_bytes),
-        .errors = vrep_load_relaxed_u64(&ended->errors),
+        .refused = vrep_load_relaxed_u64(&ended->refused) +
+                   vrep_load_relaxed_u64(&server->accept.turned_away),
+        .traffic = vrep_traffic_read(&ended->traffic),
         .stalls = vrep_load_relaxed_u64(&ended->stalls),
     };
     for (uint32_t i = 0; i < server->connections_max; i++) {
-        struct vrep_iscsi_session session;
         if (server->connections[i].watch.fd < 0)
             continue;
-        copy_session(&server->connections[i].client, &session);
         out->connections++;
-        out->requests += session.requests;
-        out->read_bytes += session.read_bytes;
-        out->written_bytes += session.written_bytes;
-        out->errors += session.errors;
+        vrep_traffic_add(&out->traffic, &server->connections[i].client.traffic);
     }
     pthread_mutex_unlock(&server->lock);
 }

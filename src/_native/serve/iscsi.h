@@ -19,8 +19,8 @@
 #include <stdint.h>
 
 #include "scsi/scsi.h"
+#include "serve/accept.h"
 #include "serve/iscsi_login.h"
-#include "serve/loop.h"
 
 #define VREP_ISCSI_SESSIONS_MAX VREP_SCSI_NEXUSES_MAX
 #define VREP_ISCSI_RULES_MAX 32u
@@ -57,14 +57,14 @@ struct vrep_iscsi_session {
     char address[64];
     char initiator[ISCSI_NAME_MAX + 1]; /* empty while it logs in */
     uint64_t connected_ns;              /* CLOCK_REALTIME */
-    uint64_t requests, read_bytes, written_bytes, errors;
+    struct vrep_traffic traffic;
 };
 uint32_t vrep_iscsi_sessions(struct vrep_iscsi_server *server, struct vrep_iscsi_session *out,
                              uint32_t max);
 
 struct vrep_iscsi_stats {
     uint64_t accepted, refused; /* connections; refused: full, or by the login */
-    uint64_t requests, read_bytes, written_bytes, errors;
+    struct vrep_traffic traffic;
     uint64_t stalls; /* times that a connection had to wait for room */
     uint32_t connections;
 };

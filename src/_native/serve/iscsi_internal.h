@@ -1,8 +1,9 @@
 /* Internal to the iSCSI target: connections, items, and who calls whom.
  *
  * iscsi.c accepts, admits, and ends connections; iscsi_request.c receives PDUs
- * and carries them out; iscsi_send.c makes PDUs of answers and sends them;
- * iscsi_rule.c says who is admitted.  Nothing outside src/_native/serve includes it.
+ * and carries them out, iscsi_session.c those of the session itself; iscsi_send.c makes PDUs of
+ * answers and sends them; iscsi_rule.c says who is admitted.  Nothing outside src/_native/serve
+ * includes it.
  */
 #ifndef VREP_SERVE_ISCSI_INTERNAL_H
 #define VREP_SERVE_ISCSI_INTERNAL_H
@@ -12,7 +13,6 @@
 
 #include "base/atomic.h"
 #include "serve/iscsi.h"
-#include "serve/listen.h"
 
 #define ISCSI_IN_BYTES (512u << 10)
 #define ISCSI_WINDOW 64u     /* of commands of a session */
@@ -114,8 +114,8 @@ struct vrep_iscsi_server {
     char secrets[4][ISCSI_CHAP_MAX + 1];
     struct iscsi_rule rules[VREP_ISCSI_RULES_MAX];
     uint32_t rules_count;
-    struct vrep_listener listener;
-    struct vrep_watch listen_watch, scsi_watch, timer_watch;
+    struct vrep_accept accept;
+    struct vrep_watch scsi_watch, timer_watch;
     struct iscsi_connection *connections;
     uint32_t connections_max;
     struct iscsi_task *tasks, *free_task;
@@ -131,11 +131,6 @@ struct vrep_iscsi_server {
     struct vrep_iscsi_stats stats;
 };
 
-static inline void iscsi_count(uint64_t *counter, uint64_t more)
-{
-    vrep_store_relaxed_u64(counter, vrep_load_relaxed_u64(counter) + more);
-}
-
 /* iscsi.c */
 void iscsi_activate(struct iscsi_connection *c);
 void iscsi_end(struct iscsi_connection *c, const char *why);
@@ -148,6 +143,16 @@ bool iscsi_consume(struct iscsi_connection *c);
 void iscsi_task_give(struct iscsi_task *task);
 /* Nobody waits for what is in flight any more. */
 void iscsi_forget_tasks(struct iscsi_connection *c);
+
+/* iscsi_session.c */
+enum handled { HANDLED, STALLED, ENDED }; /* what came of a PDU: STALLED, it waits for room */
+#define ISCSI_REJECT_PROTOCOL 0x04u
+#define ISCSI_REJECT_COMMAND 0x05u
+enum handled iscsi_reject(struct iscsi_connection *c, const struct iscsi_pdu *pdu, uint8_t reason);
+enum handled iscsi_text_request(struct iscsi_connection *c, const struct iscsi_pdu *pdu);
+enum handled iscsi_nop_out(struct iscsi_connection *c, const struct iscsi_pdu *pdu);
+enum handled iscsi_logout(struct iscsi_connection *c, const struct iscsi_pdu *pdu);
+enum handled iscsi_login_request(struct iscsi_connection *c, const struct iscsi_pdu *pdu);
 
 /* iscsi_send.c */
 void iscsi_queue(struct iscsi_connection *c, struct iscsi_item *item);

@@ -1,14 +1,10 @@
-#include <arpa/inet.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -78,11 +74,7 @@ void nbd_end(struct nbd_connection *c, const char *why)
     vrep_group_mirror_leave(server->group, c->watch.fd);
     close(c->watch.fd);
     pthread_mutex_lock(&server->lock);
-    struct vrep_nbd_stats *stats = &server->stats;
-    nbd_count(&stats->requests, c->client.requests);
-    nbd_count(&stats->read_bytes, c->client.read_bytes);
-    nbd_count(&stats->written_bytes, c->client.written_bytes);
-    nbd_count(&stats->errors, c->client.errors);
+    vrep_traffic_add(&server->stats.traffic, &c->client.traffic);
     c->watch.fd = -1;
     c->state = NBD_FREE;
     pthread_mutex_unlock(&server->lock);
@@ -98,9 +90,8 @@ static void fence(struct vrep_nbd_server *server)
         struct nbd_connection *c = &server->connections[i];
         if (c->state == NBD_FREE)
             continue;
-        struct pollfd look = {.fd = c->watch.fd, .events = POLLRDHUP};
-        if (poll(&look, 1, 0) == 1 && look.revents & (POLLRDHUP | POLLHUP | POLLERR)) {
-            nbd_count(&server->stats.fenced, 1);
+        if (vrep_peer_is_gone(c->watch.fd)) {
+            vrep_count(&server->stats.fenced, 1);
             nbd_end(c, "its peer is gone and another one came");
         }
     }
@@ -242,33 +233,6 @@ static void connection_ready(struct vrep_watch *watch, uint32_t events)
 
 /* ---- accepting --------------------------------------------------------------------------- */
 
-static void name_peer(int fd, char *out, size_t room)
-{
-    union {
-        struct sockaddr any;
-        struct sockaddr_in v4;
-        struct sockaddr_in6 v6;
-        struct sockaddr_storage storage;
-    } peer;
-    socklen_t bytes = sizeof peer;
-    char text[INET6_ADDRSTRLEN] = "?";
-    struct ucred who;
-    socklen_t who_bytes = sizeof who;
-    if (getpeername(fd, &peer.any, &bytes) != 0) {
-        snprintf(out, room, "?");
-    } else if (peer.any.sa_family == AF_INET) {
-        inet_ntop(AF_INET, &peer.v4.sin_addr, text, sizeof text);
-        snprintf(out, room, "%s:%u", text, ntohs(peer.v4.sin_port));
-    } else if (peer.any.sa_family == AF_INET6) {
-        inet_ntop(AF_INET6, &peer.v6.sin6_addr, text, sizeof text);
-        snprintf(out, room, "[%s]:%u", text, ntohs(peer.v6.sin6_port));
-    } else if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &who_bytes) == 0) {
-        snprintf(out, room, "unix pid %d uid %u", (int)who.pid, (unsigned)who.uid);
-    } else {
-        snprintf(out, room, "unix");
-    }
-}
-
 static struct nbd_connection *free_connection(struct vrep_nbd_server *server)
 {
     struct nbd_connection *oldest = NULL;
@@ -294,7 +258,7 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
     uint8_t *answer = in != NULL ? malloc(VREP_NBD_ANSWER_MAX) : NULL;
     if (answer == NULL) {
         VREP_WARN("nbd", "a connection is refused: %u are open", (unsigned)server->connections_max);
-        nbd_count(&server->stats.refused, 1);
+        vrep_count(&server->stats.refused, 1);
         free(in);
         close(fd);
         return;
@@ -303,8 +267,6 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one); /* fails on a Unix socket */
     if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof bytes) != 0)
         (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
     pthread_mutex_lock(&server->lock);
     *c = (struct nbd_connection){
         .watch = {fd, connection_ready},
@@ -313,10 +275,10 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
         .in = in,
         .answer = answer,
     };
-    c->client.connected_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-    name_peer(fd, c->client.address, sizeof c->client.address);
+    c->client.connected_ns = vrep_accept_time_ns();
+    vrep_peer_name(fd, c->client.address);
     pthread_mutex_unlock(&server->lock);
-    nbd_count(&server->stats.accepted, 1);
+    vrep_count(&server->stats.accepted, 1);
     vrep_nbd_greeting(answer);
     c->answer_to = VREP_NBD_GREETING_BYTES;
     int status = vrep_loop_watch(server->loop, &c->watch, EPOLLIN | EPOLLRDHUP | EPOLLET);
@@ -326,51 +288,10 @@ static void open_connection(struct vrep_nbd_server *server, int fd)
         (void)send_answer(c);
 }
 
-/* Without a descriptor a waiting client would wake the loop for ever. */
-static void turn_away(struct vrep_nbd_server *server, int listener)
+static void connected(struct vrep_accept *accept, int fd)
 {
-    if (server->spare_fd < 0) /* somebody else took the one that was free */
-        server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    if (server->spare_fd < 0)
-        return;
-    close(server->spare_fd);
-    nbd_count(&server->stats.refused, 1);
-    int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-    if (fd >= 0)
-        close(fd);
-    server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-}
-
-static void accept_some(struct vrep_nbd_server *server, int listener)
-{
-    for (int i = 0; i < ACCEPTS_A_TURN && listener >= 0 && !server->stopping; i++) {
-        int fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0) {
-            if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR)
-                VREP_WARN("nbd", "accept: %s", strerror(errno));
-            if (errno == EMFILE || errno == ENFILE)
-                turn_away(server, listener);
-            return;
-        }
-        fence(server);
-        open_connection(server, fd);
-    }
-}
-
-static void unix_ready(struct vrep_watch *watch, uint32_t events)
-{
-    (void)events;
-    accept_some((struct vrep_nbd_server *)(void *)((char *)watch -
-                                                   offsetof(struct vrep_nbd_server, unix_watch)),
-                watch->fd);
-}
-
-static void tcp_ready(struct vrep_watch *watch, uint32_t events)
-{
-    (void)events;
-    accept_some((struct vrep_nbd_server *)(void *)((char *)watch -
-                                                   offsetof(struct vrep_nbd_server, tcp_watch)),
-                watch->fd);
+    fence(accept->owner);
+    open_connection(accept->owner, fd);
 }
 
 /* ---- the loop's side ------------------------------------------------------------------------ */
@@ -422,13 +343,8 @@ static void front_wakeup(struct vrep_front *front)
 
 static void close_listeners(struct vrep_nbd_server *server)
 {
-    if (server->unix_watch.fd >= 0)
-        vrep_loop_forget(server->loop, &server->unix_watch);
-    if (server->tcp_watch.fd >= 0)
-        vrep_loop_forget(server->loop, &server->tcp_watch);
-    server->unix_watch.fd = server->tcp_watch.fd = -1;
-    vrep_listen_close(&server->unix_listener);
-    vrep_listen_close(&server->tcp_listener);
+    vrep_accept_stop(&server->unix_socket);
+    vrep_accept_stop(&server->tcp_socket);
 }
 
 static void front_stop(struct vrep_front *front, bool drain)
@@ -494,15 +410,13 @@ static int listen_on(struct vrep_nbd_server *server, const struct vrep_nbd_confi
     int status = VREP_OK;
     if (config->unix_path != NULL)
         status = vrep_listen_unix(config->unix_path, config->unix_mode, config->unix_group,
-                                  &server->unix_listener);
+                                  &server->unix_socket.listener);
     if (status == VREP_OK && config->tcp_host != NULL)
-        status = vrep_listen_tcp(config->tcp_host, config->tcp_port, &server->tcp_listener);
-    server->unix_watch = (struct vrep_watch){server->unix_listener.fd, unix_ready};
-    server->tcp_watch = (struct vrep_watch){server->tcp_listener.fd, tcp_ready};
-    if (status == VREP_OK && server->unix_watch.fd >= 0)
-        status = vrep_loop_watch(server->loop, &server->unix_watch, EPOLLIN);
-    if (status == VREP_OK && server->tcp_watch.fd >= 0)
-        status = vrep_loop_watch(server->loop, &server->tcp_watch, EPOLLIN);
+        status = vrep_listen_tcp(config->tcp_host, config->tcp_port, &server->tcp_socket.listener);
+    if (status == VREP_OK && config->unix_path != NULL)
+        status = vrep_accept_start(&server->unix_socket);
+    if (status == VREP_OK && config->tcp_host != NULL)
+        status = vrep_accept_start(&server->tcp_socket);
     return status;
 }
 
@@ -517,9 +431,8 @@ int vrep_nbd_create(struct vrep_loop *loop, const struct vrep_nbd_config *config
     server->front = (struct vrep_front){front_turn, front_wakeup, front_stop, front_idle, 0};
     server->loop = loop;
     server->group = vrep_loop_group(loop);
-    server->unix_listener.fd = server->tcp_listener.fd = -1;
-    server->spare_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
-    server->unix_watch.fd = server->tcp_watch.fd = -1;
+    vrep_accept_init(&server->unix_socket, loop, "nbd", connected, server);
+    vrep_accept_init(&server->tcp_socket, loop, "nbd", connected, server);
     server->connections_max =
         config->connections > 0 ? config->connections : VREP_NBD_CONNECTIONS_MAX;
     pthread_mutex_init(&server->lock, NULL);
@@ -550,7 +463,7 @@ int vrep_nbd_create(struct vrep_loop *loop, const struct vrep_nbd_config *config
 
 uint16_t vrep_nbd_port(const struct vrep_nbd_server *server)
 {
-    return server->tcp_listener.port;
+    return server->tcp_socket.listener.port;
 }
 
 void vrep_nbd_destroy(struct vrep_nbd_server *server)
@@ -558,8 +471,6 @@ void vrep_nbd_destroy(struct vrep_nbd_server *server)
     if (server == NULL)
         return;
     close_listeners(server);
-    if (server->spare_fd >= 0)
-        close(server->spare_fd);
     if (server->connections != NULL)
         for (uint32_t i = 0; i < server->connections_max; i++)
             nbd_end(&server->connections[i], NULL);
@@ -575,10 +486,7 @@ static void copy_client(const struct vrep_nbd_client *from, struct vrep_nbd_clie
     memcpy(to->address, from->address, sizeof to->address);
     memcpy(to->export, from->export, sizeof to->export);
     to->connected_ns = from->connected_ns;
-    to->requests = vrep_load_relaxed_u64(&from->requests);
-    to->read_bytes = vrep_load_relaxed_u64(&from->read_bytes);
-    to->written_bytes = vrep_load_relaxed_u64(&from->written_bytes);
-    to->errors = vrep_load_relaxed_u64(&from->errors);
+    to->traffic = vrep_traffic_read(&from->traffic);
 }
 
 /* A connection's fd changes under the lock only, so it tells other threads which ones live. */
@@ -595,28 +503,22 @@ uint32_t vrep_nbd_clients(struct vrep_nbd_server *server, struct vrep_nbd_client
 
 void vrep_nbd_stats(struct vrep_nbd_server *server, struct vrep_nbd_stats *out)
 {
-    pthread_mutex_lock(&server->lock);
     const struct vrep_nbd_stats *ended = &server->stats;
+    pthread_mutex_lock(&server->lock);
     *out = (struct vrep_nbd_stats){
         .accepted = vrep_load_relaxed_u64(&ended->accepted),
-        .refused = vrep_load_relaxed_u64(&ended->refused),
+        .refused = vrep_load_relaxed_u64(&ended->refused) +
+                   vrep_load_relaxed_u64(&server->unix_socket.turned_away) +
+                   vrep_load_relaxed_u64(&server->tcp_socket.turned_away),
         .fenced = vrep_load_relaxed_u64(&ended->fenced),
-        .requests = vrep_load_relaxed_u64(&ended->requests),
-        .read_bytes = vrep_load_relaxed_u64(&ended->read_bytes),
-        .written_bytes = vrep_load_relaxed_u64(&ended->written_bytes),
-        .errors = vrep_load_relaxed_u64(&ended->errors),
+        .traffic = vrep_traffic_read(&ended->traffic),
         .stalls = vrep_load_relaxed_u64(&ended->stalls),
     };
     for (uint32_t i = 0; i < server->connections_max; i++) {
-        struct vrep_nbd_client client;
         if (server->connections[i].watch.fd < 0)
             continue;
-        copy_client(&server->connections[i].client, &client);
         out->connections++;
-        out->requests += client.requests;
-        out->read_bytes += client.read_bytes;
-        out->written_bytes += client.written_bytes;
-        out->errors += client.errors;
+        vrep_traffic_add(&out->traffic, &server->connections[i].client.traffic);
     }
     pthread_mutex_unlock(&server->lock);
 }

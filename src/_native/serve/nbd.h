@@ -25,7 +25,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "serve/loop.h"
+#include "serve/accept.h"
 
 #define VREP_NBD_CONNECTIONS_MAX 64u
 
@@ -52,7 +52,7 @@ struct vrep_nbd_client {
     char address[64];      /* "unix pid 12 uid 0", "127.0.0.1:40000" */
     char export[64];       /* empty while it haggles */
     uint64_t connected_ns; /* CLOCK_REALTIME */
-    uint64_t requests, read_bytes, written_bytes, errors;
+    struct vrep_traffic traffic;
 };
 /* Returns how many were stored. */
 uint32_t vrep_nbd_clients(struct vrep_nbd_server *server, struct vrep_nbd_client *out,
@@ -61,7 +61,7 @@ uint32_t vrep_nbd_clients(struct vrep_nbd_server *server, struct vrep_nbd_client
 struct vrep_nbd_stats {
     uint64_t accepted, refused; /* connections */
     uint64_t fenced;            /* ended because a newcomer found their peer gone */
-    uint64_t requests, read_bytes, written_bytes, errors;
+    struct vrep_traffic traffic;
     uint64_t stalls; /* times that a connection had to wait for room */
     uint32_t connections;
 };

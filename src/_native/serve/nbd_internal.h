@@ -11,7 +11,7 @@
 
 #include "base/atomic.h"
 #include "base/buffers.h"
-#include "serve/listen.h"
+#include "serve/accept.h"
 #include "serve/nbd.h"
 #include "serve/nbd_protocol.h"
 
@@ -87,9 +87,7 @@ struct vrep_nbd_server {
     struct vrep_front front; /* first */
     struct vrep_loop *loop;
     struct vrep_group *group;
-    struct vrep_listener unix_listener, tcp_listener;
-    struct vrep_watch unix_watch, tcp_watch;
-    int spare_fd; /* given up to turn a client away when no descriptor is left */
+    struct vrep_accept unix_socket, tcp_socket;
     struct vrep_nbd_exports exports;
     char bitmap[128]; /* name of the context that tells what is dirty */
     struct vrep_buffers *buffers;
@@ -131,11 +129,5 @@ void nbd_reply_error(struct nbd_connection *c, struct nbd_request *request, uint
 
 /* nbd_status.c: fills header and buffer (one small one, already taken) or makes an error reply. */
 void nbd_block_status(struct nbd_connection *c, struct nbd_request *request);
-
-/* One writer: a plain addition that readers of other threads see whole. */
-static inline void nbd_count(uint64_t *counter, uint64_t more)
-{
-    vrep_store_relaxed_u64(counter, vrep_load_relaxed_u64(counter) + more);
-}
 
 #endif

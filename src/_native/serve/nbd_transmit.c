@@ -91,7 +91,7 @@ void nbd_reply_error(struct nbd_connection *c, struct nbd_request *request, uint
 {
     uint16_t type = request->wire.type;
     give_buffer(c->server, request);
-    nbd_count(&c->client.errors, 1);
+    vrep_count(&c->client.traffic.errors, 1);
     if (c->structured && (type == VREP_NBD_READ || type == VREP_NBD_BLOCK_STATUS)) {
         request->header_bytes =
             (uint32_t)vrep_nbd_error_chunk(request->header, error, request->wire.cookie, text);
@@ -142,11 +142,11 @@ static void command_done(struct vrep_command *command)
     c->server->inflight--;
     unlink_submitted(c, request);
     if (status == VREP_OK) {
-        nbd_count(request->wire.type == VREP_NBD_READ ? &c->client.read_bytes
-                                                      : &c->client.written_bytes,
-                  request->wire.type == VREP_NBD_READ || request->wire.type == VREP_NBD_WRITE
-                      ? request->wire.length
-                      : 0);
+        vrep_count(request->wire.type == VREP_NBD_READ ? &c->client.traffic.read_bytes
+                                                       : &c->client.traffic.written_bytes,
+                   request->wire.type == VREP_NBD_READ || request->wire.type == VREP_NBD_WRITE
+                       ? request->wire.length
+                       : 0);
         reply_done(c, request);
     } else {
         nbd_reply_error(c, request, vrep_nbd_error(status, request->wire.type),
@@ -375,7 +375,7 @@ static enum progress consume(struct nbd_connection *c)
         }
         c->in_from += VREP_NBD_REQUEST_BYTES;
         c->server->received++;
-        nbd_count(&c->client.requests, 1);
+        vrep_count(&c->client.traffic.requests, 1);
     }
 }
 
@@ -441,7 +441,7 @@ static void stall(struct nbd_connection *c)
     else
         server->stalled_first = c;
     server->stalled_last = c;
-    nbd_count(&server->stats.stalls, 1);
+    vrep_count(&server->stats.stalls, 1);
 }
 
 void nbd_receive(struct nbd_connection *c)

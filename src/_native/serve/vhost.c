@@ -2,13 +2,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "base/log.h"
@@ -58,7 +56,7 @@ void vhost_end(struct vhost_connection *c, const char *why)
     if (!c->open)
         return;
     if (why != NULL)
-        VREP_INFO("vhost", "%s: connection ended: %s", server->listener.path, why);
+        VREP_INFO("vhost", "%s: connection ended: %s", server->accept.listener.path, why);
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX; i++) {
         struct vhost_queue *queue = &c->queue[i];
         drop_waiting(queue);
@@ -192,20 +190,9 @@ static void connection_ready(struct vrep_watch *watch, uint32_t events)
 
 /* ---- accepting ---------------------------------------------------------------------------- */
 
-static bool peer_is_gone(const struct vhost_connection *c)
-{
-    struct pollfd look = {.fd = c->watch.fd, .events = POLLRDHUP};
-    return poll(&look, 1, 0) == 1 && look.revents & (POLLRDHUP | POLLHUP | POLLERR);
-}
-
 static void open_connection(struct vrep_vhost_server *server, int fd)
 {
     struct vhost_connection *c = &server->connection;
-    struct ucred who = {0};
-    socklen_t bytes = sizeof who;
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    (void)getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &bytes);
     pthread_mutex_lock(&server->lock);
     *c = (struct vhost_connection){
         .watch = {fd, connection_ready},
@@ -216,37 +203,25 @@ static void open_connection(struct vrep_vhost_server *server, int fd)
     };
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX; i++)
         reset_queue(c, i);
-    snprintf(server->stats.address, sizeof server->stats.address, "unix pid %d uid %u",
-             (int)who.pid, (unsigned)who.uid);
-    server->stats.connected_ns = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    vrep_peer_name(fd, server->stats.address);
+    server->stats.connected_ns = vrep_accept_time_ns();
     pthread_mutex_unlock(&server->lock);
-    vhost_count(&server->stats.accepted, 1);
-    VREP_INFO("vhost", "%s: connected: %s", server->listener.path, server->stats.address);
+    vrep_count(&server->stats.accepted, 1);
+    VREP_INFO("vhost", "%s: connected: %s", server->accept.listener.path, server->stats.address);
     int status = vrep_loop_watch(server->loop, &c->watch, EPOLLIN | EPOLLRDHUP);
     if (status != VREP_OK)
         vhost_end(c, vrep_status_text(status));
 }
 
-static void listener_ready(struct vrep_watch *watch, uint32_t events)
+static void connected(struct vrep_accept *accept, int fd)
 {
-    struct vrep_vhost_server *server =
-        (struct vrep_vhost_server *)(void *)((char *)watch -
-                                             offsetof(struct vrep_vhost_server, listener_watch));
-    (void)events;
-    if (watch->fd < 0)
-        return;
-    int fd = accept4(watch->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
-    if (fd < 0) {
-        if (errno != EAGAIN && errno != ECONNABORTED && errno != EINTR)
-            VREP_WARN("vhost", "accept: %s", strerror(errno));
-        return;
-    }
+    struct vrep_vhost_server *server = accept->owner;
     struct vhost_connection *c = &server->connection;
-    if (c->open && peer_is_gone(c))
+    if (c->open && vrep_peer_is_gone(c->watch.fd))
         vhost_end(c, "its peer is gone and another one came");
-    if (c->open || server->stopping) {
-        VREP_WARN("vhost", "%s: a second monitor is refused", server->listener.path);
-        vhost_count(&server->stats.refused, 1);
+    if (c->open) {
+        VREP_WARN("vhost", "%s: a second monitor is refused", accept->listener.path);
+        vrep_count(&server->stats.refused, 1);
         close(fd);
         return;
     }
@@ -293,10 +268,7 @@ static void front_stop(struct vrep_front *front, bool drain)
     struct vrep_vhost_server *server = (struct vrep_vhost_server *)front;
     struct vhost_connection *c = &server->connection;
     server->stopping = true;
-    if (server->listener_watch.fd >= 0)
-        vrep_loop_forget(server->loop, &server->listener_watch);
-    server->listener_watch.fd = -1;
-    vrep_listen_close(&server->listener);
+    vrep_accept_stop(&server->accept);
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX && c->open; i++)
         drop_waiting(&c->queue[i]);
     if (c->open && (!drain || c->requests == NULL))
@@ -327,7 +299,7 @@ int vrep_vhost_create(struct vrep_loop *loop, const struct vrep_vhost_config_ser
     server->loop = loop;
     server->group = group;
     server->disk = config->disk;
-    server->listener.fd = server->listener_watch.fd = -1;
+    vrep_accept_init(&server->accept, loop, "vhost", connected, server);
     server->connection.watch.fd = server->connection.backend_fd = -1;
     server->connection.server = server;
     pthread_mutex_init(&server->lock, NULL);
@@ -348,10 +320,9 @@ int vrep_vhost_create(struct vrep_loop *loop, const struct vrep_vhost_config_ser
     }
     if (status == VREP_OK)
         status = vrep_listen_unix(config->unix_path, config->unix_mode, config->unix_group,
-                                  &server->listener);
-    server->listener_watch = (struct vrep_watch){server->listener.fd, listener_ready};
+                                  &server->accept.listener);
     if (status == VREP_OK)
-        status = vrep_loop_watch(loop, &server->listener_watch, EPOLLIN);
+        status = vrep_accept_start(&server->accept);
     if (status == VREP_OK)
         status = vrep_loop_add_front(loop, &server->front);
     if (status != VREP_OK) {
@@ -367,9 +338,7 @@ void vrep_vhost_destroy(struct vrep_vhost_server *server)
     if (server == NULL)
         return;
     vhost_end(&server->connection, "the server ends");
-    if (server->listener_watch.fd >= 0)
-        vrep_loop_forget(server->loop, &server->listener_watch);
-    vrep_listen_close(&server->listener);
+    vrep_accept_stop(&server->accept);
     /* Of commands that never ended: the group was closed, nothing uses it any more. */
     for (uint32_t i = 0; server->requests != NULL && i < VHOST_REQUESTS; i++)
         vhost_memory_let(server->requests[i].memory);
@@ -385,7 +354,8 @@ void vrep_vhost_resized(struct vrep_vhost_server *server)
     server->info.bytes = vrep_group_disk_bytes(server->group, server->disk);
     if (c->open && c->backend_fd >= 0 && vhost_speaks(c, VREP_VHOST_P_BACKEND_REQ) &&
         !vhost_send(c->backend_fd, &header, NULL, -1))
-        VREP_WARN("vhost", "%s: the monitor was not told of the new size", server->listener.path);
+        VREP_WARN("vhost", "%s: the monitor was not told of the new size",
+                  server->accept.listener.path);
 }
 
 void vrep_vhost_stats(struct vrep_vhost_server *server, struct vrep_vhost_stats *out)
@@ -396,11 +366,9 @@ void vrep_vhost_stats(struct vrep_vhost_server *server, struct vrep_vhost_stats 
     memcpy(out->address, stats->address, sizeof out->address);
     pthread_mutex_unlock(&server->lock);
     out->accepted = vrep_load_relaxed_u64(&stats->accepted);
-    out->refused = vrep_load_relaxed_u64(&stats->refused);
-    out->requests = vrep_load_relaxed_u64(&stats->requests);
-    out->read_bytes = vrep_load_relaxed_u64(&stats->read_bytes);
-    out->written_bytes = vrep_load_relaxed_u64(&stats->written_bytes);
-    out->errors = vrep_load_relaxed_u64(&stats->errors);
+    out->refused =
+        vrep_load_relaxed_u64(&stats->refused) + vrep_load_relaxed_u64(&server->accept.turned_away);
+    out->traffic = vrep_traffic_read(&stats->traffic);
     out->resubmitted = vrep_load_relaxed_u64(&stats->resubmitted);
     out->stalls = vrep_load_relaxed_u64(&stats->stalls);
 }

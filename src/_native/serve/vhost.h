@@ -20,7 +20,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "serve/loop.h"
+#include "serve/accept.h"
 
 struct vrep_vhost_server;
 
@@ -45,7 +45,7 @@ struct vrep_vhost_stats {
     char address[64];      /* of the monitor; empty: none */
     uint64_t connected_ns; /* CLOCK_REALTIME */
     uint64_t accepted, refused;
-    uint64_t requests, read_bytes, written_bytes, errors;
+    struct vrep_traffic traffic;
     uint64_t resubmitted; /* that stood in the in-flight region of an earlier connection */
     uint64_t stalls;
 };

@@ -133,7 +133,7 @@ static void finish(struct vhost_request *request, uint8_t status, uint64_t data)
     *request->status = status;
     vhost_log_write(&c->log, request->status_address, 1);
     if (status != VREP_VIRTIO_OK)
-        vhost_count(&c->server->stats.errors, 1);
+        vrep_count(&c->server->stats.traffic.errors, 1);
     vhost_queue_give(queue, request->chain.head, (uint32_t)(data + 1));
     queue->again = true;
     unlink_request(c, request);
@@ -157,9 +157,9 @@ static void command_done(struct vrep_command *command)
         return;
     }
     if (status == VREP_OK)
-        vhost_count(request->type == VREP_VIRTIO_IN ? &server->stats.read_bytes
-                                                    : &server->stats.written_bytes,
-                    bytes);
+        vrep_count(request->type == VREP_VIRTIO_IN ? &server->stats.traffic.read_bytes
+                                                   : &server->stats.traffic.written_bytes,
+                   bytes);
     uint8_t said = VREP_VIRTIO_OK;
     if (status == VREP_E_UNSUPPORTED)
         said = VREP_VIRTIO_UNSUPPORTED;
@@ -228,7 +228,7 @@ static bool prepare(struct vhost_request *request)
     int status = vrep_command_prepare(command);
     queue->waiting = status == VREP_E_AGAIN ? request : NULL;
     if (status == VREP_E_AGAIN) {
-        vhost_count(&request->server->stats.stalls, 1);
+        vrep_count(&request->server->stats.stalls, 1);
         return false;
     }
     request->server->inflight++;
@@ -330,7 +330,7 @@ bool vhost_block_run(struct vhost_queue *queue)
         vhost_memory_hold(request->memory);
         link_request(queue->connection, request);
         server->received++;
-        vhost_count(&server->stats.requests, 1);
+        vrep_count(&server->stats.traffic.requests, 1);
         if (!begin(request))
             return false;
     }

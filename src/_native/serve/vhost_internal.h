@@ -14,7 +14,6 @@
 #include <unistd.h>
 
 #include "base/atomic.h"
-#include "serve/listen.h"
 #include "serve/vhost.h"
 #include "serve/vhost_protocol.h"
 
@@ -166,8 +165,7 @@ struct vrep_vhost_server {
     struct vrep_virtio_disk info;
     bool read_only;
     char serial[VREP_VIRTIO_ID_BYTES];
-    struct vrep_listener listener;
-    struct vrep_watch listener_watch;
+    struct vrep_accept accept;
     struct vhost_connection connection;
     struct vhost_request *requests, *free;
     uint32_t inflight; /* commands submitted and not done */
@@ -206,11 +204,6 @@ static inline void vhost_close_fd(int *fd)
 static inline bool vhost_speaks(const struct vhost_connection *c, int feature)
 {
     return (c->protocol >> feature & 1) != 0;
-}
-
-static inline void vhost_count(uint64_t *counter, uint64_t more)
-{
-    vrep_store_relaxed_u64(counter, vrep_load_relaxed_u64(counter) + more);
 }
 
 #endif

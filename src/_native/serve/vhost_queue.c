@@ -113,7 +113,7 @@ int vhost_queue_start(struct vhost_queue *queue, struct vhost_memory *memory)
         vhost_queue_stop(queue);
         return status;
     }
-    vhost_count(&queue->connection->server->stats.resubmitted, queue->resubmit_count);
+    vrep_count(&queue->connection->server->stats.resubmitted, queue->resubmit_count);
     queue->started = queue->again = true;
     return VREP_OK;
 }

@@ -22,6 +22,13 @@ cdef extern from "serve/loop.h" nogil:
     int vrep_loop_stop(vrep_loop *loop, bint drain, uint32_t timeout_ms)
     void vrep_loop_destroy(vrep_loop *loop)
 
+cdef extern from "serve/accept.h" nogil:
+    struct vrep_traffic:
+        uint64_t requests
+        uint64_t read_bytes
+        uint64_t written_bytes
+        uint64_t errors
+
 cdef extern from "serve/nbd.h" nogil:
     enum:
         VREP_NBD_CONNECTIONS_MAX
@@ -39,18 +46,12 @@ cdef extern from "serve/nbd.h" nogil:
         char address[64]
         char export_name "export"[64]
         uint64_t connected_ns
-        uint64_t requests
-        uint64_t read_bytes
-        uint64_t written_bytes
-        uint64_t errors
+        vrep_traffic traffic
     struct vrep_nbd_stats:
         uint64_t accepted
         uint64_t refused
         uint64_t fenced
-        uint64_t requests
-        uint64_t read_bytes
-        uint64_t written_bytes
-        uint64_t errors
+        vrep_traffic traffic
         uint64_t stalls
         uint32_t connections
     int vrep_nbd_create(vrep_loop *loop, const vrep_nbd_config *config, vrep_nbd_server **out)
@@ -74,10 +75,7 @@ cdef extern from "serve/vhost.h" nogil:
         uint64_t connected_ns
         uint64_t accepted
         uint64_t refused
-        uint64_t requests
-        uint64_t read_bytes
-        uint64_t written_bytes
-        uint64_t errors
+        vrep_traffic traffic
         uint64_t resubmitted
         uint64_t stalls
     int vrep_vhost_create(vrep_loop *loop, const vrep_vhost_config_server *config,
@@ -122,17 +120,11 @@ cdef extern from "serve/iscsi.h" nogil:
         char address[64]
         char initiator[224]
         uint64_t connected_ns
-        uint64_t requests
-        uint64_t read_bytes
-        uint64_t written_bytes
-        uint64_t errors
+        vrep_traffic traffic
     struct vrep_iscsi_stats:
         uint64_t accepted
         uint64_t refused
-        uint64_t requests
-        uint64_t read_bytes
-        uint64_t written_bytes
-        uint64_t errors
+        vrep_traffic traffic
         uint64_t stalls
         uint32_t connections
     int vrep_iscsi_create(vrep_loop *loop, const vrep_iscsi_config *config,
@@ -150,6 +142,15 @@ CONNECTIONS_MAX = VREP_NBD_CONNECTIONS_MAX
 
 cdef enum:
     VHOST_MAX = 64  # VREP_DISKS_MAX
+
+
+cdef dict _moved(const vrep_traffic *traffic):
+    return {
+        "requests": traffic.requests,
+        "read_bytes": traffic.read_bytes,
+        "written_bytes": traffic.written_bytes,
+        "errors": traffic.errors,
+    }
 
 
 class Iscsi(NamedTuple):
@@ -398,10 +399,7 @@ cdef class Server:
                     "address": found[i].address.decode("ascii", "replace"),
                     "disk": found[i].export_name.decode("utf-8", "replace"),
                     "connected_at": found[i].connected_ns / 1e9,
-                    "requests": found[i].requests,
-                    "read_bytes": found[i].read_bytes,
-                    "written_bytes": found[i].written_bytes,
-                    "errors": found[i].errors,
+                    **_moved(&found[i].traffic),
                 }
                 for i in range(count)
             ]
@@ -421,10 +419,7 @@ cdef class Server:
                 "address": stats.address.decode("ascii", "replace"),
                 "disk": name,
                 "connected_at": stats.connected_ns / 1e9,
-                "requests": stats.requests,
-                "read_bytes": stats.read_bytes,
-                "written_bytes": stats.written_bytes,
-                "errors": stats.errors,
+                **_moved(&stats.traffic),
             })
         return found
 
@@ -451,10 +446,7 @@ cdef class Server:
                         found[i].initiator.decode("utf-8", "replace")))),
                     "disk": ",".join(self.iscsi.disks),
                     "connected_at": found[i].connected_ns / 1e9,
-                    "requests": found[i].requests,
-                    "read_bytes": found[i].read_bytes,
-                    "written_bytes": found[i].written_bytes,
-                    "errors": found[i].errors,
+                    **_moved(&found[i].traffic),
                 }
                 for i in range(count)
             ]
@@ -471,10 +463,7 @@ cdef class Server:
             "connections": stats.connections,
             "accepted": stats.accepted,
             "refused": stats.refused,
-            "requests": stats.requests,
-            "read_bytes": stats.read_bytes,
-            "written_bytes": stats.written_bytes,
-            "errors": stats.errors,
+            **_moved(&stats.traffic),
             "stalls": stats.stalls,
         }
 
@@ -489,10 +478,7 @@ cdef class Server:
             found[name] = {
                 "accepted": stats.accepted,
                 "refused": stats.refused,
-                "requests": stats.requests,
-                "read_bytes": stats.read_bytes,
-                "written_bytes": stats.written_bytes,
-                "errors": stats.errors,
+                **_moved(&stats.traffic),
                 "resubmitted": stats.resubmitted,
                 "stalls": stats.stalls,
             }
@@ -510,10 +496,7 @@ cdef class Server:
             "accepted": stats.accepted,
             "refused": stats.refused,
             "fenced": stats.fenced,
-            "requests": stats.requests,
-            "read_bytes": stats.read_bytes,
-            "written_bytes": stats.written_bytes,
-            "errors": stats.errors,
+            **_moved(&stats.traffic),
             "stalls": stats.stalls,
         }
 
