@@ -8,14 +8,17 @@ group goes on in this site's store. The disks stay as they are. Each step can be
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
+from vrep.keys.datakey import inspect_wrapped
 from vrep.paths import SitePaths
 from vrep.recovery.untaken import note_untaken, untaken_path
+from vrep.target.base import BaseDisk, BaseOffer
 from vrep.target.epochs import entry_of
 from vrep.target.manifest import EpochEntry, Position, load_newest
 
@@ -39,9 +42,10 @@ def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
     return Position(mine, at.lane, seq)
 
 
-def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
+def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> BaseOffer | None:
     """Leave a group to the site that took it over; `told` has ``group_id`` and the ``epochs`` of
-    that site's history, oldest first. BusyError while a VM uses the disks here."""
+    that site's history, oldest first. BusyError while a VM uses the disks here. What can be sealed
+    of the old disks, under the ``wrapped_keys`` that the site holds; None when it names none."""
     epochs = [entry_of(raw) for raw in told["epochs"]]
     if not epochs or epochs[-1].writer.hex() != site_id:
         raise errors.InvalidError("the newest epoch belongs to another site")
@@ -49,7 +53,7 @@ def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
     definition = groups.of_id(str(told["group_id"]))
     if definition is None:
         _require_writer(paths, site_id, str(told["group_id"]))
-        return
+        return None
     if definition.to_site != site_id:
         raise errors.FencedError(f"{definition.name!r} is not protected to the site that asks")
     known = next((entry for entry in epochs if entry.epoch == definition.epoch), None)
@@ -73,6 +77,29 @@ def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> None:
     _tell(paths, "filter", "release", group=definition.name)
     if first or not untaken_path(paths, definition.name).exists():
         note_untaken(paths, definition)
+    return _offer(paths, definition, left, list(told.get("wrapped_keys", ())))
+
+
+def _offer(
+    paths: SitePaths, definition: GroupDefinition, left: Position, keys: list[bytes]
+) -> BaseOffer | None:
+    disks = []
+    for disk in definition.disks:
+        scheme, _, where = disk.uri.partition(":")
+        if scheme in ("file", "block"):
+            disks.append(BaseDisk(disk.name, where, disk.bytes, disk.index))
+    for blob in keys:
+        inspect_wrapped(blob)
+    if not keys or len(disks) < len(definition.disks):
+        return None
+    return BaseOffer(
+        name=definition.name,
+        left=left,
+        disks=disks,
+        wrapped_keys=keys,
+        compression=definition.options.compression,
+        command=[sys.executable, "-m", "vrep.recovery.base", str(paths.root)],
+    )
 
 
 def _require_writer(paths: SitePaths, site_id: str, group_id: str) -> None:

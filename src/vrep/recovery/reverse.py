@@ -5,7 +5,8 @@ this site, whose target is the old one. Each step is durable before the next beg
 command goes on where it was cut off:
 
 1. background filling ends, so that the disks need no history any more;
-2. the old site gives way (`vrep.recovery.old_site`), and its store learns of the epochs;
+2. the old site gives way (`vrep.recovery.old_site`), seals what its disks hold
+   (`vrep.target.base`), and its store learns of the epochs;
 3. the group's definition is written: this site writes it, in the epoch that the failover raised;
 4. the view's process ends and the filter opens the disks, under the sockets that there were: a VM
    that reconnects sees a pause. From then on everything is recorded and shipped.
@@ -23,7 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -45,10 +46,10 @@ from vrep.recovery.untaken import read_untaken
 from vrep.recovery.view import PROTECTED, ViewDirectory, ViewRecord, describe, ended
 from vrep.settings import load_config
 from vrep.target.epochs import plain
-from vrep.target.manifest import EpochEntry, EpochState
+from vrep.target.manifest import EpochState
 from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.site import connect
-from vrep.wire.transport import PeerRefusedError
+from vrep.wire.transport import FrameTransport, PeerRefusedError
 
 __all__ = ["reverse", "reverse_all"]
 
@@ -121,7 +122,7 @@ def reverse_all(
         assert way.view is not None
         _wait_filled(way.view, way.record, progress)
     for way in new:
-        _follow(paths, way.peer, way.failover.held.hex, way.epochs)
+        _follow(paths, way, progress)
     lanes = tuple(lane_of(way.name) for way in ways if is_lane(way.name))
     made = [_define(paths, way, options, lanes) if way in new else way.mine for way in ways]
     found = []
@@ -170,15 +171,29 @@ def _wait_filled(view: ViewDirectory, record: ViewRecord, progress: Progress | N
         time.sleep(ASK_EVERY_S)
 
 
-def _follow(paths: SitePaths, peer: Peer, group_id: str, epochs: Sequence[EpochEntry]) -> None:
-    """Let the old site give way. Its answer is asked for again when it was lost."""
-    params = {"group_id": group_id, "epochs": [plain(entry) for entry in epochs]}
-    with connect(SiteIdentity.load(paths.root), peer) as transport:
-        try:
-            transport.ask("group.follow", params, timeout_s=FOLLOW_S)
-        except PeerRefusedError as error:
-            kinds = {"busy-error": errors.BusyError, "fenced-error": errors.FencedError}
-            raise kinds.get(error.code, errors.StateError)(error.detail) from None
+def _follow(paths: SitePaths, way: _Way, progress: Progress | None) -> None:
+    """Let the old site give way, and seal what its disks hold. Its answer is asked for again when
+    it was lost, and until all is done there."""
+    params = {
+        "group_id": way.failover.held.hex,
+        "epochs": [plain(entry) for entry in way.epochs],
+        "wrapped_keys": list(way.failover.held.manifest.wrapped_keys),
+    }
+    with connect(SiteIdentity.load(paths.root), way.peer) as transport:
+        while base := _ask_to_follow(transport, params):
+            if progress is not None:
+                progress(int(base["done"]), int(base["total"]))
+            time.sleep(ASK_EVERY_S)
+
+
+def _ask_to_follow(transport: FrameTransport, params: dict[str, Any]) -> dict[str, int] | None:
+    """How far the old site is with its disks; None when it follows."""
+    try:
+        answer = transport.ask("group.follow", params, timeout_s=FOLLOW_S)
+    except PeerRefusedError as error:
+        kinds = {"busy-error": errors.BusyError, "fenced-error": errors.FencedError}
+        raise kinds.get(error.code, errors.StateError)(error.detail) from None
+    return answer.get("base") if isinstance(answer, dict) else None
 
 
 def _define(

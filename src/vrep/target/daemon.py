@@ -22,6 +22,7 @@ from vrep.errors import (
 from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.settings import Config
+from vrep.target.base import BaseOffer
 from vrep.target.delta import error_code
 from vrep.target.epochs import entry_of, plain, wire_epoch
 from vrep.target.manifest import Position
@@ -64,11 +65,12 @@ class Target:
         *,
         timeouts: Timeouts | None = None,
         held: Callable[[bytes], Sequence[Position]] = lambda _group_id: (),
-        gives_way: Callable[[str, Mapping[str, Any]], object] = lambda _site, _told: None,
+        gives_way: Callable[[str, Mapping[str, Any]], BaseOffer | None] = lambda _site, _told: None,
         clients: Callable[[str], int] = lambda _group_id: 0,
     ) -> None:
         """`held` names the points of a group that are in use: no fold takes what they need.
-        `gives_way` lets go of a group that this site wrote, for the site that took it over.
+        `gives_way` lets go of a group that this site wrote, for the site that took it over, and
+        says what can be sealed of the old disks.
         `clients` counts who uses the disks of a group that this site took over."""
         self._paths = paths
         self._config = config
@@ -181,6 +183,7 @@ class Target:
                     self._options,
                     self._config.target.window_bytes,
                     gone_s=self._config.target.source_gone_s,
+                    site=bytes.fromhex(self._identity.site_id),
                 )
             return host
 
@@ -340,14 +343,20 @@ class Target:
             case "group.unprotect":
                 self._of(request.params).unprotect(site_id)
             case "group.follow":
-                epochs = [entry_of(raw) for raw in request.params["epochs"]]
-                self._gives_way(transport.peer.site_id, request.params)
-                self._host(bytes.fromhex(request.params["group_id"])).follow(epochs)
+                return self._follow(site_id, request.params)
             case "group.delete":
                 self._delete(transport, request, site_id)
             case method:
                 raise NotFoundError(f"no method {method!r}")
         return {}
+
+    def _follow(self, site_id: bytes, params: Mapping[str, Any]) -> dict[str, Any]:
+        epochs = [entry_of(raw) for raw in params["epochs"]]
+        host = self._host(bytes.fromhex(params["group_id"]))
+        under_way = host.bases.under_way(site_id)
+        if under_way is not None:
+            return under_way  # it gave way before that began
+        return host.follow(epochs, self._gives_way(site_id.hex(), params))
 
     def _delete(self, transport: FrameTransport, request: m.Request, site_id: bytes) -> None:
         host = self._of(request.params)

@@ -34,6 +34,7 @@ from vrep.errors import (
 from vrep.groups import check_name
 from vrep.lanes import group_of, lane_ids_agree
 from vrep.target import runs
+from vrep.target.base import BaseDesk, BaseOffer
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.halts import Halts
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
@@ -99,7 +100,9 @@ class GroupHost:
         open_store: Callable[..., GroupStore] = GroupStore.open,
         *,
         gone_s: float = GONE_S,
+        site: bytes = b"",
     ) -> None:
+        """`site` is the one that this target is of."""
         self.group_id = group_id
         self.error: VrepError | None = None
         """why the store cannot be opened"""
@@ -110,6 +113,8 @@ class GroupHost:
         self._store: GroupStore | None = None
         self._session: Session | None = None
         self._gone_s = gone_s
+        self._site = site
+        self.bases = BaseDesk()
         # Who was there before this process started cannot be known: it may be there still.
         self._since_s = time.monotonic()
         self._sign = Sign(float("-inf"))
@@ -177,6 +182,8 @@ class GroupHost:
                 raise RefusedError("not-allowed", "only a site that joined may send")
             site_id = bytes.fromhex(transport.peer.site_id)
             self._heard(site_id, transport.peer.name)  # it lives, whether or not it is refused
+            if self.bases.busy:
+                raise RefusedError("busy", "what the old disks hold is sealed first")
             store = self._admit(site_id, message)
             manifest = store.manifest
             newest = message.lanes[0].newest_seq
@@ -385,17 +392,35 @@ class GroupHost:
             self._fence(self.require())
             return entry
 
-    def follow(self, epochs: Sequence[EpochEntry]) -> None:
+    def follow(
+        self, epochs: Sequence[EpochEntry], offer: BaseOffer | None = None
+    ) -> dict[str, Any]:
         """Another site took the group over, and protects it to here: its history goes on in the
-        epochs that it raised. Nothing is to be done while there is no store: the first session of
-        that site makes one."""
+        epochs that it raised. `offer`: what this site can seal of its old disks before; while that
+        is under way the answer says how far it is, and the same is to be asked again. Else nothing
+        is to be done while there is no store: the first session of that site makes one."""
         with self._lock:
+            if offer is not None:
+                under_way = self.bases.seal(self._store_for, epochs, offer)
+                if under_way is not None:
+                    return under_way
             store = self.load()
-            if store is None:
-                return
-            self._drain_for_failover(store)
-            store.follow(epochs)
-            self._fence(store)
+            if store is not None:
+                self._drain_for_failover(store)
+                store.follow(epochs)
+                self._fence(store)
+            return {}
+
+    def _store_for(self, spec: StoreSpec) -> GroupStore:
+        """The store, with nothing on its way; a new one if there is none."""
+        store = self.load()
+        if store is None:
+            store = self._store = self._open_store(
+                self._stores, self.group_id, create=spec, options=self._options
+            )
+            log.info("group %s: a new store, for what the old disks hold", spec.name)
+        self._drain_for_failover(store)
+        return store
 
     def _fence(self, store: GroupStore) -> None:
         session = self._session
@@ -508,12 +533,14 @@ class GroupHost:
             conditions.append("unprotected")  # nobody is missed
         elif not source["connected"]:
             conditions.append("source-silent")
+        if self.bases.busy:
+            conditions.append("sealing-base")
         if self._old_source_lives(current):
             conditions.append("old-source-alive")
         state = "replicating" if source["connected"] else "offline"
         if source["connected"] and source["state"] == "gap":
             state = "gap"
-        if current.writer != store.epochs[0].writer:
+        if current.writer == self._site:
             state = "failed-over"
         if store.failure is not None:
             state = "error"
@@ -589,6 +616,7 @@ class GroupHost:
 
     def close(self) -> None:
         """End the session and let go of the store; what is not durable yet gets a moment."""
+        self.bases.stop()
         with self._lock:
             self._closed = True
             self._end_session(m.Bye(reason="the target stops"))
