@@ -134,13 +134,15 @@ INDEX_TRAILER = (
     " long_count:Q streams_at:Q streams_count:Q events_at:Q events_count:Q times_at:Q"
     " times_count:Q first:[position] last:[position] data_bytes:Q segment_bytes:Q wall_first_ns:Q"
     " wall_last_ns:Q group_id:16s short_digest:16s rest_digest:16s nodes_at:Q nodes_count:Q"
-    " long_root:I short_root:I streams_checksum:I events_checksum:I reserved:12s checksum:I"
+    " long_root:I short_root:I streams_checksum:I events_checksum:I aged_ns:Q"
+    " reserved:4s checksum:I"
 )
 MANIFEST_HEADER = (
     "magic:I version:H header_bytes:H number:Q lease:Q group_id:16s store_id:16s wall_ns:Q"
     " epochs:I segments:I runs:I disks:I key_bytes:I body_bytes:I next_segment:I flags:I"
     " active_segment:I reserved0:I group_name:64s digest:16s horizon:[position]"
-    " window_s:Q quota_bytes:Q received_bytes:Q folded_bytes:Q reserved1:20s checksum:I"
+    " window_s:Q quota_bytes:Q received_bytes:Q folded_bytes:Q aged_ns:Q"
+    " boot_ns:Q boot:I checksum:I"
 )
 MANIFEST_EPOCH = "epoch:I state:I epoch_id:16s writer:16s parent:[position] wall_ns:Q"
 MANIFEST_SEGMENT = (

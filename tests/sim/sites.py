@@ -40,6 +40,7 @@ from vrep.target import epochs as target_epochs
 from vrep.target import lease as target_lease
 from vrep.target import receive, upkeep
 from vrep.target import session as target_session
+from vrep.target.aging import Steady
 from vrep.target.manifest import EpochEntry
 from vrep.target.store import GroupStore
 from vrep.wire import protocol
@@ -479,7 +480,9 @@ class TargetSite:
     def _open_store(self, process: Process, *args: Any, **options: Any) -> GroupStore:
         files = StoreFiles(process, self.directory)
         files.room = self._room_bytes
-        store = SimStore.open(*args, files=files, wall_ns=self._wall_ns, **options)
+        steady = lambda: Steady(1, self.kernel.now_ns)  # noqa: E731
+        clocks = {"wall_ns": self._wall_ns, "steady": steady}
+        store = SimStore.open(*args, files=files, **clocks, **options)
         assert isinstance(store, SimStore)
         store.oracle = self.oracle
         self.files, self.store = files, store

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import time
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,24 @@ def test_what_is_kept_is_changed_by_the_writer_alone(world: World) -> None:
         with pytest.raises(PeerRefusedError):
             world.connect().ask("group.keep", {**params, **wrong})
     assert kept(world) == (3600, 1 << 30)
+
+
+@pytest.mark.parametrize("ahead_s", [400, -400, 10**8])
+def test_clocks_that_differ_are_told(world: World, ahead_s: int) -> None:
+    """Also while history is kept to a window, which does not depend on them."""
+    client = Client(world, window="60s").start()
+    client.send(client.feed.writes(1))
+    client.wait(1)
+    for ahead, shown in ((ahead_s, True), (1, False), (ahead_s, True)):
+        now_ns = time.time_ns() + ahead * 10**9
+        client.transport.send(m.Status(time_ns=now_ns, state="replicating", values={}), CHANNEL)
+        deadline = time.monotonic() + 20
+        while ("clocks-apart" in world.status()["conditions"]) is not shown:
+            assert time.monotonic() < deadline
+        client.send(client.feed.writes(1))
+        client.wait(client.feed.seq)
+        assert ("clocks-apart" in client.ack.conditions) is shown
+        assert world.status()["oldest"] == "1/0/1"
 
 
 def test_a_quota_is_told_to_the_source(world: World) -> None:

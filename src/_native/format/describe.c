@@ -185,7 +185,8 @@ FIELDS(vrep_index_trailer, FIELD(vrep_index_trailer, magic), FIELD(vrep_index_tr
        FIELD(vrep_index_trailer, nodes_at), FIELD(vrep_index_trailer, nodes_count),
        FIELD(vrep_index_trailer, long_root), FIELD(vrep_index_trailer, short_root),
        FIELD(vrep_index_trailer, streams_checksum), FIELD(vrep_index_trailer, events_checksum),
-       FIELD(vrep_index_trailer, reserved), FIELD(vrep_index_trailer, checksum));
+       FIELD(vrep_index_trailer, aged_ns), FIELD(vrep_index_trailer, reserved),
+       FIELD(vrep_index_trailer, checksum));
 FIELDS(vrep_manifest_header, FIELD(vrep_manifest_header, magic),
        FIELD(vrep_manifest_header, version), FIELD(vrep_manifest_header, header_bytes),
        FIELD(vrep_manifest_header, number), FIELD(vrep_manifest_header, lease),
@@ -199,7 +200,8 @@ FIELDS(vrep_manifest_header, FIELD(vrep_manifest_header, magic),
        FIELD(vrep_manifest_header, digest), FIELD(vrep_manifest_header, horizon),
        FIELD(vrep_manifest_header, window_s), FIELD(vrep_manifest_header, quota_bytes),
        FIELD(vrep_manifest_header, received_bytes), FIELD(vrep_manifest_header, folded_bytes),
-       FIELD(vrep_manifest_header, reserved1), FIELD(vrep_manifest_header, checksum));
+       FIELD(vrep_manifest_header, aged_ns), FIELD(vrep_manifest_header, boot_ns),
+       FIELD(vrep_manifest_header, boot), FIELD(vrep_manifest_header, checksum));
 FIELDS(vrep_manifest_epoch, FIELD(vrep_manifest_epoch, epoch), FIELD(vrep_manifest_epoch, state),
        FIELD(vrep_manifest_epoch, epoch_id), FIELD(vrep_manifest_epoch, writer),
        FIELD(vrep_manifest_epoch, parent), FIELD(vrep_manifest_epoch, wall_ns));

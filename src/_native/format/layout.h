@@ -677,7 +677,8 @@ struct vrep_index_trailer {
     uint32_t short_root;
     uint32_t streams_checksum; /* vrep_checksum32 of the array */
     uint32_t events_checksum;  /* low 32 bits of the XXH3-128 of the array */
-    uint8_t reserved[12];
+    uint64_t aged_ns; /* of the store when the segment was closed; 0: not known, or a run */
+    uint8_t reserved[4];
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_index_trailer, 256);
@@ -716,7 +717,9 @@ struct vrep_manifest_header {
     uint64_t quota_bytes;         /* that the group may use; 0: no limit */
     uint64_t received_bytes;      /* appended so far, and ... */
     uint64_t folded_bytes;        /* ... written by folds, closed segments only */
-    uint8_t reserved1[20];
+    uint64_t aged_ns;             /* that have passed for the store; 0: not told */
+    uint64_t boot_ns;             /* since the host's boot, when that was so, ... */
+    uint32_t boot;                /* ... and which boot */
     uint32_t checksum;
 };
 VREP_LAYOUT(struct vrep_manifest_header, 256);

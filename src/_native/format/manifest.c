@@ -65,8 +65,7 @@ static int check_header(const struct vrep_manifest_header *header)
         header->next_segment == 0 || (header->flags & ~VREP_MANIFEST_UNPROTECTED) != 0 ||
         header->active_segment >= header->next_segment || header->reserved0 != 0 ||
         !name_ends(header->group_name) || header->horizon.reserved != 0 ||
-        (header->horizon.seq == 0) != (header->horizon.epoch == 0) ||
-        !all_zero(header->reserved1, sizeof header->reserved1))
+        (header->horizon.seq == 0) != (header->horizon.epoch == 0))
         return VREP_E_CORRUPT;
     return header->version > 1 || is_first_version(header) ? VREP_OK : VREP_E_CORRUPT;
 }

@@ -17,6 +17,7 @@ struct vrep_index_builder {
     struct vrep_index_summary summary;
     uint64_t wall_first_ns;
     uint64_t wall_last_ns;
+    uint64_t aged_ns;
     uint32_t segment;
     uint16_t stream; /* row in force, when summary.has_stream */
     uint8_t group_id[16];
@@ -312,6 +313,11 @@ static int write_all(const struct vrep_index_builder *builder, struct vrep_index
     return status == VREP_OK ? vrep_index_writer_finish(writer) : status;
 }
 
+void vrep_index_builder_aged(struct vrep_index_builder *builder, uint64_t aged_ns)
+{
+    builder->aged_ns = aged_ns;
+}
+
 int vrep_index_builder_finish(struct vrep_index_builder *builder, uint64_t segment_bytes,
                               uint8_t **out, size_t *out_len)
 {
@@ -328,6 +334,7 @@ int vrep_index_builder_finish(struct vrep_index_builder *builder, uint64_t segme
         .segment_bytes = segment_bytes,
         .wall_first_ns = builder->wall_first_ns,
         .wall_last_ns = builder->wall_last_ns,
+        .aged_ns = builder->aged_ns,
     };
     struct vrep_index_writer *writer;
     int status;

@@ -59,6 +59,9 @@ int vrep_index_builder_add(struct vrep_index_builder *builder, const void *buffe
 int vrep_index_builder_time(struct vrep_index_builder *builder, uint64_t wall_ns,
                             struct vrep_position at);
 
+/* What had passed for the store when the segment was closed. */
+void vrep_index_builder_aged(struct vrep_index_builder *builder, uint64_t aged_ns);
+
 struct vrep_index_summary {
     uint64_t records; /* STREAM and TALLY not counted */
     uint64_t entries;

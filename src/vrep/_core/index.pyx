@@ -57,6 +57,7 @@ cdef extern from "map/index.h" nogil:
     int vrep_index_builder_add(vrep_index_builder *builder, const void *buffer, size_t length,
                                uint64_t position, uint64_t *records)
     int vrep_index_builder_time(vrep_index_builder *builder, uint64_t wall_ns, vrep_position at)
+    void vrep_index_builder_aged(vrep_index_builder *builder, uint64_t aged_ns)
     void vrep_index_builder_summary(const vrep_index_builder *builder, vrep_index_summary *out)
     int vrep_index_builder_finish(vrep_index_builder *builder, uint64_t segment_bytes,
                                   uint8_t **out, size_t *length)
@@ -173,6 +174,14 @@ cdef class IndexBuilder:
         self.enter()
         try:
             check(vrep_index_builder_time(self.builder, wall_ns, at))
+        finally:
+            self.busy = False
+
+    def aged(self, uint64_t aged_ns):
+        """What has passed for the store, now that the segment is closed."""
+        self.enter()
+        try:
+            vrep_index_builder_aged(self.builder, aged_ns)
         finally:
             self.busy = False
 

@@ -24,7 +24,7 @@ Structs = NDArray[np.void]
 
 
 def close_open_segment(
-    directory: Path, group_id: bytes, manifest: Manifest, files: Files
+    directory: Path, group_id: bytes, manifest: Manifest, files: Files, aged_ns: int
 ) -> tuple[Structs, Position, Any]:
     """Closed segments, last position and stream in force, after the open segment was scanned as
     the storage holds it, cut behind its last whole commit, and indexed."""
@@ -52,6 +52,7 @@ def close_open_segment(
         if scan.end < len(data):
             log.warning("%s: %d bytes of a torn tail are cut", path, len(data) - scan.end)
         files.truncate(fd, scan.end)
+        builder.aged(aged_ns)
         entry = write_footer(files, fd, builder, scan.last, scan.end)
     finally:
         os.close(fd)

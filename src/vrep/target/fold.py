@@ -29,7 +29,7 @@ from vrep.errors import CorruptError
 from vrep.target import runs
 from vrep.target.files import Files
 from vrep.target.manifest import Manifest, Position
-from vrep.target.segment import entry_path, segment_path, write_footer
+from vrep.target.segment import aged_at, entry_path, segment_path, write_footer
 
 __all__ = ["Folded", "Good", "Judge", "Live", "choose", "fold_segments", "foldable", "name_of"]
 
@@ -254,6 +254,7 @@ def fold_segments(
     state = _before(directory, manifest, numbers[0])
     out = _Output(files, directory, manifest, numbers, generation, segment_bytes, wall_ns, pace)
     try:
+        out.aged_ns = aged_at(directory, chosen[-1][0])
         for row, live in chosen:
             _read_segment(directory, manifest, judge, row, live, state, out, pace)
         out.input_bytes = sum(int(row["data_end"]) for row, _live in chosen)
@@ -388,6 +389,7 @@ class _Output:
         wall_ns: int,
         pace: Callable[[int], None],
     ) -> None:
+        self.aged_ns = 0
         self.input_bytes = self.input_records = self.written = 0
         self._files = files
         self._directory = directory
@@ -494,6 +496,7 @@ class _Output:
             block["flags"] = layout.FOLD_TALLIED
             block["tally"] = np.frombuffer(state.tally.save(), np.uint8)
         self._files.write(self._fd, [native.header(head), native.fold(block)], 0)
+        builder.aged(self.aged_ns)
         entry = write_footer(self._files, self._fd, builder, end or self._last, self._end)
         entry["generation"] = self._generation
         if not builder.records:

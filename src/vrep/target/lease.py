@@ -14,10 +14,12 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from vrep.errors import ExistsError, LockedError, StorageError, StoreFullError
+from vrep.target.aging import Aging, Steady, host_steady
 from vrep.target.files import Files, is_full
 from vrep.target.manifest import Manifest, load_newest, manifest_numbers, manifest_path
 
@@ -31,16 +33,24 @@ class Lease:
     """Held by the one process that writes a store."""
 
     def __init__(
-        self, directory: Path, group_id: bytes, files: Files, wall_ns: Callable[[], int]
+        self,
+        directory: Path,
+        group_id: bytes,
+        files: Files,
+        wall_ns: Callable[[], int],
+        steady: Callable[[], Steady] = host_steady,
     ) -> None:
         """LockedError when another process holds it."""
         self.directory = directory
         self.manifest: Manifest
         """the newest; immutable"""
+        self.aging = Aging(steady)
+        """what has passed for the store; that of the manifest once it is loaded"""
         self.lock = threading.RLock()
         self._group_id = group_id
         self._files = files
         self._wall_ns = wall_ns
+        self._steady = steady
         self._fd = _take_lock(directory / "lock")
 
     def close(self) -> None:
@@ -50,17 +60,20 @@ class Lease:
         """The first manifest of a store."""
         if manifest_numbers(self.directory):
             raise ExistsError(f"the store of group {self._group_id.hex()}")
+        manifest = replace(manifest, count=self.aging.count())
         self._files.publish(manifest_path(self.directory, manifest.number), manifest.encode())
 
     def load(self) -> Manifest:
         """Read the newest manifest."""
         self.manifest = load_newest(self.directory, self._group_id)
+        self.aging = Aging(self._steady, self.manifest.count)
         return self.manifest
 
     def publish(self, **changes: Any) -> None:
         """Create the next manifest, durably. LockedError when somebody else did."""
         with self.lock:
-            manifest = self.manifest.next(self._wall_ns(), **changes)
+            count = self.aging.count()
+            manifest = self.manifest.next(self._wall_ns(), count=count, **changes)
             path = manifest_path(self.directory, manifest.number)
             data = manifest.encode()
             try:

@@ -24,6 +24,7 @@ from vrep._core import manifest as native
 from vrep.errors import CorruptError, IntegrityError, NotFoundError, PointNotFoundError
 from vrep.groups import NAME
 from vrep.lanes import lane_of
+from vrep.target.aging import BEGIN, Count
 
 __all__ = [
     "DiskEntry",
@@ -123,6 +124,8 @@ class Manifest:
     """appended since the store began"""
     folded_bytes: int = 0
     """written by folds since the store began"""
+    count: Count = BEGIN
+    """of its clock, when it was made"""
 
     def encode(self) -> bytes:
         head = np.zeros((), layout.MANIFEST_HEADER)
@@ -136,6 +139,7 @@ class Manifest:
         head["horizon"] = self.horizon.raw
         head["window_s"], head["quota_bytes"] = self.window_s, self.quota_bytes
         head["received_bytes"], head["folded_bytes"] = self.received_bytes, self.folded_bytes
+        head["aged_ns"], head["boot"], head["boot_ns"] = self.count
         return native.build(
             head,
             _encode_epochs(self.epochs),
@@ -174,6 +178,7 @@ class Manifest:
             quota_bytes=int(head["quota_bytes"]),
             received_bytes=int(head["received_bytes"]),
             folded_bytes=int(head["folded_bytes"]),
+            count=Count(int(head["aged_ns"]), int(head["boot"]), int(head["boot_ns"])),
         )
 
     @property

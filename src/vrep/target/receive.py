@@ -55,6 +55,8 @@ GONE_S: Final = 20.0
 """silence after which a source is gone: longer than its pauses between two attempts after a
 short cut, and than its process needs to come back"""
 
+CLOCKS_APART_S: Final = 300.0
+"""one of two clocks that differ by so much is wrong, whatever the link does"""
 WINDOW_S_MAX: Final = 100 * 366 * 86400
 _WINDOW: Final = re.compile(r"([0-9]{1,12})s")
 
@@ -508,7 +510,11 @@ class GroupHost:
         store = self._store
         if store is None:
             return []
-        return [*(["target-full"] if store.full else []), *store.usage().conditions]
+        found = ["target-full"] if store.full else []
+        session = self._session
+        if session is not None and abs(session.clock_ahead_s) > CLOCKS_APART_S:
+            found.append("clocks-apart")
+        return [*found, *store.usage().conditions]
 
     def epoch_state(self) -> dict[str, Any]:
         with self._lock:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vrep._core import layout, record
 from vrep._core import segment as native
-from vrep._core.index import IndexBuilder
+from vrep._core.index import Index, IndexBuilder
 from vrep.target.files import Buffer, Files
 from vrep.target.manifest import Position
 
@@ -28,6 +28,7 @@ __all__ = [
     "SegmentId",
     "SegmentWriter",
     "TailScan",
+    "aged_at",
     "digest",
     "entry_path",
     "index_tail",
@@ -59,6 +60,12 @@ def entry_path(directory: Path, entry: Any) -> Path:
 
 def run_path(directory: Path, number: int) -> Path:
     return directory / f"run-{number:08x}"
+
+
+def aged_at(directory: Path, entry: Any) -> int:
+    """What had passed for the store (see `aging`) when the segment of a manifest's entry was
+    closed: the segments that a fold replaced, where it is one of a fold. 0: that is not known."""
+    return int(Index.open(entry_path(directory, entry)).trailer["aged_ns"])
 
 
 def digest(data: Buffer) -> bytes:

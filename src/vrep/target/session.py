@@ -71,6 +71,8 @@ class Session:
         self.since_ns = time.time_ns()
         self.seen_s = time.monotonic()
         self.status: m.Status | None = None
+        self.clock_ahead_s = 0.0
+        """the source's, of this site's"""
         self.ended = False
         """what comes is dropped"""
         self._told = False
@@ -218,6 +220,7 @@ class Session:
         """What the source says about itself."""
         self.seen_s = time.monotonic()
         self.status = status
+        self.clock_ahead_s = (status.time_ns - time.time_ns()) / 1e9
         epoch, seq = (status.values.get(key, 0) for key in ("cut-epoch", "cut-seq"))
         if epoch > 0 and seq > 0:
             self.store.note_cut(Position(epoch, self.store.manifest.lane, seq))

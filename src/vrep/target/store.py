@@ -38,6 +38,7 @@ from vrep.errors import (
 )
 from vrep.lanes import is_lane
 from vrep.target import reign, runs
+from vrep.target.aging import Steady, host_steady
 from vrep.target.closing import close_open_segment
 from vrep.target.files import Buffer, Files, is_full
 from vrep.target.fold import Folded
@@ -180,6 +181,7 @@ class GroupStore:
         options: StoreOptions | None = None,
         files: Files | None = None,
         wall_ns: Callable[[], int] = time.time_ns,
+        steady: Callable[[], Steady] = host_steady,
     ) -> GroupStore:
         """Open the store of a group below `directory` (a site's ``store``) for writing.
 
@@ -194,7 +196,7 @@ class GroupStore:
         if create is None and not path.is_dir():
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
         make_private_directory(path)
-        lease = Lease(path, group_id, files, wall_ns)
+        lease = Lease(path, group_id, files, wall_ns, steady)
         try:
             store = cls(path, group_id, lease, options or StoreOptions(), files, wall_ns)
             if create is not None:
@@ -240,7 +242,7 @@ class GroupStore:
         for run in manifest.runs:
             runs.check_file(run_path(self.directory, int(run["run"])), int(run["file_bytes"]))
         segments, last, stream = close_open_segment(
-            self.directory, self.group_id, manifest, self._files
+            self.directory, self.group_id, manifest, self._files, self._lease.aging.now_ns()
         )
         closed = int(segments["data_end"][len(manifest.segments) :].sum())
         received = manifest.received_bytes + closed
@@ -384,7 +386,10 @@ class GroupStore:
         points = self.points()
         oldest = points[0] if points else None
         growth = self._upkeep.growth
-        return Usage.of(self.manifest, self.used_bytes(), oldest, growth, self._wall_ns())
+        manifest = self.manifest
+        had_s = self._upkeep.horizon_had_s(manifest)
+        used = self.used_bytes()
+        return Usage.of(manifest, used, oldest, growth, self._wall_ns(), had_s)
 
     def listen(self, callback: Callable[[], None]) -> None:
         """Call back when `durable`, `full` or `failure` changed; from the thread that
@@ -528,6 +533,7 @@ class GroupStore:
         """Close the segment and begin the next. May be repeated after a full disk."""
         with self._lease.lock:
             old = self._writer
+            old.builder.aged(self._lease.aging.now_ns())
             entry = old.seal()
             segments = np.append(self.manifest.segments, entry.reshape(1))
             received = self.manifest.received_bytes + old.end

@@ -27,12 +27,21 @@ from vrep.target.fold import Folded, Good, Judge, Live, choose, fold_segments, f
 from vrep.target.lease import Lease
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import entry_path, segment_path
-from vrep.target.window import SHORTEN, Growth, common_point, next_by_space, next_by_time
+from vrep.target.window import (
+    SHORTEN,
+    Growth,
+    common_point,
+    had_since_ns,
+    next_by_space,
+    next_by_time,
+)
 
 __all__ = ["Upkeep"]
 
 LOOK_S: Final = 5.0
 """at most so long after its time the horizon is moved"""
+COUNT_S: Final = 3600.0
+"""of what passed for a store at most so much is lost with the host's next boot"""
 SPARE_BYTES: Final = 4 << 20
 """of a full disk that no fold uses"""
 
@@ -82,6 +91,7 @@ class Upkeep:
         self._good: Good = {}
         self._weighed = (0, 0)
         self._good_at = Position()
+        self._had_since: tuple[Position, int] = (Position(), 0)
 
     def start(self, name: str) -> None:
         self._thread = threading.Thread(target=self._run, name=f"upkeep:{name}", daemon=True)
@@ -123,6 +133,7 @@ class Upkeep:
         self.growth.note(time.monotonic(), self._used())
         if self.merge_once() or self.fold_once() is not None or self.move_horizon():
             return True
+        self.note_age()
         self.drop_files()  # of readers that have ended
         return False
 
@@ -135,8 +146,8 @@ class Upkeep:
             return False  # a failover is not decided
         found = None
         if manifest.window_s:
-            now_ns = self._wall_ns()
-            found = next_by_time(self._directory, manifest, now_ns, self._recoverable)
+            aged_ns = self._lease.aging.now_ns()
+            found = next_by_time(self._directory, manifest, aged_ns, self._recoverable)
         if found is None and self._pressed(manifest):
             found = next_by_space(manifest, self._recoverable)
             if found is not None:
@@ -149,6 +160,35 @@ class Upkeep:
                 return True  # look again
             self._lease.publish(horizon=found)
         return True
+
+    def note_age(self) -> None:
+        """Write down what has passed, now and then: the manifests of a quiet store are old. Not
+        on a full disk, where a failover may need the room."""
+        if self._files.free_bytes(self._directory) < SPARE_BYTES:
+            return
+        with self._lease.lock:
+            since_ns = self._lease.aging.now_ns() - self._lease.manifest.count.aged_ns
+            if self._lease.manifest.window_s and since_ns > COUNT_S * 1e9:
+                self._lease.publish()
+
+    def horizon_had_s(self, manifest: Manifest) -> float | None:
+        """For how long the store has had the oldest point that is kept; None without one, or where
+        the index that knows is damaged."""
+        horizon = manifest.horizon
+        if not horizon.seq:
+            return None
+        now_ns = self._lease.aging.now_ns()
+        known, since_ns = self._had_since
+        if known != horizon:
+            try:
+                found = had_since_ns(self._directory, manifest, horizon)
+            except (VrepError, OSError):
+                return None  # who reads it will name it
+            if found is None:
+                return 0.0
+            since_ns = found
+            self._had_since = (horizon, since_ns)
+        return (now_ns - since_ns) / 1e9
 
     def _pressed(self, manifest: Manifest) -> bool:
         """Whether room is wanted that a shorter window would give. Points in use, or files that

@@ -1,13 +1,13 @@
 """Window and quota: how far back a group's history is kept, and when that becomes less.
 
 The horizon moves by whole segments, since only those can be folded: to the end of the newest one
-of which every record is older than the window, by the source's clock. A record from the future (a
-clock that was set wrong and back) says nothing, and holds nothing back once one of a time that can
-be follows; until then it may be the target's own clock that is slow. When the quota is nearly
-used up, or the disk is nearly full, the horizon moves on by one segment at a time although it is
-inside the window: the history becomes shorter before replication stops, and `Usage` says so.
+that the store has had for longer than the window, by its own clock (`aging`), which can neither be
+set nor jump. A record cannot be older here than it is at its source, so all that is younger than
+the window is kept, whatever either site's wall clock says. When the quota is nearly used up, or the
+disk is nearly full, the horizon moves on by one segment at a time although it is inside the window:
+the history becomes shorter before replication stops, and `Usage` says so.
 
-Times are nanoseconds of the source's clock, durations seconds, sizes bytes.
+Times are nanoseconds, durations seconds, sizes bytes.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from vrep._core.index import Index
 from vrep.target.manifest import Manifest, Position
-from vrep.target.segment import entry_path
+from vrep.target.segment import aged_at
 from vrep.target.span import Point
 
-__all__ = ["Growth", "Usage", "common_point", "next_by_space", "next_by_time"]
+__all__ = ["Growth", "Usage", "common_point", "had_since_ns", "next_by_space", "next_by_time"]
 
 NS: Final = 1_000_000_000
-FUTURE_S: Final = 300
-"""a record that is younger than now by so much has a wrong time"""
 WARN: Final = 0.80
 SHORTEN: Final = 0.95
 """shares of the quota: a warning, and a second one with a shorter window"""
@@ -38,24 +35,27 @@ Recoverable = Callable[[Position], bool]
 
 
 def next_by_time(
-    directory: Path, manifest: Manifest, now_ns: int, recoverable: Recoverable
+    directory: Path, manifest: Manifest, aged_ns: int, recoverable: Recoverable
 ) -> Position | None:
-    """Where the horizon belongs by the window; None where it is."""
-    cutoff_ns, best = now_ns - manifest.window_s * NS, None
-    doubtful: Position | None = None
+    """Where the horizon belongs by the window, when so much has passed for the store; None where
+    it is."""
+    best = None
     for row in _behind(manifest):
-        newest_ns = int(Index.open(entry_path(directory, row)).trailer["wall_last_ns"])
-        end = Position.of(row["last"])
-        if newest_ns > now_ns + FUTURE_S * NS:
-            # Whose clock is wrong, only what follows can say: ours may be slow.
-            doubtful = end if recoverable(end) else doubtful
-            continue
-        best, doubtful = doubtful or best, None
-        if newest_ns > cutoff_ns:
+        if aged_ns - aged_at(directory, row) < manifest.window_s * NS:
             break
+        end = Position.of(row["last"])
         if recoverable(end):
             best = end
     return best
+
+
+def had_since_ns(directory: Path, manifest: Manifest, position: Position) -> int | None:
+    """What had passed for the store when the segment of a position was closed; None while it is
+    open."""
+    for row in manifest.segments:
+        if Position.of(row["last"]) >= position:
+            return aged_at(directory, row)
+    return None
 
 
 def next_by_space(manifest: Manifest, recoverable: Recoverable) -> Position | None:
@@ -116,7 +116,8 @@ class Usage:
     window_s: int
     """that the source asks for; 0: all"""
     real_window_s: float | None
-    """from the oldest point to now; None without a point or without its time"""
+    """from the oldest point to now, by the wall clocks of both sites; None without a point or
+    without its time"""
     left_s: float | None
     """until the quota is used up, at the present rate"""
     shortened: bool
@@ -130,9 +131,11 @@ class Usage:
         oldest: Point | None,
         growth: Growth,
         now_ns: int,
+        had_s: float | None,
     ) -> Usage:
-        real_s = (now_ns - oldest.wall_ns) / NS if oldest and oldest.wall_ns else None
-        inside = real_s is not None and (not manifest.window_s or real_s < manifest.window_s)
+        """`had_s`: for how long the store has had the horizon; None: that is not known."""
+        real_s = max(0, now_ns - oldest.wall_ns) / NS if oldest and oldest.wall_ns else None
+        inside = had_s is not None and (not manifest.window_s or had_s < manifest.window_s)
         return cls(
             used_bytes=used_bytes,
             quota_bytes=manifest.quota_bytes,
