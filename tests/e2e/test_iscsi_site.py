@@ -6,9 +6,10 @@ import json
 import socket
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from sites import GROUP, Pair
+from sites import GROUP, Pair, wait_until
 
 from vrep.errors import BusyError, InvalidError
 
@@ -71,3 +72,74 @@ def test_what_is_written_over_iscsi_is_at_the_other_site(make_pair: Make) -> Non
     assert pair.a.disk_uri(GROUP, "root").startswith("nbd+unix:")
     with pair.client("root") as client:
         assert client.read(0, 65536) == b"\7" * 65536
+
+
+class Console:
+    """A qemu-io that stays: QEMU's own initiator, with a session that must outlive what happens."""
+
+    def __init__(self, uri: str, folder: Path) -> None:
+        self._said = (folder / "qemu-io.txt").open("w+")
+        self._process = subprocess.Popen(
+            ["qemu-io", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=self._said,
+            stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+        self._seen = 0
+        self._answer()
+
+    def _answer(self) -> str:
+        """What it says until it asks for the next command: it must not find two of them."""
+
+        def text() -> str:
+            self._said.seek(self._seen)
+            return self._said.read()
+
+        def ready() -> bool:
+            return text().endswith("qemu-io> ") or self._process.poll() is not None
+
+        wait_until("qemu-io asks for a command", ready, 60)
+        answer = text()
+        self._seen += len(answer)
+        assert self._process.poll() is None, answer
+        return answer
+
+    def do(self, command: str, says: str) -> str:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        assert says in answer, answer
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._said.close()
+
+
+def test_an_initiator_is_told_of_a_new_size(make_pair: Make, tmp_path: Path) -> None:
+    pair = make_pair(disks={"root": 16 * MIB})
+    pair.up()
+    pair.a.set_fronts(GROUP, {"root": "iscsi"}, iscsi_listen=f"127.0.0.1:{free_port()}")
+    uri = pair.a.disk_uri(GROUP, "root")
+    console = Console(uri, tmp_path)
+    try:
+        console.do("write -P 1 0 64k", "wrote 65536/65536")
+        for size, at in ((24 * MIB, 23 * MIB), (8 * MIB, 7 * MIB)):
+            pair.a.resize(GROUP, "root", size, shrink=size < 16 * MIB)
+            # It comes back by itself, is told, and asks again.
+            told = console.do("read -P 1 0 64k", "read 65536/65536")
+            assert "CAPACITY_DATA_HAS_CHANGED" in told
+            console.do(f"truncate {size}", "")
+            console.do("length", f"{size // MIB} MiB")
+            console.do(f"write -P 2 {at} 64k", "wrote 65536/65536")
+            again = console.do("read -P 1 0 64k", "read 65536/65536")
+            assert "UNIT_ATTENTION" not in again
+            capacity = subprocess.run(
+                ["iscsi-readcapacity16", uri], check=True, capture_output=True, text=True
+            )
+            assert f"RETURNED LOGICAL BLOCK ADDRESS:{size // 512 - 1}" in capacity.stdout
+    finally:
+        console.close()
+    pair.settle()
+    pair.same_as_source()

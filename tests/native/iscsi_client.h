@@ -44,11 +44,17 @@ CHECK_UNUSED static void serve_start(struct served *served)
     CHECK_OK(vrep_loop_start(served->loop));
 }
 
-CHECK_UNUSED static void serve_end(struct served *served)
+/* The group stays open. */
+CHECK_UNUSED static void serve_stop(struct served *served)
 {
     CHECK_OK(vrep_loop_stop(served->loop, true, 10000));
     vrep_iscsi_destroy(served->server);
     vrep_loop_destroy(served->loop);
+}
+
+CHECK_UNUSED static void serve_end(struct served *served)
+{
+    serve_stop(served);
     rig_free(&served->rig);
 }
 

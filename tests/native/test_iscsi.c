@@ -357,6 +357,50 @@ static void several_sessions_are_several_nexuses(void)
     serve_end(&served);
 }
 
+/* The group is opened with another size, so its sessions end; who comes back is told. */
+static void a_resize_is_told_to_who_comes_back(void)
+{
+    static const uint8_t ready[16], capacity[16] = {0x9e, 0x10, [13] = 32};
+    static const uint8_t last[16] = {0x28, 0, 0, 0, (1 << 20) / 512 / 256 - 1, 0xff, 0, 0, 1};
+    uint32_t bytes;
+    serve_init(&served);
+    serve_start(&served);
+    client_connect(&one, &served);
+    CHECK_EQ(LOG_IN(&one, NAME, ""), 0);
+    client_settle(&one);
+    fill(11);
+    put_command(&one, WRITE_, write_8_blocks, 4096, data, 4096);
+    CHECK_EQ(get_answer(&one, in, NULL), 0);
+    serve_stop(&served);
+    CHECK(is_closed(&one));
+    client_close(&one);
+    rig_close(&served.rig, false);
+    served.rig.disks[0].was = RIG_BYTES;
+    served.rig.disks[0].bytes = 1 << 20;
+    serve_start(&served);
+    for (int i = 0; i < 2; i++) { /* two paths of one initiator */
+        client_connect(&two, &served);
+        CHECK_EQ(LOG_IN(&two, NAME, ""), 0);
+        put_command(&two, 0x80, ready, 0, NULL, 0);
+        CHECK_EQ(get_answer(&two, in, NULL), VREP_SCSI_CHECK_CONDITION);
+        CHECK_EQ(vrep_be_load_u16(two.data + 2 + 12), 0x2900);
+        put_command(&two, READ_, read_8_blocks, 4096, NULL, 0);
+        CHECK_EQ(get_answer(&two, in, NULL), VREP_SCSI_CHECK_CONDITION);
+        CHECK_EQ(two.data[2 + 2] & 0xf, 6);
+        CHECK_EQ(vrep_be_load_u16(two.data + 2 + 12), 0x2a09);
+        put_command(&two, READ_, capacity, 32, NULL, 0);
+        CHECK_EQ(get_answer(&two, in, &bytes), 0);
+        CHECK_EQ(vrep_be_load_u64(in), (1 << 20) / 512 - 1);
+        put_command(&two, READ_, read_8_blocks, 4096, NULL, 0);
+        CHECK_EQ(get_answer(&two, in, NULL), 0);
+        CHECK_MEM(in, data, 4096);
+        put_command(&two, READ_, last, 512, NULL, 0);
+        CHECK_EQ(get_answer(&two, in, NULL), 0);
+        client_close(&two);
+    }
+    serve_end(&served);
+}
+
 int main(void)
 {
     RUN(over_ipv4_with_small_segments);
@@ -369,5 +413,6 @@ int main(void)
     RUN(numbers_out_of_the_window_are_dropped);
     RUN(writes_without_room_are_told_so);
     RUN(several_sessions_are_several_nexuses);
+    RUN(a_resize_is_told_to_who_comes_back);
     return check_report();
 }

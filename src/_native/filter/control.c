@@ -24,6 +24,14 @@ uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk)
     return disk < group->disks_count ? group->disks[disk].info.bytes : 0;
 }
 
+bool vrep_group_disk_resized(const struct vrep_group *group, uint32_t disk)
+{
+    if (disk >= group->disks_count)
+        return false;
+    const struct disk *it = &group->disks[disk];
+    return it->planned_was != 0 && it->planned_was != it->info.bytes;
+}
+
 struct vrep_map *vrep_group_map(struct vrep_group *group)
 {
     return group->map;

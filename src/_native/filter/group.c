@@ -76,6 +76,7 @@ static int open_disk(struct vrep_group *group, uint32_t index, const struct vrep
         return status;
     }
     disk->overlay = vrep_disk_is_overlay(disk->disk);
+    disk->planned_was = from->was;
     group->disks_count++;
     return vrep_disk_info(disk->disk, &disk->info);
 }

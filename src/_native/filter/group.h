@@ -91,6 +91,8 @@ uint32_t vrep_group_disks(const struct vrep_group *group);
 const char *vrep_group_disk_name(const struct vrep_group *group, uint32_t disk);
 struct vrep_disk *vrep_group_disk(struct vrep_group *group, uint32_t disk);
 uint64_t vrep_group_disk_bytes(const struct vrep_group *group, uint32_t disk);
+/* It got another size when the group was opened, or shortly before: clients may not know. */
+bool vrep_group_disk_resized(const struct vrep_group *group, uint32_t disk);
 struct vrep_map *vrep_group_map(struct vrep_group *group);   /* NULL without tap, */
 struct vrep_ring *vrep_group_ring(struct vrep_group *group); /* unless a bypass marks */
 

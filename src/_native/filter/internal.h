@@ -134,6 +134,7 @@ struct disk {
     struct vrep_disk_info info;
     char name[VREP_NAME_BYTES];
     bool overlay;
+    uint64_t planned_was;     /* what it had when it was to get another size; 0: it was not */
     uint64_t told_bytes;      /* the size that the durable state names: its last record's */
     struct vrep_since *since; /* of a view with a base point */
 };

@@ -72,8 +72,6 @@ void scsi_read(struct vrep_scsi_task *task)
 {
     if (task->blocks == 0)
         scsi_good(task);
-    else if (!scsi_in_range(task)) /* the disk was resized meanwhile */
-        scsi_fail(task, VREP_SENSE_LBA_RANGE);
     else if (force_unit_access(task)) /* what is read then stands on the medium */
         scsi_step(task, VREP_OP_FLUSH, 0, 0, 0, 0, synced_for_read);
     else

@@ -89,7 +89,8 @@ struct scsi_unit {
     bool absent;     /* the last one: where tasks for a LUN that is not there stand */
     uint16_t disk;
     uint32_t block_bytes;
-    uint64_t bytes; /* of the disk, as nexuses know it */
+    uint64_t bytes; /* of the disk */
+    bool resized;   /* it got them as the group was opened: who comes back knows other ones */
     bool thin;
     uint32_t granularity; /* blocks that unmap frees together */
     char serial[33];

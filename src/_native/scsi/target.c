@@ -28,9 +28,9 @@ void scsi_attention(struct scsi_unit *unit, struct vrep_scsi_nexus *nexus, enum 
     if (unit->absent)
         return;
     uint16_t *bits = &nexus->attention[unit->number];
-    /* A reset says that everything before it is void. */
+    /* A reset says that everything before it is void, but for what stays so. */
     if (what == ATTENTION_UNIT_RESET)
-        *bits &= (uint16_t)(1u << ATTENTION_POWER_ON);
+        *bits &= (uint16_t)(1u << ATTENTION_POWER_ON | 1u << ATTENTION_CAPACITY);
     *bits |= (uint16_t)(1u << what);
 }
 
@@ -103,6 +103,7 @@ static int open_unit(struct scsi_unit *unit, const struct vrep_scsi_unit_config 
     unit->disk = config->disk;
     unit->block_bytes = config->block_bytes;
     unit->bytes = vrep_group_disk_bytes(group, config->disk);
+    unit->resized = vrep_group_disk_resized(group, config->disk);
     if (unit->bytes < unit->block_bytes)
         return VREP_E_INVALID;
     unit->thin = info.zero_is_cheap && !info.read_only;
@@ -206,8 +207,11 @@ int vrep_scsi_nexus_open(struct vrep_scsi_target *target, const uint8_t *transpo
         .transport_id_bytes = (uint16_t)transport_id_bytes,
     };
     memcpy(nexus->transport_id, transport_id, transport_id_bytes);
-    for (uint32_t i = 0; i < target->units_count; i++)
+    for (uint32_t i = 0; i < target->units_count; i++) {
         scsi_attention(&target->units[i], nexus, ATTENTION_POWER_ON);
+        if (target->units[i].resized)
+            scsi_attention(&target->units[i], nexus, ATTENTION_CAPACITY);
+    }
     *out = nexus;
     return VREP_OK;
 }

@@ -439,18 +439,6 @@ static bool may_start(const struct vrep_scsi_task *task)
     return true;
 }
 
-/* A disk that was resized is told to all before anything else is done on it. */
-static void look_at_size(struct scsi_unit *unit)
-{
-    if (unit->absent)
-        return;
-    uint64_t bytes = vrep_group_disk_bytes(unit->target->group, unit->disk);
-    if (bytes == unit->bytes)
-        return;
-    unit->bytes = bytes;
-    scsi_attention_others(unit, NULL, ATTENTION_CAPACITY);
-}
-
 static bool write_protected(const struct scsi_unit *unit)
 {
     struct vrep_disk_info info = {0};
@@ -464,7 +452,6 @@ static void run(struct vrep_scsi_task *task)
     const struct scsi_opcode *opcode = task->opcode;
     unit->waiting--;
     task->stage = STAGE_RUNNING;
-    look_at_size(unit);
     if (task->status != VREP_SCSI_GOOD) {
         finish(task);
         return;
