@@ -12,7 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +109,10 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     options: GroupOptions = GroupOptions()
     lanes: tuple[int, ...] = ()
     """of a lane: the numbers of all lanes of its group; empty for a group that has one"""
+    hosts: tuple[tuple[int, str], ...] = ()
+    """of a lane: whose each lane is, by number and site's id; empty: all are of this site"""
+    numbered: int = 0
+    """of a lane: the first number that no lane of the group ever had, where sites joined it"""
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
     resizing: dict[str, tuple[int, int]] = {}
@@ -193,17 +197,23 @@ class GroupDirectory:
                 yield self.load(name)
 
     def update(self, name: str, **changes: Any) -> GroupDefinition:
-        """Change fields of a definition. Commands and the source's process do so at the same
-        time: a lock makes reading and writing one step. What changes nothing needs no disk that
-        can be written."""
-        path = self.path(name)
+        """Change fields of a definition. What changes nothing needs no disk that can be
+        written."""
         before = self.load(name)
         if msgspec.structs.replace(before, **changes) == before:
             return before
+        return self.revise(name, lambda _before: changes)
+
+    def revise(
+        self, name: str, changes: Callable[[GroupDefinition], Mapping[str, Any]]
+    ) -> GroupDefinition:
+        """Change fields of a definition by what it is. Commands and the site's processes do so at
+        the same time: a lock makes reading and writing one step."""
+        path = self.path(name)
         try:
             with _locked(path / "group.lock"):
                 before = self.load(name)
-                definition = msgspec.structs.replace(before, **changes)
+                definition = msgspec.structs.replace(before, **changes(before))
                 if definition != before:
                     self._write(definition)
                 return definition
@@ -239,6 +249,18 @@ class GroupDirectory:
         write_atomic(path / "group.json", text + b"\n", mode=0o600)
 
 
+def without_lanes(gone: Collection[int]) -> Callable[[GroupDefinition], Mapping[str, Any]]:
+    """For `GroupDirectory.revise`: the other lanes of the group go on without some."""
+
+    def changes(one: GroupDefinition) -> dict[str, Any]:
+        return {
+            "lanes": tuple(lane for lane in one.lanes if lane not in gone),
+            "hosts": tuple((lane, site) for lane, site in one.hosts if lane not in gone),
+        }
+
+    return changes
+
+
 __all__ = [
     "DiskDefinition",
     "GroupDefinition",
@@ -248,4 +270,5 @@ __all__ = [
     "check_name",
     "gives_way",
     "pauses_guest",
+    "without_lanes",
 ]

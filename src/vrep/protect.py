@@ -12,7 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
@@ -30,7 +30,9 @@ from vrep.keys.datakey import DataKey
 from vrep.lanes import check_lanes, lane_id, lane_name
 
 if TYPE_CHECKING:
+    from vrep.keys.tenant import TenantKey
     from vrep.site.base import SiteBase
+    from vrep.wire.peers import Peer
 
 __all__ = ["DISKS_MAX", "protect", "with_fronts"]
 
@@ -49,36 +51,43 @@ def protect(
     options: GroupOptions,
     fronts: Mapping[str, str],
     lanes: int,
+    beside: str = "",
 ) -> list[GroupDefinition]:
     """Write the definition of a group, or of each of its `lanes`; 0: it has one, and no other will
-    be brought into it. Disks are dealt out in turn. What is wrong is found before anything is
-    written."""
+    be brought into it. Disks are dealt out in turn. `beside`: the site that has the group's first
+    lane; these become further ones. What is wrong is found before anything is written."""
     check_name(group)
     if not 1 <= len(disks) <= DISKS_MAX * max(1, lanes):
         raise errors.InvalidError(f"a lane has 1 to {DISKS_MAX} disks; these are {len(disks)}")
-    if lanes:
-        check_lanes(group, lanes, len(disks))
+    if lanes or beside:
+        check_lanes(group, max(1, lanes), len(disks))
     check_options(options)
     identity, peer = site.identity, site.peers.get(to)
     if site.lanes_of(group):
         raise errors.ExistsError(f"group {group!r} is protected already")
     found = with_fronts(examined(site, group, disks), fronts)
     iscsi.check(options, [disk.front for disk in found])
-    if lanes > 1 and any(disk.front == iscsi.FRONT for disk in found):
+    if (lanes > 1 or beside) and any(disk.front == iscsi.FRONT for disk in found):
         raise errors.UnsupportedError("the lanes of a group are not served over iSCSI yet")
     info = site.keys.require_verified(key, accept_key_loss=accept_key_loss)
     assert identity.site_id != peer.site_id
     group_id, tenant = uuid.uuid4().bytes, site.keys.get(key)
+    numbers, shared = list(range(max(1, lanes))), {}
+    if beside:
+        joined = join(site, group, len(numbers), list(disks), beside, peer, tenant)
+        group_id, numbers, shared = joined.group_id, joined.lanes, joined.definition
+    elif lanes:
+        shared = {"lanes": tuple(numbers), "numbered": lanes}
     made = []
-    for lane in range(max(1, lanes)):
-        own_id = lane_id(group_id, lane) if lanes else group_id
+    for at, lane in enumerate(numbers):
+        own_id = lane_id(group_id, lane) if shared else group_id
         wrapped = DataKey.create(own_id).wrap(tenant)
-        mine = found[lane :: max(1, lanes)]
+        mine = found[at :: len(numbers)]
         made.append(
             GroupDefinition(
                 version=VERSION,
                 group_id=own_id.hex(),
-                name=lane_name(group, lane) if lanes else group,
+                name=lane_name(group, lane) if shared else group,
                 disks=tuple(msgspec.structs.replace(d, index=i) for i, d in enumerate(mine)),
                 to_site=peer.site_id,
                 key=key,
@@ -88,7 +97,7 @@ def protect(
                 wrapped_keys=(base64.b64encode(wrapped).decode("ascii"),),
                 created=time.time(),
                 options=options,
-                lanes=tuple(range(lanes)),
+                **shared,
             )
         )
     for definition in made:
@@ -96,6 +105,55 @@ def protect(
         shutil.rmtree(site.groups.path(definition.name), ignore_errors=True)
         site.groups.store(definition)
     return made
+
+
+class Joined(NamedTuple):
+    """What a site is told that brings lanes into a group."""
+
+    group_id: bytes
+    lanes: list[int]
+    definition: dict[str, Any]
+    """what their definitions have of the other lanes"""
+
+
+def join(
+    site: SiteBase,
+    group: str,
+    count: int,
+    names: list[str],
+    beside: str,
+    to: Peer,
+    tenant: TenantKey,
+) -> Joined:
+    """Have the site with a group's first lane give out numbers for lanes of this one."""
+    from vrep.keys.membership import membership_proof
+    from vrep.wire import messages as m
+    from vrep.wire.site import connect
+
+    identity, other = site.identity, site.peers.get(beside)
+    if not site.config.network.listen:
+        raise errors.ConfigError(
+            "the sites of a group reach each other: set network.listen in config.toml"
+        )
+    proof = membership_proof(tenant, group, identity.site_id, other.site_id)
+    params = {"group": group, "count": count, "names": names, "proof": proof}
+    with connect(identity, other) as transport:
+        told = transport.ask(m.LANES_ADMIT, params)
+    if told["to_site"] != to.site_id:
+        raise errors.ConfigError(
+            f"group {group!r} is not protected to {to.name!r}: all its lanes go to one site"
+        )
+    hosts = tuple((int(lane), str(whose)) for lane, whose in told["hosts"])
+    lanes = [int(lane) for lane in told["lanes"]]
+    return Joined(
+        group_id=bytes.fromhex(told["group_id"]),
+        lanes=lanes,
+        definition={
+            "lanes": tuple(lane for lane, _whose in hosts),
+            "hosts": hosts,
+            "numbered": max(lanes) + 1,
+        },
+    )
 
 
 def examined(site: SiteBase, group: str, disks: Mapping[str, str]) -> list[DiskDefinition]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition, GroupDirectory
-from vrep.lanes import group_of, lane_name, lane_of
+from vrep.lanes import group_of, lane_name
 
 if TYPE_CHECKING:
     from vrep.site.base import SiteBase
@@ -121,15 +121,18 @@ def cut_durable(
     site: SiteBase, lanes: list[str], label: str, made: dict[str, Any], wait_s: float
 ) -> dict[str, Any]:
     """Wait at most so long until a cut is durable with all lanes that have a part in it."""
-    groups, filters = site.groups, ControlClient(site.paths.socket("filter"))
-    wanted = {lane_name(group_of(lanes[0]), lane): seq for _epoch, lane, seq in made["at"] if seq}
-    first = min(wanted, key=lane_of)
-    wanted[first] = made["seq"]
+    groups, source = site.groups, ControlClient(site.paths.socket("source"))
+    group = group_of(lanes[0])
+    wanted = {lane_name(group, lane): seq for _epoch, lane, seq in made["at"] if seq}
+    wanted[made["completed"]] = made["seq"]
     deadline = time.monotonic() + wait_s
     while True:
-        status = {name: filters.call("status", group=name) for name in wanted if name in lanes}
-        durable = all(one["durable"] >= wanted[name] for name, one in status.items())
-        if any(one["gaps"] != made["gaps"][name] for name, one in status.items()):
+        status = source.call("cut_lanes", group=group)["lanes"]
+        known = {name: status[name] for name in wanted if name in status}
+        durable = len(known) == len(wanted) and all(
+            one["durable"] >= wanted[name] for name, one in known.items()
+        )
+        if any(one["gaps"] != made["gaps"][name] for name, one in known.items()):
             raise errors.GapError(
                 f"a gap began before checkpoint {label!r} was known to be durable: 'vrep points' "
                 "at the target shows whether it is there"

@@ -681,12 +681,10 @@ cdef class Group:
         self.close()
 
 
-def cut_all(groups, bytes cut_id, double limit_ms=10.0):
-    """Hold, mark and release some lanes that are served in this process, for one cut; return the
-    seqs of their marks. Each marks as soon as it holds, and holds until all have marked: so the
-    first one waits for as little as can be. What fails is raised with ``lane``, the number of the
-    group that failed; the cut is void then, and nothing is held. The interpreter runs meanwhile.
-    """
+cdef list cut_lanes(groups, bytes cut_id, double limit_ms, bint hold, bint release):
+    """Have lanes that are served in this process hold and mark, or go on, or both in turn; return
+    the seqs of their marks. Each marks as soon as it holds. What fails is raised with ``lane``, the
+    number of the group that failed; nothing holds then. The interpreter runs meanwhile."""
     cdef vrep_group *handles[VREP_LANES_MAX]
     cdef cut_request requests[VREP_LANES_MAX]
     cdef int i = 0, count, failed = -1, status = VREP_OK, other
@@ -702,17 +700,20 @@ def cut_all(groups, bytes cut_id, double limit_ms=10.0):
             entered.append(group)
             requests[i].cut_id = id_of(cut_id)
             requests[i].limit_ns = <uint64_t>(limit_ms * 1000000)
+            requests[i].seq = 0
         with nogil:
-            for i in range(count):
-                status = vrep_group_call(handles[i], run_cut_hold, &requests[i])
-                if status != VREP_OK:
-                    failed = i
-                    break
-            for i in range(count):
-                # Whatever failed: a lane that holds for another cut is left alone.
-                other = vrep_group_call(handles[i], run_cut_release, &requests[i])
-                if status == VREP_OK and other != VREP_OK:
-                    status, failed = other, i
+            if hold:
+                for i in range(count):
+                    status = vrep_group_call(handles[i], run_cut_hold, &requests[i])
+                    if status != VREP_OK:
+                        failed = i
+                        break
+            if release or status != VREP_OK:
+                for i in range(count):
+                    # Whatever failed: a lane that holds for another cut is left alone.
+                    other = vrep_group_call(handles[i], run_cut_release, &requests[i])
+                    if status == VREP_OK and other != VREP_OK:
+                        status, failed = other, i
     finally:
         for group in entered:
             group.leave()
@@ -722,3 +723,21 @@ def cut_all(groups, bytes cut_id, double limit_ms=10.0):
         error.lane = failed
         raise
     return [requests[i].seq for i in range(count)]
+
+
+def cut_all(groups, bytes cut_id, double limit_ms=10.0):
+    """Hold, mark and release some lanes, for one cut; return the seqs of their marks. Each holds
+    until all have marked: so the first one waits for as little as can be. What fails is raised with
+    ``lane``, the number of the group that failed: the cut is void."""
+    return cut_lanes(groups, cut_id, limit_ms, True, True)
+
+
+def cut_hold(groups, bytes cut_id, double limit_ms=10.0):
+    """As `cut_all`, but the lanes hold until `cut_release`, or for ``limit_ms``."""
+    return cut_lanes(groups, cut_id, limit_ms, True, False)
+
+
+def cut_release(groups, bytes cut_id):
+    """Let lanes go on that hold for a cut. TimeLimitError, with ``lane``: one did not hold any
+    more, so the cut is void; the others go on all the same."""
+    cut_lanes(groups, cut_id, 10.0, False, True)

@@ -125,6 +125,14 @@ def protect(
             "--lanes", metavar="N", help="Filter threads that the disks are dealt out to, in turn."
         ),
     ] = 0,
+    beside: Annotated[
+        str,
+        typer.Option(
+            "--beside",
+            metavar="SITE",
+            help="The disks become further lanes of the group that this site protects.",
+        ),
+    ] = "",
     wait: Annotated[bool, typer.Option("--wait", help="Until the first sync has ended.")] = False,
     window: Annotated[
         str | None,
@@ -182,6 +190,7 @@ def protect(
         options=options,
         fronts=fronts,
         lanes=lanes,
+        beside=beside,
     )
     if wait:
         _wait(site, group, as_json)

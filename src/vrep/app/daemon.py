@@ -71,6 +71,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
 
         return Source(paths, config.source, timeouts=timeouts(config))
     if role == "target":
+        from vrep.app.host_lanes import HostLanes
         from vrep.recovery.old_site import give_way
         from vrep.recovery.view import clients_here, points_in_use
         from vrep.target.daemon import Target
@@ -83,6 +84,7 @@ def build(role: str, paths: SitePaths, config: Config) -> Role:
             held=lambda group_id: points_in_use(paths, group_id),
             gives_way=lambda site_id, told: give_way(paths, site_id, told),
             clients=lambda group_id: clients_here(paths, group_id),
+            lanes=HostLanes(paths).answer,
         )
     raise UsageError(f"no role {role!r}")
 

@@ -12,7 +12,7 @@ import msgspec
 
 from vrep import errors, iscsi
 from vrep.control import ControlClient
-from vrep.groups import GroupDefinition, GroupOptions
+from vrep.groups import GroupDefinition, GroupOptions, without_lanes
 from vrep.lanes import group_of, is_lane, lane_of, lanes_among
 from vrep.site.base import NOT_STORED, SiteBase
 
@@ -36,6 +36,7 @@ class Protection(SiteBase):
         options: GroupOptions | None = None,
         fronts: Mapping[str, str] | None = None,
         lanes: int = 0,
+        beside: str = "",
     ) -> GroupDefinition:
         """Replicate disks, as one group, to a site that joined.
 
@@ -44,7 +45,8 @@ class Protection(SiteBase):
         site's processes run. VMs must use the group's sockets from now on: see `disk_uri`. With
         `lanes` the disks are dealt out, in turn, to so many filter threads, each with sockets of
         its own; the answer is the first one's definition. Such a group is recovered at the cuts
-        over its lanes.
+        over its lanes. `beside` names a site that protects lanes of this group: these become
+        further lanes of it, and it has several hosts.
         """
         from vrep.protect import protect
 
@@ -58,6 +60,7 @@ class Protection(SiteBase):
             options=options or self.group_options(),
             fronts=fronts or {},
             lanes=lanes,
+            beside=beside,
         )
         self._tell("filter", "reload")
         self._tell("source", "reload")
@@ -71,6 +74,8 @@ class Protection(SiteBase):
         At the site that holds the history of a group that was given up, with `delete_history`:
         delete that history."""
         lanes = self.lanes_of(group)
+        if not lanes and is_lane(group) and self._forget_lane(group):
+            return ""
         if lanes and lanes != [group]:
             for lane in lanes:  # all are looked at before the first is given up
                 if clients := self._clients(lane):
@@ -98,9 +103,8 @@ class Protection(SiteBase):
         except errors.VrepError as error:
             definition, problem = None, str(error)
         self.groups.forget(group)
-        for name in lanes_among(group_of(group), self.groups.names()) if is_lane(group) else ():
-            left = tuple(n for n in self.groups.load(name).lanes if n != lane_of(group))
-            self.groups.update(name, lanes=left)  # cuts are made without it, and are whole
+        if is_lane(group):
+            self._forget_lane(group)
         self._tell("source", "reload")
         if self._tell("filter", "reload"):
             self._wait_gone(group)
@@ -108,10 +112,38 @@ class Protection(SiteBase):
         shutil.rmtree(self.paths.shm(self.config.filter.shm_dir) / group, ignore_errors=True)
         spill = self.paths.spill(group, self.config.source.spill_dir)
         shutil.rmtree(spill, ignore_errors=True)
+        if definition is not None and definition.hosts:
+            problem = self._tell_hosts(definition)
         # Last: a session that still ran would take the group back.
         if definition is not None and not delete_history:
-            problem = self._tell_target(definition, "group.unprotect", {})
+            told = self._tell_target(definition, "group.unprotect", {})
+            problem = "; ".join(text for text in (problem, told) if text)
         return problem
+
+    def _forget_lane(self, lane: str) -> bool:
+        """Make cuts without a lane, which are whole from then on; whether any lane here knew it."""
+        known = False
+        for name in lanes_among(group_of(lane), self.groups.names()):
+            known = known or lane_of(lane) in self.groups.load(name).lanes
+            self.groups.revise(name, without_lanes({lane_of(lane)}))
+        return known
+
+    def _tell_hosts(self, definition: GroupDefinition) -> str:
+        """Tell the other sites of a group that a lane is given up; why one could not be told."""
+        from vrep.wire import messages as m
+        from vrep.wire.site import connect
+
+        params = {"group_id": definition.group_id, "lanes": [lane_of(definition.name)]}
+        problems = []
+        for site_id in sorted(
+            {whose for _lane, whose in definition.hosts} - {self.identity.site_id}
+        ):
+            try:
+                with connect(self.identity, self.peers.get(site_id)) as transport:
+                    transport.ask(m.LANES_LEAVE, params)
+            except errors.VrepError as error:
+                problems.append(f"a site with lanes of the group misses this one: {error}")
+        return "; ".join(problems)
 
     def keep(
         self, group: str, *, window_s: int | None = None, quota_bytes: int | None = None

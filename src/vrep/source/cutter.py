@@ -6,24 +6,37 @@ everywhere: the newest in which all lanes have a part is what the target is told
 window takes it.
 A lane that is not served is waited for, and then left out: the others' cuts go on without it.
 
+Where other sites have lanes of the group, one of them leads: the one with the lowest lane of those
+that are in touch. It cuts, and tells the others what it knows; a checkpoint is cut by the site that
+it is asked of. Two that lead, since they do not hear each other, leave each other's lanes out.
+
 Times are those of a monotonic clock, seconds, unless they end in `_ns`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import structlog
 
 from vrep.control import ControlClient
-from vrep.errors import AgainError, GapError, VrepError
+from vrep.errors import (
+    AgainError,
+    GapError,
+    NotFoundError,
+    VrepError,
+)
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.lanes import lane_name, lane_of, lanes_among
+from vrep.source.hosts import Host
 
 __all__ = ["Cutter"]
 
@@ -71,9 +84,12 @@ class Cutter:
         *,
         every_s: float,
         gone_s: float,
+        site_id: str = "",
+        host_of: Callable[[str, Callable[[], Mapping[str, Any]]], Host] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`every_s`: 0 for checkpoints only; `gone_s`: how long a lane is waited for."""
+        """`every_s`: 0 for checkpoints only; `gone_s`: how long a lane is waited for. `host_of`
+        gets in touch with another site, by its id and what it is to be told."""
         self.group = group
         self._groups = groups
         self._filter = filter_control
@@ -91,6 +107,16 @@ class Cutter:
         self._absent: list[int] = []
         self._error = ""
         self._wanted_since: float | None = None
+        self._site_id = site_id
+        self._host_of = host_of
+        self._hosts: dict[str, Host] = {}
+        """the other sites that have lanes of the group, by their ids"""
+        self._led_s = clock()
+        """when another site that goes before this one was heard last"""
+        self._told_whole: tuple[tuple[int, int, int], ...] = ()
+        self._told_newest: dict[str, Any] | None = None
+        self._serving = False
+        """whether a lane is served here, so that this site can lead"""
         self._thread = threading.Thread(target=self._run, name=f"cuts:{group}", daemon=True)
 
     def start(self) -> None:
@@ -99,6 +125,8 @@ class Cutter:
     def stop(self) -> None:
         self._stopping.set()
         self._thread.join(2 * CUT_S)
+        for host in self._hosts.values():
+            host.stop()
 
     @property
     def alive(self) -> bool:
@@ -119,14 +147,19 @@ class Cutter:
 
     def view(self) -> dict[str, Any]:
         """What the status says."""
-        newest, since = self._newest, self._wanted_since
+        since = self._wanted_since
         stale_s = max(STALE * self._every_s, self._gone_s)
         return {
             "made": self._made,
             "void": self._void,
             "absent": list(self._absent),
-            "newest": {"point": newest.point, "wall_ns": newest.wall_ns} if newest else None,
+            "newest": max(
+                (cut for cut in (_shown(self._newest), self._told_newest) if cut),
+                key=lambda cut: int(cut["wall_ns"]),
+                default=None,
+            ),
             "error": self._error,
+            "hosts": {site: host.error for site, host in list(self._hosts.items())},
             "stale": since is not None and self._clock() - since > stale_s,
         }
 
@@ -134,7 +167,8 @@ class Cutter:
         """Epoch and seq of the mark in a lane of the newest cut of all lanes that is durable with
         each; zeroes: none."""
         newest = self._newest_whole
-        return next(((e, s) for e, n, s in newest.at if n == lane), (0, 0)) if newest else (0, 0)
+        known = (*(newest.at if newest else ()), *self._told_whole)
+        return max(((e, s) for e, n, s in known if n == lane), default=(0, 0))
 
     def cut(self, label: str, try_s: float = TRY_S) -> dict[str, Any]:
         """A checkpoint: tried again while cuts are void. AgainError when none stood, GapError in
@@ -147,6 +181,7 @@ class Cutter:
                 return {
                     **answer,
                     "point": made.point,
+                    "completed": made.completed[0],
                     "absent": [lane for _epoch, lane, seq in made.at if not seq],
                     "gaps": dict(made.gaps),
                 }
@@ -159,9 +194,10 @@ class Cutter:
         be tried again before it is time for the next."""
         with self._lock:
             try:
+                self._meet()
                 status = self._look()
                 self._note(status)
-                if not self._every_s or not self._is_due(status):
+                if not self._every_s or not self._leads() or not self._is_due(status):
                     return True
                 if self._wanted_since is None:
                     self._wanted_since = self._clock()
@@ -190,17 +226,41 @@ class Cutter:
         return found
 
     def _look(self) -> dict[str, dict[str, Any]]:
-        """What the filter says of the lanes that it serves."""
-        names = set(lanes_among(self.group, self._groups.names()))
-        answer = self._filter.call("status", timeout=CUT_S)
-        return {name: one for name, one in answer.items() if name in names and "error" not in one}
+        """What the filters say of the lanes that they serve."""
+        return {**self.own_lanes(), **self._theirs()}
+
+    def _theirs(self) -> dict[str, dict[str, Any]]:
+        """What the other sites say of the lanes that are theirs."""
+        found: dict[str, dict[str, Any]] = {}
+        whose = dict(self._shared())
+        for site, host in list(self._hosts.items()):
+            said = host.lanes()
+            found |= {name: one for name, one in said.items() if whose.get(lane_of(name)) == site}
+        return found
+
+    def own_lanes(self) -> dict[str, dict[str, Any]]:
+        """What the filter here says of the lanes that it serves, and whether they are not to be
+        cut by themselves (`idle`)."""
+        definitions = self._definitions()
+        try:
+            answer = self._filter.call("status", timeout=CUT_S)
+        except VrepError:
+            self._serving = False
+            raise
+        found = {
+            name: {
+                **{key: answer[name][key] for key in ("head", "durable", "gap", "gaps")},
+                "idle": one.paused or one.fenced or one.detached or one.halted,
+            }
+            for name, one in definitions.items()
+            if "error" not in answer.get(name, {"error": ""})
+        }
+        self._serving = bool(found)
+        return found
 
     def _is_due(self, status: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether anything was written since the last cut, to lanes that are shipped."""
-        definitions = self._definitions()
-        if any(
-            one.paused or one.fenced or one.detached or one.halted for one in definitions.values()
-        ):
+        if any(one["idle"] for one in status.values()):
             return False
         return {name: int(one["head"]) for name, one in status.items()} != self._heads
 
@@ -208,29 +268,67 @@ class Cutter:
         self, status: Mapping[str, Mapping[str, Any]], label: str
     ) -> tuple[_Made, dict[str, Any]]:
         definitions = self._definitions()
-        lanes = [name for name in definitions if name in status]
-        if not lanes:
-            raise AgainError(f"no lane of {self.group!r} is served")
+        lanes = sorted(status, key=lane_of)
+        own = [name for name in lanes if name in definitions]
+        if not own:
+            raise AgainError(f"no lane of {self.group!r} is served here")
         self._absent = self._gone(definitions, lanes)
-        in_gap = [name for name in lanes if status[name]["gap"]]
+        if any(status[name]["gap"] for name in lanes if name not in own):
+            for host in self._hosts.values():
+                host.look()  # it may have ended since
+            status = {**status, **self._theirs()}
+        in_gap = [name for name in lanes if name not in status or status[name]["gap"]]
         if in_gap:
             raise GapError(
                 f"{', '.join(in_gap)}: there is no recovery point until its sync has ended"
             )
-        answer = self._filter.call(
-            "cut", timeout=CUT_S, lanes=lanes, absent=self._absent, label=label
-        )
+        if own == lanes:
+            answer = self._filter.call(
+                "cut", timeout=CUT_S, lanes=lanes, absent=self._absent, label=label
+            )
+        else:
+            answer = self._cut_hosts(own, lanes, label)
         made = _Made(
             at=tuple((int(e), int(lane), int(seq)) for e, lane, seq in answer["at"]),
-            completed=(lanes[0], int(answer["seq"])),
+            completed=(own[0], int(answer["seq"])),
             wall_ns=int(answer["wall_ns"]),
             gaps={name: int(status[name]["gaps"]) for name in lanes},
         )
         self._made += 1
         self._pending = [*self._pending[-PENDING_MAX:], made]
         self._heads = {lane_name(self.group, lane): seq for _e, lane, seq in made.at if seq}
-        self._heads[lanes[0]] = made.completed[1]
+        self._heads[own[0]] = made.completed[1]
         return made, answer
+
+    def _cut_hosts(self, own: list[str], lanes: list[str], label: str) -> dict[str, Any]:
+        """A cut over lanes of several sites. The others hold and mark first, and hold until the
+        lanes here have marked: only then, when each says that it has held all the while, is it
+        completed."""
+        whose, theirs = dict(self._shared()), {lane_of(name) for name in lanes if name not in own}
+        cut_id, group_id = secrets.token_bytes(16), self._group_id()
+        parts = [
+            (host, part)
+            for site, host in self._hosts.items()
+            if (part := [lane for lane in sorted(theirs) if whose.get(lane) == site])
+        ]
+        release = [partial(host.release, group_id, cut_id, part) for host, part in parts]
+        try:
+            held = _all_of([partial(host.hold, group_id, cut_id, part) for host, part in parts])
+            at = [position for positions in held for position in positions]
+            if {lane for _epoch, lane, _seq in at} != theirs:
+                raise AgainError("a cut is void: a host has marked other lanes than it was asked")
+            made = self._filter.call("cut_mark", timeout=CUT_S, lanes=own, cut_id=cut_id.hex())
+        except VrepError:
+            with contextlib.suppress(VrepError):
+                _all_of(release)
+            raise
+        _all_of(release)
+        at += [(int(e), int(lane), int(seq)) for e, lane, seq in made["at"]]
+        at += [(0, lane, 0) for lane in self._absent]
+        answer: dict[str, Any] = self._filter.call(
+            "cut_complete", timeout=CUT_S, lane=own[0], cut_id=cut_id.hex(), at=at, label=label
+        )
+        return answer
 
     def _gone(self, definitions: Mapping[str, GroupDefinition], served: list[str]) -> list[int]:
         """The lanes that cuts do without; AgainError while one is waited for."""
@@ -243,6 +341,71 @@ class Cutter:
         if waited:
             raise AgainError(f"lane {', '.join(map(str, waited))} of {self.group!r} is not served")
         return missing
+
+    # ---- the other sites ---------------------------------------------------------------
+
+    def _shared(self) -> tuple[tuple[int, str], ...]:
+        """Whose each lane is, when several sites have some."""
+        return next((one.hosts for one in self._definitions().values()), ())
+
+    def _first(self) -> GroupDefinition:
+        for one in self._definitions().values():
+            return one
+        raise NotFoundError(f"no lane of {self.group!r} is protected here any more")
+
+    def _group_id(self) -> str:
+        return self._first().group_id[:28] + "0000"
+
+    def _meet(self) -> None:
+        """Get in touch with the sites that have lanes of the group now."""
+        others = {site for _lane, site in self._shared()} - {self._site_id}
+        for site in set(self._hosts) - others:
+            self._hosts.pop(site).stop()
+        for site in others - set(self._hosts):
+            assert self._host_of is not None
+            self._hosts[site] = self._host_of(site, self._tell)
+
+    def _leads(self) -> bool:
+        """Whether this site makes the cuts: no other that goes before it is in touch."""
+        if not any(lane < self._rank(self._site_id) for lane, _site in self._shared()):
+            return True
+        return self._clock() - self._led_s >= self._gone_s
+
+    def _rank(self, site: str) -> int:
+        """The lowest lane of a site; the lower, the sooner it leads."""
+        return min((lane for lane, whose in self._shared() if whose == site), default=0)
+
+    def _tell(self) -> dict[str, Any]:
+        """What another site is told whenever it is asked."""
+        first, newest = self._first(), self._newest_whole
+        return {
+            "group_id": self._group_id(),
+            "hosts": [[lane, site] for lane, site in first.hosts],
+            "numbered": first.numbered,
+            "leads": self._serving and self._leads(),
+            "whole": [list(at) for at in newest.at] if newest else [],
+            "newest": _shown(self._newest),
+        }
+
+    def looked(
+        self,
+        site: str,
+        *,
+        leads: bool,
+        whole: Sequence[Sequence[int]],
+        newest: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Another site looks; whether it leads, and the newest cuts that it knows to be durable,
+        of all lanes and of any. What the lanes here are like."""
+        if leads and self._rank(site) < self._rank(self._site_id):
+            self._led_s = self._clock()
+            self._told_whole = tuple((int(e), int(n), int(s)) for e, n, s in whole)
+            self._told_newest = newest
+        return {"lanes": self.own_lanes()}
+
+    def lanes(self) -> dict[str, Any]:
+        """What all lanes are like that are served and in touch."""
+        return {"lanes": self._look()}
 
     # ---- what became of it -------------------------------------------------------------
 
@@ -265,3 +428,20 @@ class Cutter:
             else:
                 left.append(made)
         self._pending = left
+
+
+def _shown(made: _Made | None) -> dict[str, Any] | None:
+    """A cut in the status."""
+    return {"point": made.point, "wall_ns": made.wall_ns} if made is not None else None
+
+
+def _all_of(asks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each answers, all asked at once. AgainError when one does not: the cut is void."""
+    try:
+        if len(asks) <= 1:
+            return [ask() for ask in asks]
+        with ThreadPoolExecutor(len(asks)) as pool:
+            futures = [pool.submit(ask) for ask in asks]  # one that fails stops no other
+        return [future.result() for future in futures]
+    except VrepError as error:
+        raise AgainError(f"a cut is void: {error}") from None

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from vrep.paths import SitePaths
 from vrep.settings import SourceConfig
 from vrep.source.bandwidth import Bandwidth
 from vrep.source.cutter import TRY_S, Cutter
+from vrep.source.hosts import Host
 from vrep.source.session import GroupSession
 from vrep.source.session_view import spill_view
 from vrep.source.spill import Spill, is_spilled
@@ -71,6 +72,9 @@ class Source:
             {
                 "status": self._status,
                 "cut": self._cut,
+                "cut_look": self._cut_look,
+                "cut_lanes": self._cut_lanes,
+                "cut_durable": lambda p: list(self._cutter(p).durable_at(int(p["lane"]))),
                 "reload": self._reload,
                 "stop": self._stop_requested,
             },
@@ -147,9 +151,14 @@ class Source:
                 ControlClient(self._paths.socket("filter")),
                 every_s=self._config.cut_every_s,
                 gone_s=self._config.lane_gone_s,
+                site_id=self._identity.site_id,
+                host_of=self._host,
             )
             cutter.start()
         return ended
+
+    def _host(self, site_id: str, tell: Callable[[], Mapping[str, Any]]) -> Host:
+        return Host(site_id, self._identity, self._peers, tell, self._timeouts)
 
     def _tend(self, name: str, session: GroupSession | None) -> None:
         """Begin a group's session; again when it died, or can have its spill now."""
@@ -243,12 +252,28 @@ class Source:
         cutter = self._cutters.get(group_of(name))
         return cutter.durable_at(lane_of(name)) if cutter is not None else (0, 0)
 
-    def _cut(self, params: Mapping[str, Any]) -> dict[str, Any]:
+    def _cutter(self, params: Mapping[str, Any]) -> Cutter:
         with self._lock:
             cutter = self._cutters.get(str(params["group"]))
         if cutter is None:
             raise NotFoundError(f"no group {params['group']!r} of several lanes is replicated here")
-        return cutter.cut(str(params.get("label", "")), float(params.get("try_s", TRY_S)))
+        return cutter
+
+    def _cut_look(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return self._cutter(params).looked(
+            str(params["site"]),
+            leads=bool(params["leads"]),
+            whole=params["whole"],
+            newest=params["newest"],
+        )
+
+    def _cut_lanes(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return self._cutter(params).lanes()
+
+    def _cut(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return self._cutter(params).cut(
+            str(params.get("label", "")), float(params.get("try_s", TRY_S))
+        )
 
     def _reload(self, params: Mapping[str, Any]) -> dict[str, Any]:
         try:

@@ -67,16 +67,19 @@ class Target:
         held: Callable[[bytes], Sequence[Position]] = lambda _group_id: (),
         gives_way: Callable[[str, Mapping[str, Any]], BaseOffer | None] = lambda _site, _told: None,
         clients: Callable[[str], int] = lambda _group_id: 0,
+        lanes: Callable[[str, str, Mapping[str, Any]], Any] | None = None,
     ) -> None:
         """`held` names the points of a group that are in use: no fold takes what they need.
         `gives_way` lets go of a group that this site wrote, for the site that took it over, and
         says what can be sealed of the old disks.
-        `clients` counts who uses the disks of a group that this site took over."""
+        `clients` counts who uses the disks of a group that this site took over. `lanes` answers
+        the methods of sites that have lanes of a group beside this one's."""
         self._paths = paths
         self._config = config
         self._timeouts = timeouts or Timeouts()
         self._gives_way = gives_way
         self._clients = clients
+        self._lanes = lanes
         self._identity = SiteIdentity.load(paths.root)
         self._peers = PeerRegistry(paths.root)
         self._invites = InviteBook(paths.root)
@@ -346,6 +349,8 @@ class Target:
                 return self._follow(site_id, request.params)
             case "group.delete":
                 self._delete(transport, request, site_id)
+            case method if method.startswith("lanes.") and self._lanes is not None:
+                return self._lanes(transport.peer.site_id, method, request.params)
             case method:
                 raise NotFoundError(f"no method {method!r}")
         return {}

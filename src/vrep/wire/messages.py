@@ -321,6 +321,12 @@ FEATURES: Final = (FEATURE_HASHES,)
 HASHES_METHOD: Final = "group.hashes"
 """a Request whose params are a HashQuestion, and its result a HashAnswer"""
 HASH_VERSION: Final = 1
+LANES_ADMIT: Final = "lanes.admit"
+"""requests between the sites that have lanes of one group: see docs/internals/wire.md"""
+LANES_LEAVE: Final = "lanes.leave"
+LANES_LOOK: Final = "lanes.look"
+LANES_HOLD: Final = "lanes.hold"
+LANES_RELEASE: Final = "lanes.release"
 HASH_ANSWER_BYTES: Final = 4 << 20
 """of pieces in one answer, about: a range that would go past it is left for the next question"""
 _HASH_ROWS: Final = 1 << 17

@@ -1,0 +1,174 @@
+"""What other hosts of a group may ask of this site, over the wire (docs/internals/cuts.md).
+
+A group may have lanes on several sites of one tenant. Who makes its cuts asks the others about
+their lanes, has them hold, and lets them go on; a site that brings disks into a group, or takes
+them out of it, says so. Only sites that the group's definitions here name as its hosts are heard; a
+new one proves that it holds the tenant's key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vrep.control import ControlClient
+from vrep.errors import (
+    AuthError,
+    ExistsError,
+    FencedError,
+    InvalidError,
+    NotFoundError,
+    StateError,
+    UnreachableError,
+)
+from vrep.groups import GroupDefinition, GroupDirectory, without_lanes
+from vrep.keys.identity import SiteIdentity
+from vrep.keys.membership import membership_proof
+from vrep.keys.tenant import TenantKeyring
+from vrep.lanes import LANES_MAX, group_of, lane_of, lanes_among
+from vrep.paths import SitePaths
+from vrep.wire import messages as m
+
+__all__ = ["HostLanes"]
+
+ANSWER_S: Final = 2.0
+CUT_ID_BYTES: Final = 16
+
+
+class HostLanes:
+    """Answers the methods `lanes.*` of peers."""
+
+    def __init__(self, paths: SitePaths) -> None:
+        self._site_id = SiteIdentity.load(paths.root).site_id
+        self._groups = GroupDirectory(paths.root)
+        self._keys = TenantKeyring(paths.root)
+        self._filter = ControlClient(paths.socket("filter"), timeout=ANSWER_S)
+        self._source = ControlClient(paths.socket("source"), timeout=ANSWER_S)
+
+    def answer(self, site_id: str, method: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What a peer, by its id, is told."""
+        match method:
+            case m.LANES_ADMIT:
+                return self.admit(site_id, params)
+            case m.LANES_LEAVE:
+                return self.leave(site_id, params)
+        mine = self._mine(site_id, str(params["group_id"]))
+        if method == m.LANES_LOOK:
+            return self._look(site_id, mine, params)
+        asks = {m.LANES_HOLD: "cut_hold", m.LANES_RELEASE: "cut_release"}
+        if method not in asks:
+            raise NotFoundError(f"no method {method!r}")
+        wanted = {int(lane) for lane in params["lanes"]}
+        names = [one.name for one in mine if lane_of(one.name) in wanted]
+        if len(names) != len(wanted):
+            raise NotFoundError(f"lanes {sorted(wanted)} of the group are not all here")
+        cut_id = _bytes(params["cut_id"], CUT_ID_BYTES).hex()
+        return dict(self._filter.call(asks[method], lanes=names, cut_id=cut_id))
+
+    def _mine(self, site_id: str, group_id: str) -> list[GroupDefinition]:
+        """The lanes here of a group that the peer has lanes of as well."""
+        found = [
+            one
+            for one in self._groups.readable()
+            if one.group_id[:28] == group_id[:28] and site_id in dict(one.hosts).values()
+        ]
+        if not found:
+            raise FencedError("that site has no lane of a group here")
+        return sorted(found, key=lambda one: lane_of(one.name))
+
+    def _look(
+        self, site_id: str, mine: list[GroupDefinition], params: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        hosts = tuple(sorted((int(lane), str(site)) for lane, site in params["hosts"]))
+        whose = dict(hosts)
+        before = min((lane for lane, site in mine[0].hosts if site == site_id), default=LANES_MAX)
+        mine_stay = all(whose.get(lane_of(one.name)) == self._site_id for one in mine)
+        if params["leads"] and before < lane_of(mine[0].name) and mine_stay:
+            # Who leads knows who came and who left.
+            lanes, numbered = tuple(whose), int(params["numbered"])
+            for one in mine:
+                self._groups.update(one.name, hosts=hosts, lanes=lanes, numbered=numbered)
+        answer = self._source.call(
+            "cut_look",
+            group=group_of(mine[0].name),
+            site=site_id,
+            leads=bool(params["leads"]),
+            whole=[[int(n) for n in at] for at in params["whole"]],
+            newest=params["newest"],
+        )
+        return dict(answer)
+
+    # ---- who belongs to a group ------------------------------------------------------
+
+    def admit(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Give a site new lanes of a group: their `lanes`, and what their definitions need.
+        AuthError: it does not hold the group's tenant key."""
+        group, count = str(params["group"]), int(params["count"])
+        names = lanes_among(group, self._groups.names())
+        if not names:
+            raise NotFoundError(
+                f"no group {group!r} that others can join is protected here: 'protect --lanes'"
+            )
+        mine = [self._groups.load(name) for name in names]
+        first = mine[0]
+        if any(one.fenced or one.yielded for one in mine):
+            raise FencedError(f"another site took {group!r} over")
+        if first.hosts and min(first.hosts)[1] != self._site_id:
+            raise StateError(f"site {min(first.hosts)[1]} has the first lane of {group!r}: ask it")
+        proof = membership_proof(
+            self._keys.find(first.tenant_key_id), group, site_id, self._site_id
+        )
+        if not hmac.compare_digest(proof, _bytes(params["proof"], len(proof))):
+            raise AuthError(f"that site does not hold the tenant key of {group!r}")
+        taken = {disk.name for one in mine for disk in one.disks} & set(params["names"])
+        if taken:
+            raise ExistsError(f"the group has a disk {min(taken)!r} already")
+        lanes: list[int] = []
+
+        def number(one: GroupDefinition) -> dict[str, Any]:
+            hosts = dict(one.hosts) or dict.fromkeys(one.lanes, self._site_id)
+            if not lanes:  # the first definition has the say, under its lock
+                begin = max(one.numbered, *(lane + 1 for lane in hosts))
+                if count < 1 or begin + count > LANES_MAX:
+                    raise StateError(f"{group!r} has had {begin} lanes of {LANES_MAX}")
+                lanes.extend(range(begin, begin + count))
+            hosts |= dict.fromkeys(lanes, site_id)
+            return {
+                "hosts": tuple(sorted(hosts.items())),
+                "lanes": tuple(sorted(hosts)),
+                "numbered": lanes[-1] + 1,
+            }
+
+        hosts = self._groups.revise(names[0], number).hosts
+        for name in names[1:]:
+            self._groups.revise(name, number)
+        self._tell_source()
+        return {
+            "group_id": first.group_id[:28] + "0000",
+            "lanes": lanes,
+            "hosts": [list(each) for each in hosts],
+            "to_site": first.to_site,
+            "key_id": first.tenant_key_id,
+        }
+
+    def leave(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A site gives lanes up that are its own: cuts are made without them, and are whole."""
+        gone = {int(lane) for lane in params["lanes"]}
+        for one in self._mine(site_id, str(params["group_id"])):
+            if any(dict(one.hosts).get(lane) != site_id for lane in gone):
+                raise FencedError("a site gives up lanes that are its own")
+            self._groups.revise(one.name, without_lanes(gone))
+        self._tell_source()
+        return {}
+
+    def _tell_source(self) -> None:
+        with contextlib.suppress(UnreachableError):
+            self._source.call("reload")
+
+
+def _bytes(given: object, count: int) -> bytes:
+    if not isinstance(given, bytes) or len(given) != count:
+        raise InvalidError(f"{count} bytes were expected")
+    return given

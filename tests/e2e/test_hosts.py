@@ -1,0 +1,326 @@
+"""One group of several hosts: sites of one tenant, each with its processes, a disk and a lane."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from life import Place
+from sites import GROUP, KEY, MIB, Client, compare, wait_until
+
+from vrep import errors
+from vrep.control import ControlClient
+from vrep.recovery.cuts import Cut, LaneSet, find_lanes
+from vrep.recovery.fetch import Fetcher
+from vrep.wire import messages as m
+from vrep.wire.site import connect
+from vrep.wire.transport import PeerRefusedError
+
+pytestmark = pytest.mark.e2e
+
+NUMBER = struct.Struct("<Q")
+DISK = 4 * MIB
+SETTINGS = "[source]\ncut_every_s = 0.1\nlane_gone_s = 2.0\n"
+
+
+class Hosts:
+    """`north` and `south` each protect a disk of one group to `vault`."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="vrep-hosts-"))
+        self.places = {n: Place(self.root, n) for n in ("north", "south", "vault")}
+        self.north, self.south, self.vault = self.places.values()
+        self.images = {name: self.root / f"{name}.raw" for name in ("north", "south")}
+        for image in self.images.values():
+            with image.open("wb") as file:
+                file.truncate(DISK)
+        for place in self.places.values():
+            with place.site.paths.config.open("a") as config:
+                config.write(SETTINGS)
+
+    def up(self) -> Hosts:
+        for place in self.places.values():
+            place.start()
+        key = self.root / "acme.key"
+        self.north.site.key_create(KEY)
+        self.north.site.key_export(KEY, key)
+        for place in self.places.values():
+            if place is not self.north:
+                place.site.key_import(key)
+            place.site.key_verify(KEY, key)
+        self.north.site.join(self.vault.site.invite())
+        self.south.site.join(self.vault.site.invite())
+        self.south.site.join(self.north.site.invite())
+        self.protect(self.north, lanes=1)
+        self.protect(self.south, beside="north")
+        self.settle()
+        return self
+
+    def protect(self, at: Place, **how: Any) -> None:
+        options = at.site.group_options(ring_bytes=8 * MIB)
+        disks = {at.name: f"file:{self.images[at.name]}"}
+        at.site.protect(GROUP, disks, to="vault", key=KEY, options=options, **how)
+
+    def settle(self, *places: Place) -> None:
+        def settled() -> bool:
+            return all(
+                one["state"] == "replicating"
+                and one["targets"][0]["seq"] == one["targets"][0]["durable_seq"]
+                for place in places or (self.north, self.south)
+                for one in place.site.status(GROUP)["groups"].values()
+            )
+
+        wait_until("all is durable", settled, every_s=0.05)
+
+    def lane(self, at: Place) -> dict[str, Any]:
+        (found,) = at.site.status(GROUP)["groups"].values()
+        return dict(found)
+
+    def client(self, at: Place) -> Client:
+        return Client(at.site.disk_uri(GROUP, at.name), 30.0)
+
+    def cuts(self) -> list[Cut]:
+        held = find_lanes(self.vault.site.paths, GROUP)
+        assert held is not None
+        with LaneSet(self.vault.site.paths, held) as lanes:
+            return lanes.cuts()
+
+    def numbers(self) -> list[tuple[Cut, dict[int, int]]]:
+        """The first eight bytes of each lane's disk, at every cut."""
+        held = find_lanes(self.vault.site.paths, GROUP)
+        assert held is not None
+        found = []
+        with LaneSet(self.vault.site.paths, held) as lanes:
+            for cut in lanes.cuts():
+                values = {}
+                for at in cut.at:
+                    lane = lanes.lane(at.lane)
+                    assert lane is not None
+                    extents = lane.reader.extent_map(at)
+                    data = Fetcher(lane.reader, extents, lane.access).read(0, 0, 8)
+                    values[at.lane] = NUMBER.unpack(data)[0] if data is not None else 0
+                found.append((cut, values))
+        return found
+
+    def close(self) -> None:
+        for place in self.places.values():
+            place.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    made = Hosts()
+    try:
+        yield made.up()
+    finally:
+        made.close()
+
+
+class Dependent:
+    """Writes n to the disk of the one host, when that is acknowledged to that of the other, and so
+    on; what was cut off is done again."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+        self._stop = threading.Event()
+        self.written = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                with (
+                    self._hosts.client(self._hosts.north) as north,
+                    self._hosts.client(self._hosts.south) as south,
+                ):
+                    while not self._stop.is_set():
+                        n = self.written + 1
+                        north.write(0, NUMBER.pack(n) + bytes(504))
+                        south.write(0, NUMBER.pack(n) + bytes(504))
+                        self.written = n
+            except (OSError, errors.VrepError):
+                time.sleep(0.05)  # a filter is gone for a moment
+
+    def stop(self) -> int:
+        self._stop.set()
+        self._thread.join()
+        return self.written
+
+
+def assert_never_torn(found: list[tuple[Cut, dict[int, int]]]) -> None:
+    """The second disk is never ahead of the first, and at most one write behind."""
+    torn = [v for _cut, v in found if len(v) == 2 and not v[1] <= v[0] <= v[1] + 1]
+    assert not torn
+
+
+def test_dependent_writes_across_hosts_are_never_torn_apart(hosts: Hosts) -> None:
+    load = Dependent(hosts)
+    try:
+        begun = len(hosts.cuts())
+        wait_until("there are some cuts", lambda: len(hosts.cuts()) >= begun + 6)
+        labels = ["by-north", "by-south"]
+        for place, label in zip((hosts.north, hosts.south), labels, strict=True):
+            assert place.site.checkpoint(GROUP, label, wait_s=60)["absent"] == []
+    finally:
+        written = load.stop()
+    hosts.settle()
+    hosts.north.site.checkpoint(GROUP, "last", wait_s=60)
+    found = hosts.numbers()
+    print(f"{written} dependent writes, {len(found)} cuts", hosts.lane(hosts.north)["cuts"])
+    assert written > 20
+    assert len({tuple(v.items()) for _cut, v in found}) > 2  # they are of different instants
+    assert_never_torn(found)
+    assert {label for cut, _v in found if (label := cut.label)} == {*labels, "last"}
+    assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
+    for place in (hosts.north, hosts.south):
+        assert hosts.lane(place)["filter"]["cut_hold_ns_max"] < 1_000_000_000
+    # What no window may take is known of every lane, also at the site that does not lead.
+    whole = [cut for cut, _v in found if not cut.absent]
+    for place, number in ((hosts.north, 0), (hosts.south, 1)):
+        control = ControlClient(place.site.paths.socket("source"))
+        wait_until(
+            "the newest cut is told",
+            lambda c=control, n=number: (
+                tuple(c.call("cut_durable", group=GROUP, lane=n)) == whole[-1].of(n)[::2]
+            ),
+        )
+    view = hosts.vault.site.test_start(GROUP, "last")
+    assert sorted(disk.name for disk in view.disks) == ["north", "south"]
+    for disk in view.disks:
+        with Client(disk.uri, 60.0) as client:
+            compare(disk.name, client.read_all(), hosts.images[disk.name].read_bytes())
+    hosts.vault.site.test_stop(GROUP)
+
+
+def test_no_cut_survives_a_host_that_dies_in_it(hosts: Hosts, rng: random.Random) -> None:
+    load = Dependent(hosts)
+    try:
+        for place in (hosts.south, hosts.north):
+            begun = len(hosts.cuts())
+            wait_until("there are cuts", lambda n=begun: len(hosts.cuts()) > n)
+            time.sleep(rng.uniform(0.0, 0.3))
+            place.kill()
+            place.start()
+        begun = len(hosts.cuts())
+        wait_until(
+            "there are whole cuts again",
+            lambda: len([c for c in hosts.cuts()[begun:] if not c.absent]) >= 2,
+        )
+    finally:
+        written = load.stop()
+    hosts.settle()
+    hosts.north.site.checkpoint(GROUP, "last", wait_s=60)
+    found = hosts.numbers()
+    print(f"{written} dependent writes, {len(found)} cuts")
+    assert_never_torn(found)
+    assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
+
+
+@pytest.mark.parametrize("name", ["south", "north"])
+def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str) -> None:
+    """Also the one that made the cuts: then the other makes them."""
+    gone, left = hosts.places[name], hosts.south if name == "north" else hosts.north
+    with hosts.client(left) as client:
+        client.write(0, b"1" * 512)
+    assert left.site.checkpoint(GROUP, "whole", wait_s=60)["absent"] == []
+    number = {"north": 0, "south": 1}[name]
+    gone.kill()
+    with hosts.client(left) as client:
+        client.write(0, b"2" * 512)
+    wait_until("cuts go on", lambda: "lane-absent" in hosts.lane(left)["conditions"])
+    wait_until("of the lane that is left", lambda: hosts.cuts()[-1].absent == (number,))
+    assert left.site.checkpoint(GROUP, "part", wait_s=60)["absent"] == [number]
+    with pytest.raises(errors.PointNotFoundError, match=f"lane {number} had no part"):
+        hosts.vault.site.test_start(GROUP)
+    gone.start()
+    wait_until("it is back", lambda: "lane-absent" not in hosts.lane(hosts.north)["conditions"])
+    hosts.settle()
+    assert hosts.north.site.checkpoint(GROUP, "again", wait_s=60)["absent"] == []
+    view = hosts.vault.site.test_start(GROUP)
+    assert len(view.disks) == 2
+    hosts.vault.site.test_stop(GROUP)
+
+
+def test_a_host_that_leaves_is_not_missed(hosts: Hosts) -> None:
+    assert hosts.south.site.unprotect(GROUP) == ""
+    with hosts.client(hosts.north) as client:
+        client.write(0, b"1" * 512)
+    assert hosts.north.site.checkpoint(GROUP, "alone", wait_s=60)["absent"] == []
+    view = hosts.vault.site.test_start(GROUP)
+    assert [disk.name for disk in view.disks] == ["north"]
+    hosts.vault.site.test_stop(GROUP)
+    # A number is given once: what the vault holds of the first lane 1 stays apart.
+    hosts.protect(hosts.south, beside="north")
+    assert list(hosts.south.site.groups.names()) == [f"{GROUP}@2"]
+    hosts.settle()
+    assert hosts.north.site.checkpoint(GROUP, "both", wait_s=60)["absent"] == []
+    # One that was lost for good is forgotten where it is missed.
+    hosts.south.kill()
+    wait_until("it is missed", lambda: "lane-absent" in hosts.lane(hosts.north)["conditions"])
+    hosts.north.site.unprotect(f"{GROUP}@2")
+    assert hosts.north.site.checkpoint(GROUP, "alone-again", wait_s=60)["absent"] == []
+
+
+def test_failover_of_all_hosts(hosts: Hosts) -> None:
+    for place in (hosts.north, hosts.south):
+        with hosts.client(place) as client:
+            client.write(0, place.name.encode() + bytes(507))
+    view = hosts.vault.site.move(GROUP)
+    assert sorted(disk.name for disk in view.disks) == ["north", "south"]
+    for disk in view.disks:
+        with Client(disk.uri, 60.0) as client:
+            assert client.read(0, 5) == disk.name.encode()
+    for place in (hosts.north, hosts.south):
+        wait_until("it is fenced", lambda p=place: "fenced" in hosts.lane(p)["conditions"])
+    with pytest.raises(errors.UnsupportedError, match="several sites"):
+        hosts.vault.site.reverse(GROUP)
+
+
+def test_only_hosts_of_the_group_are_heard(hosts: Hosts) -> None:
+    """The vault is a peer, but no host of the group; a site without the key does not join it."""
+    north, identity = hosts.north.site, hosts.south.site.identity
+    definition = north.groups.load(f"{GROUP}@0")
+    stranger = Place(hosts.root, "stranger")
+    hosts.places["stranger"] = stranger
+    stranger.site.join(north.invite())
+    asked = {"group_id": definition.group_id, "cut_id": bytes(16), "lanes": [0]}
+    with connect(stranger.site.identity, stranger.site.peers.get("north")) as transport:
+        for method, params in (
+            (m.LANES_HOLD, asked),
+            (m.LANES_RELEASE, asked),
+            (m.LANES_LEAVE, asked),
+            (
+                m.LANES_LOOK,
+                {**asked, "hosts": [], "numbered": 0, "leads": True, "whole": [], "newest": None},
+            ),
+        ):
+            with pytest.raises(PeerRefusedError, match="no lane of a group"):
+                transport.ask(method, params)
+        admit = {"group": GROUP, "count": 1, "names": [], "proof": bytes(32)}
+        with pytest.raises(PeerRefusedError, match="tenant key"):
+            transport.ask(m.LANES_ADMIT, admit)
+        with pytest.raises(PeerRefusedError, match="32 bytes"):
+            transport.ask(m.LANES_ADMIT, {**admit, "proof": 1 << 40})
+        for wrong in ({}, {"group_id": 7}, {"group_id": definition.group_id}):
+            with pytest.raises(PeerRefusedError):
+                transport.ask(m.LANES_HOLD, wrong)
+    with connect(identity, hosts.south.site.peers.get("north")) as transport:
+        for lanes in ([1], [0, 1], [7], ["x"], None):
+            with pytest.raises(PeerRefusedError):
+                transport.ask(m.LANES_HOLD, {**asked, "lanes": lanes})
+        for lanes in ([0], [0, 1]):
+            with pytest.raises(PeerRefusedError, match="its own"):
+                transport.ask(m.LANES_LEAVE, {**asked, "lanes": lanes})
+        look = {**asked, "hosts": [[0, definition.hosts[0][1]]], "numbered": 0, "whole": []}
+        transport.ask(m.LANES_LOOK, {**look, "leads": True, "newest": None})  # it goes after
+    assert north.groups.load(f"{GROUP}@0") == definition

@@ -1,0 +1,157 @@
+"""A cut over lanes of several sites: when it is completed, and who makes it.
+
+The filter and the other sites are played here: what each is asked, and in which order, is what
+counts. Real ones are in `tests/e2e/test_hosts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep import errors
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory
+from vrep.lanes import lane_name
+from vrep.source.cutter import Cutter
+
+SITES = ("a" * 32, "b" * 32, "c" * 32)
+
+
+class Played:
+    """The filter of site A, with lane 0, and the sites B and C, with a lane each."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.fails: dict[str, errors.VrepError] = {}
+        self.heads = {0: 7, 1: 8, 2: 9}
+        self.gap = False
+
+    def _note(self, what: str) -> None:
+        self.asked.append(what)
+        if what in self.fails:
+            raise self.fails[what]
+
+    def call(self, method: str, timeout: float | None = None, **params: Any) -> Any:
+        if method == "status":
+            return {lane_name("web", 0): self.like(0)}
+        self._note(method)
+        if method == "cut_mark":
+            return {"at": [[1, 0, 100]]}
+        return {"at": params["at"], "seq": 101, "wall_ns": 5}
+
+    def like(self, lane: int) -> dict[str, Any]:
+        head = self.heads[lane]
+        gap = self.gap and lane == 1
+        return {"head": head, "durable": head, "gap": gap, "gaps": 1, "idle": False}
+
+    def host_of(self, site: str, tell: Callable[[], Mapping[str, Any]]) -> Any:
+        return PlayedHost(self, SITES.index(site), tell)
+
+
+class PlayedHost:
+    error = ""
+
+    def __init__(self, played: Played, lane: int, tell: Callable[[], Mapping[str, Any]]) -> None:
+        self.played, self.lane, self.tell = played, lane, tell
+        self.away = False
+
+    def lanes(self) -> dict[str, Any]:
+        like = self.played.like(self.lane)
+        return {} if self.away else {lane_name("web", self.lane): like}
+
+    def look(self) -> None:
+        self.played.gap = False
+
+    def hold(self, _group_id: str, _cut_id: bytes, lanes: list[int]) -> list[Any]:
+        assert lanes == [self.lane]
+        self.played._note(f"hold {self.lane}")
+        return [(1, self.lane, 100 + self.lane)]
+
+    def release(self, _group_id: str, _cut_id: bytes, lanes: list[int]) -> None:
+        assert lanes == [self.lane]
+        self.played._note(f"release {self.lane}")
+
+    def stop(self) -> None: ...
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> GroupDirectory:
+    made = GroupDirectory(tmp_path)
+    definition = GroupDefinition(
+        version=VERSION, group_id="1" * 28 + "0000", name="web@0",
+        disks=(DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
+        to_site="d" * 32, key="acme", tenant_key_id="00" * 8, epoch=1, epoch_id="2" * 32,
+        wrapped_keys=(), created=0.0, lanes=(0, 1, 2), hosts=tuple(enumerate(SITES)), numbered=3,
+    )  # fmt: skip
+    made.store(definition)
+    return made
+
+
+def cutter(groups: GroupDirectory, played: Any, site: int = 0, **options: Any) -> Cutter:
+    options = {"every_s": 1.0, "gone_s": 5.0, **options}
+    made = Cutter("web", groups, played, site_id=SITES[site], host_of=played.host_of, **options)
+    made._meet()
+    return made
+
+
+def test_the_others_hold_until_the_lanes_here_have_marked(groups: GroupDirectory) -> None:
+    played = Played()
+    made = cutter(groups, played).cut("now", try_s=0.0)
+    assert sorted(played.asked[:2]) == ["hold 1", "hold 2"]
+    assert played.asked[2] == "cut_mark"
+    assert sorted(played.asked[3:5]) == ["release 1", "release 2"]
+    assert played.asked[5:] == ["cut_complete"]
+    assert sorted(made["at"]) == [(1, 0, 100), (1, 1, 101), (1, 2, 102)]
+    assert made["completed"] == "web@0"
+
+
+@pytest.mark.parametrize("what", ["hold 1", "hold 2", "cut_mark", "release 1", "release 2"])
+def test_a_cut_in_which_one_did_not_hold_is_not_completed(
+    groups: GroupDirectory, what: str
+) -> None:
+    played = Played()
+    played.fails[what] = errors.PeerError("it is too late")
+    with pytest.raises(errors.VrepError, match="too late"):
+        cutter(groups, played).cut("now", try_s=0.0)
+    assert "cut_complete" not in played.asked
+    assert {"release 1", "release 2"} <= set(played.asked)  # nobody holds for nothing
+
+
+def test_a_gap_that_has_ended_is_looked_at_again(groups: GroupDirectory) -> None:
+    played = Played()
+    played.gap = True
+    assert cutter(groups, played).cut("now", try_s=0.0)["absent"] == []
+
+
+def test_a_host_that_is_gone_is_left_out_in_the_end(groups: GroupDirectory) -> None:
+    played, now = Played(), [0.0]
+    made = cutter(groups, played, clock=lambda: now[0])
+    made._hosts[SITES[1]].away = True  # type: ignore[attr-defined]
+    with pytest.raises(errors.AgainError, match="lane 1"):
+        made.cut("now", try_s=-1.0)
+    now[0] = 5.0
+    assert made.cut("now", try_s=0.0)["absent"] == [1]
+    assert "hold 1" not in played.asked
+
+
+def test_the_site_with_the_lowest_lane_leads(groups: GroupDirectory) -> None:
+    now = [0.0]
+    first = cutter(groups, Played(), 0, clock=lambda: now[0])
+    assert first._leads()
+    second = cutter(groups, Played(), 1, clock=lambda: now[0])
+    whole = [[1, 0, 10], [1, 1, 11], [1, 2, 12]]
+    newest = {"point": "pos:1/0/10", "wall_ns": 7}
+    for now[0] in (1.0, 4.0, 8.0):
+        assert not second._leads()
+        second.looked(SITES[0], leads=True, whole=whole, newest=newest)
+        second.looked(SITES[2], leads=True, whole=[], newest=None)  # which goes after it
+    assert second.durable_at(1) == (1, 11)
+    assert second.view()["newest"] == newest
+    second.looked(SITES[0], leads=False, whole=[], newest=None)
+    now[0] = 12.9
+    assert not second._leads()
+    now[0] = 13.0  # not heard for so long
+    assert second._leads()
