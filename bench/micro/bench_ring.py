@@ -68,7 +68,7 @@ int main(int argc, char **argv)
     struct vrep_ring *ring;
     struct vrep_ring_consumer consumer;
     if (argc != 4 || vrep_ring_create(argv[1], &config, &ring) != 0 ||
-        vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 0, &consumer) != 0)
+        vrep_ring_consumer_create(VREP_CONTROL_TARGET, NULL, 0, 0, &consumer) != 0)
         return 1;
     unlink(argv[1]);
     char *plain = mmap(NULL, RING, PROT_READ | PROT_WRITE,

@@ -1,0 +1,45 @@
+"""The programs of bench/ are compiled when they are measured, by whoever measures: that they still
+fit the tree is seen here."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = sorted(path.relative_to(ROOT) for path in (ROOT / "bench").rglob("*.c"))
+WITHIN = (("bench_ring", "PROGRAM"), ("bench_seal", "RAW"), ("bench_hash", "RAW"))
+"""those that are text in a module"""
+
+
+def compiles(source: Path) -> None:
+    done = subprocess.run(
+        [
+            *("gcc", "-fsyntax-only", "-std=gnu11", "-Wall", "-Werror", "-D_GNU_SOURCE="),
+            *(f"-I{ROOT / 'src/_native'}", f"-I{ROOT / 'tests/native'}", str(source)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_a_program_compiles(path: Path) -> None:
+    compiles(ROOT / path)
+
+
+@pytest.mark.parametrize(("name", "text"), WITHIN)
+def test_a_program_within_a_module_compiles(name: str, text: str, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench/micro" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source = tmp_path / "program.c"
+    source.write_text(getattr(module, text))
+    compiles(source)
