@@ -53,8 +53,6 @@ struct vrep_group {
     uint32_t flags_seen;
     uint32_t disowned;
     uint32_t turns; /* flush_wakeups called */
-    uint32_t asked; /* once is to be called on the loop's thread */
-    void (*once)(void);
 };
 
 bool vrep_group_is_mirror(const struct vrep_group *group)
@@ -184,8 +182,6 @@ void vrep_group_poll(struct vrep_group *group)
     uint64_t count;
     if (read(group->event, &count, sizeof count) < 0)
         count = 0;
-    if (vrep_exchange_u32(&group->asked, 0))
-        group->once();
     while (!vrep_load_acquire_u32(&group->hold) && group->held_first != NULL) {
         struct vrep_command *base = group->held_first;
         group->held_first = base->next;
@@ -265,21 +261,12 @@ struct vrep_map *vrep_group_map(struct vrep_group *group)
     return group->map;
 }
 
-static void double_hold(struct vrep_group *group, bool hold)
+CHECK_UNUSED static void double_hold(struct vrep_group *group, bool hold)
 {
     vrep_store_release_u32(&group->hold, hold);
     uint64_t one = 1;
     if (!hold)
         CHECK_EQ(write(group->event, &one, sizeof one), 8);
-}
-
-/* Has the loop's thread call it. */
-CHECK_UNUSED static void double_ask(struct vrep_group *group, void (*once)(void))
-{
-    uint64_t one = 1;
-    group->once = once;
-    vrep_store_release_u32(&group->asked, 1);
-    CHECK_EQ(write(group->event, &one, sizeof one), 8);
 }
 
 CHECK_UNUSED static struct vrep_group *double_open(void)

@@ -81,9 +81,30 @@ void vhost_end(struct vhost_connection *c, const char *why)
     c->memory = NULL;
     vhost_log_close(&c->log);
     vhost_drop_inflight(c);
-    pthread_mutex_lock(&server->lock);
     c->open = false;
-    server->stats.address[0] = 0;
+    if (server->holder == c)
+        vhost_hold(server, NULL);
+    pthread_mutex_lock(&server->lock);
+    server->stats.monitor[c - server->connection].address[0] = 0;
+    pthread_mutex_unlock(&server->lock);
+}
+
+bool vhost_uses(const struct vhost_connection *c)
+{
+    for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX; i++)
+        if (c->queue[i].started)
+            return true;
+    return false;
+}
+
+void vhost_hold(struct vrep_vhost_server *server, struct vhost_connection *c)
+{
+    if (server->holder == c)
+        return;
+    pthread_mutex_lock(&server->lock);
+    server->holder = c;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
+        server->stats.monitor[i].holds = c == &server->connection[i];
     pthread_mutex_unlock(&server->lock);
 }
 
@@ -190,10 +211,9 @@ static void connection_ready(struct vrep_watch *watch, uint32_t events)
 
 /* ---- accepting ---------------------------------------------------------------------------- */
 
-static void open_connection(struct vrep_vhost_server *server, int fd)
+static void open_connection(struct vrep_vhost_server *server, struct vhost_connection *c, int fd)
 {
-    struct vhost_connection *c = &server->connection;
-    pthread_mutex_lock(&server->lock);
+    struct vrep_vhost_monitor *shown = &server->stats.monitor[c - server->connection];
     *c = (struct vhost_connection){
         .watch = {fd, connection_ready},
         .server = server,
@@ -203,11 +223,12 @@ static void open_connection(struct vrep_vhost_server *server, int fd)
     };
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX; i++)
         reset_queue(c, i);
-    vrep_peer_name(fd, server->stats.address);
-    server->stats.connected_ns = vrep_accept_time_ns();
+    pthread_mutex_lock(&server->lock);
+    vrep_peer_name(fd, shown->address);
+    shown->connected_ns = vrep_accept_time_ns();
     pthread_mutex_unlock(&server->lock);
     vrep_count(&server->stats.accepted, 1);
-    VREP_INFO("vhost", "%s: connected: %s", server->accept.listener.path, server->stats.address);
+    VREP_INFO("vhost", "%s: connected: %s", server->accept.listener.path, shown->address);
     int status = vrep_loop_watch(server->loop, &c->watch, EPOLLIN | EPOLLRDHUP);
     if (status != VREP_OK)
         vhost_end(c, vrep_status_text(status));
@@ -216,24 +237,28 @@ static void open_connection(struct vrep_vhost_server *server, int fd)
 static void connected(struct vrep_accept *accept, int fd)
 {
     struct vrep_vhost_server *server = accept->owner;
-    struct vhost_connection *c = &server->connection;
-    if (c->open && vrep_peer_is_gone(c->watch.fd))
-        vhost_end(c, "its peer is gone and another one came");
-    if (c->open) {
-        VREP_WARN("vhost", "%s: a second monitor is refused", accept->listener.path);
+    struct vhost_connection *room = NULL;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++) {
+        struct vhost_connection *c = &server->connection[i];
+        if (c->open && vrep_peer_is_gone(c->watch.fd))
+            vhost_end(c, "its peer is gone and another one came");
+        if (!c->open)
+            room = c;
+    }
+    if (room == NULL) {
+        VREP_WARN("vhost", "%s: one monitor more is refused", accept->listener.path);
         vrep_count(&server->stats.refused, 1);
         close(fd);
         return;
     }
-    open_connection(server, fd);
+    open_connection(server, room, fd);
 }
 
 /* ---- the loop's side ------------------------------------------------------------------------- */
 
-static bool front_turn(struct vrep_front *front)
+static void connection_turn(struct vhost_connection *c)
 {
-    struct vrep_vhost_server *server = (struct vrep_vhost_server *)front;
-    struct vhost_connection *c = &server->connection;
+    struct vrep_vhost_server *server = c->server;
     /* Nothing starts before everything of an earlier connection is complete. */
     bool serves = c->open && server->orphans == 0 && !server->stopping;
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX && c->open; i++) {
@@ -252,6 +277,13 @@ static bool front_turn(struct vrep_front *front)
     }
     if (server->stopping && c->open && c->requests == NULL)
         vhost_end(c, "the server stops");
+}
+
+static bool front_turn(struct vrep_front *front)
+{
+    struct vrep_vhost_server *server = (struct vrep_vhost_server *)front;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
+        connection_turn(&server->connection[i]);
     front->requests = server->received;
     server->received = 0;
     return false; /* what waits, waits for an event */
@@ -266,19 +298,24 @@ static void front_wakeup(struct vrep_front *front)
 static void front_stop(struct vrep_front *front, bool drain)
 {
     struct vrep_vhost_server *server = (struct vrep_vhost_server *)front;
-    struct vhost_connection *c = &server->connection;
     server->stopping = true;
     vrep_accept_stop(&server->accept);
-    for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX && c->open; i++)
-        drop_waiting(&c->queue[i]);
-    if (c->open && (!drain || c->requests == NULL))
-        vhost_end(c, "the server stops");
+    for (uint32_t n = 0; n < VREP_VHOST_MONITORS_MAX; n++) {
+        struct vhost_connection *c = &server->connection[n];
+        for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX && c->open; i++)
+            drop_waiting(&c->queue[i]);
+        if (c->open && (!drain || c->requests == NULL))
+            vhost_end(c, "the server stops");
+    }
 }
 
 static bool front_idle(const struct vrep_front *front)
 {
     const struct vrep_vhost_server *server = (const struct vrep_vhost_server *)front;
-    return server->inflight == 0 && !server->connection.open;
+    bool open = false;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
+        open = open || server->connection[i].open;
+    return server->inflight == 0 && !open;
 }
 
 /* ---- the outside -------------------------------------------------------------------------- */
@@ -300,8 +337,10 @@ int vrep_vhost_create(struct vrep_loop *loop, const struct vrep_vhost_config_ser
     server->group = group;
     server->disk = config->disk;
     vrep_accept_init(&server->accept, loop, "vhost", connected, server);
-    server->connection.watch.fd = server->connection.backend_fd = -1;
-    server->connection.server = server;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++) {
+        server->connection[i].watch.fd = server->connection[i].backend_fd = -1;
+        server->connection[i].server = server;
+    }
     pthread_mutex_init(&server->lock, NULL);
     server->read_only =
         vrep_disk_info(vrep_group_disk(group, config->disk), &info) == VREP_OK && info.read_only;
@@ -337,7 +376,8 @@ void vrep_vhost_destroy(struct vrep_vhost_server *server)
 {
     if (server == NULL)
         return;
-    vhost_end(&server->connection, "the server ends");
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
+        vhost_end(&server->connection[i], "the server ends");
     vrep_accept_stop(&server->accept);
     /* Of commands that never ended: the group was closed, nothing uses it any more. */
     for (uint32_t i = 0; server->requests != NULL && i < VHOST_REQUESTS; i++)
@@ -347,23 +387,12 @@ void vrep_vhost_destroy(struct vrep_vhost_server *server)
     free(server);
 }
 
-void vrep_vhost_resized(struct vrep_vhost_server *server)
-{
-    struct vhost_connection *c = &server->connection;
-    struct vrep_vhost_header header = {VREP_VHOST_BACKEND_CONFIG_CHANGE, VREP_VHOST_VERSION, 0};
-    server->info.bytes = vrep_group_disk_bytes(server->group, server->disk);
-    if (c->open && c->backend_fd >= 0 && vhost_speaks(c, VREP_VHOST_P_BACKEND_REQ) &&
-        !vhost_send(c->backend_fd, &header, NULL, -1))
-        VREP_WARN("vhost", "%s: the monitor was not told of the new size",
-                  server->accept.listener.path);
-}
-
 void vrep_vhost_stats(struct vrep_vhost_server *server, struct vrep_vhost_stats *out)
 {
     struct vrep_vhost_stats *stats = &server->stats;
     pthread_mutex_lock(&server->lock);
-    *out = (struct vrep_vhost_stats){.connected_ns = stats->connected_ns};
-    memcpy(out->address, stats->address, sizeof out->address);
+    *out = (struct vrep_vhost_stats){0};
+    memcpy(out->monitor, stats->monitor, sizeof out->monitor);
     pthread_mutex_unlock(&server->lock);
     out->accepted = vrep_load_relaxed_u64(&stats->accepted);
     out->refused =

@@ -1,18 +1,20 @@
 /* vhost-user-blk: serves one disk of a group to a virtual machine monitor, which hands over the
  * guest's memory and its virtqueues.
  *
- * A Unix socket per disk, one monitor at a time.  What the guest writes is copied once, from its
- * memory into the ring's; what it reads goes straight into its memory.  All queues land on the
- * group's thread.  What is in flight stands in memory that the monitor keeps (the in-flight
- * region): after a kill, or a restart, it is submitted again, in its order, to the filter that
- * comes next, once everything that the old connection had submitted is complete.
+ * A Unix socket per disk.  One monitor at a time uses it; a second one may be connected beside it,
+ * and gets the disk when the first is gone, or when the guest has moved to it: the first stopped
+ * all queues while it had the guest's memory logged (live migration).  What the guest writes is
+ * copied once, from its memory into the ring's; what it reads goes straight into its memory.  All
+ * queues land on the group's thread.  What is in flight stands in memory that the monitor keeps
+ * (the in-flight region): after a kill, or a restart, it is submitted again, in its order, to the
+ * filter that comes next, once everything that the old connection had submitted is complete.
  *
  * The guest's memory is shared with the guest: every descriptor is read once, and every address is
  * looked up before it is used.  A monitor that shortens the file behind that memory kills the
  * filter (SIGBUS): it is trusted with that, as it is with the guest.
  *
- * Units: bytes.  Limits: 16 queues of 1024, requests of 32 MiB and 256 segments.  Threading: as
- * nbd.h.
+ * Units: bytes.  Limits: two monitors, 16 queues of 1024, requests of 32 MiB and 256 segments.
+ * Threading: as nbd.h.
  */
 #ifndef VREP_SERVE_VHOST_H
 #define VREP_SERVE_VHOST_H
@@ -38,12 +40,15 @@ int vrep_vhost_create(struct vrep_loop *loop, const struct vrep_vhost_config_ser
                       struct vrep_vhost_server **out);
 /* After the loop's stop, and after the group's close when that gave TIMEOUT. */
 void vrep_vhost_destroy(struct vrep_vhost_server *server);
-/* The disk has another size now: the guest is told.  On the group's thread. */
-void vrep_vhost_resized(struct vrep_vhost_server *server);
 
-struct vrep_vhost_stats {
-    char address[64];      /* of the monitor; empty: none */
+#define VREP_VHOST_MONITORS_MAX 2u
+struct vrep_vhost_monitor {
+    char address[64];      /* empty: none */
     uint64_t connected_ns; /* CLOCK_REALTIME */
+    bool holds;            /* the disk is this one's, whether its queues run or not */
+};
+struct vrep_vhost_stats {
+    struct vrep_vhost_monitor monitor[VREP_VHOST_MONITORS_MAX];
     uint64_t accepted, refused;
     struct vrep_traffic traffic;
     uint64_t resubmitted; /* that stood in the in-flight region of an earlier connection */

@@ -154,6 +154,7 @@ struct vhost_connection {
     uint16_t inflight_size; /* of the queues that it was made for */
     struct vhost_queue queue[VREP_VHOST_QUEUES_MAX];
     struct vhost_request *requests; /* in flight */
+    bool moved;                     /* its guest goes on elsewhere: queues stopped under the log */
     int draining;                   /* queue that GET_VRING_BASE waits for; -1: none */
 };
 
@@ -166,19 +167,24 @@ struct vrep_vhost_server {
     bool read_only;
     char serial[VREP_VIRTIO_ID_BYTES];
     struct vrep_accept accept;
-    struct vhost_connection connection;
+    struct vhost_connection connection[VREP_VHOST_MONITORS_MAX];
+    struct vhost_connection *holder; /* that started queues last, and is still there; or NULL */
     struct vhost_request *requests, *free;
     uint32_t inflight; /* commands submitted and not done */
     uint32_t orphans;  /* of those, whose connection ended */
     uint32_t received; /* requests of this turn */
     bool stopping;
-    pthread_mutex_t lock; /* guards the address */
+    pthread_mutex_t lock; /* guards what the statistics say of monitors */
     struct vrep_vhost_stats stats;
 };
 
 struct vhost_request *vhost_request_take(struct vrep_vhost_server *server);
 void vhost_request_give(struct vrep_vhost_server *server, struct vhost_request *request);
 void vhost_end(struct vhost_connection *c, const char *why);
+/* Whether one of its queues runs. */
+bool vhost_uses(const struct vhost_connection *c);
+/* The disk is this one's now; NULL: nobody's. */
+void vhost_hold(struct vrep_vhost_server *server, struct vhost_connection *c);
 
 /* ---- vhost_messages.c -------------------------------------------------------------------- */
 

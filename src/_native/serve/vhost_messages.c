@@ -44,8 +44,30 @@ static struct vrep_vhost_inflight_queue *kept_of(const struct vhost_connection *
     return (struct vrep_vhost_inflight_queue *)(void *)(c->inflight_at + queue->number * bytes);
 }
 
+/* Another monitor's guest may use the disk: two that write at once would be two orders. One that
+ * stopped without the log may go on at any moment (it is paused); one that moved may not, unless
+ * nobody took the disk over. */
+static bool may_use(const struct vhost_connection *c)
+{
+    const struct vhost_connection *holder = c->server->holder;
+    return holder == NULL || holder == c || (holder->moved && !vhost_uses(holder));
+}
+
+/* A monitor that came back may know another size: a disk is resized between two connections.  It
+ * looks, and tells its guest what is new. */
+static void tell_config(struct vhost_connection *c)
+{
+    struct vrep_vhost_header header = {VREP_VHOST_BACKEND_CONFIG_CHANGE, VREP_VHOST_VERSION, 0};
+    if (c->backend_fd >= 0 && vhost_speaks(c, VREP_VHOST_P_BACKEND_REQ) &&
+        !vhost_send(c->backend_fd, &header, NULL, -1))
+        VREP_WARN("vhost", "%s: the monitor was not told to look at the size",
+                  c->server->accept.listener.path);
+}
+
 static int start_queue(struct vhost_connection *c, struct vhost_queue *queue)
 {
+    if (!may_use(c))
+        return VREP_E_BUSY;
     queue->kept = NULL;
     if (vhost_speaks(c, VREP_VHOST_P_INFLIGHT_SHMFD) && c->inflight_at != NULL) {
         queue->kept = kept_of(c, queue);
@@ -54,7 +76,15 @@ static int start_queue(struct vhost_connection *c, struct vhost_queue *queue)
     }
     if (!(c->features >> VREP_VHOST_F_PROTOCOL_FEATURES & 1))
         queue->enabled = true;
-    return vhost_queue_start(queue, c->memory);
+    bool first = !vhost_uses(c);
+    int status = vhost_queue_start(queue, c->memory);
+    if (status != VREP_OK)
+        return status;
+    c->moved = false;
+    vhost_hold(c->server, c);
+    if (first)
+        tell_config(c);
+    return VREP_OK;
 }
 
 void vhost_close_fds(struct vrep_vhost_message *message)
@@ -255,6 +285,7 @@ int vhost_answer_base(struct vhost_connection *c, struct vhost_queue *queue)
     vhost_forget_kick(queue);
     vhost_close_fd(&queue->call_fd);
     vhost_queue_stop(queue);
+    c->moved = c->log.at != NULL && !vhost_uses(c);
     c->draining = -1;
     return reply(c, &state, sizeof state, -1) == VREP_OK ? ANSWERED : VREP_E_CLOSED;
 }

@@ -115,6 +115,10 @@ int vhost_queue_start(struct vhost_queue *queue, struct vhost_memory *memory)
     }
     vrep_count(&queue->connection->server->stats.resubmitted, queue->resubmit_count);
     queue->started = queue->again = true;
+    /* A server that was killed may have shown what it had not logged yet. */
+    if (queue->log_used)
+        vhost_log_write(&queue->connection->log, queue->address_log,
+                        VREP_VRING_USED_BYTES(queue->size));
     return VREP_OK;
 }
 

@@ -70,9 +70,14 @@ cdef extern from "serve/vhost.h" nogil:
         uint32_t disk
         uint32_t block_bytes
         uint16_t queues
-    struct vrep_vhost_stats:
+    enum:
+        VREP_VHOST_MONITORS_MAX
+    struct vrep_vhost_monitor:
         char address[64]
         uint64_t connected_ns
+        bint holds
+    struct vrep_vhost_stats:
+        vrep_vhost_monitor monitor[2]
         uint64_t accepted
         uint64_t refused
         vrep_traffic traffic
@@ -407,20 +412,23 @@ cdef class Server:
             PyMem_Free(found)
 
     def _monitors(self):
+        """Counters are those of the disk: they stand with the one that holds it."""
         cdef vrep_vhost_stats stats
-        cdef uint32_t i
+        cdef vrep_traffic nothing = vrep_traffic(0, 0, 0, 0)
+        cdef uint32_t i, k
         found = []
         for i in range(self.vhost_count):
             vrep_vhost_stats_of(self.vhost[i], &stats)
-            if not stats.address[0]:
-                continue
             name = vrep_group_disk_name(self.group.handle, self.vhost_disk[i]).decode()
-            found.append({
-                "address": stats.address.decode("ascii", "replace"),
-                "disk": name,
-                "connected_at": stats.connected_ns / 1e9,
-                **_moved(&stats.traffic),
-            })
+            for k in range(VREP_VHOST_MONITORS_MAX):
+                if not stats.monitor[k].address[0]:
+                    continue
+                found.append({
+                    "address": stats.monitor[k].address.decode("ascii", "replace"),
+                    "disk": name,
+                    "connected_at": stats.monitor[k].connected_ns / 1e9,
+                    **_moved(&stats.traffic if stats.monitor[k].holds else &nothing),
+                })
         return found
 
     @property

@@ -103,6 +103,8 @@ class GuestTask:
     pause_s: float = 0.05
     churn_pause_s: float = 0.2
     churn: bool = True
+    #: Every file is read again and again from the disk and compared, beside the writes.
+    reread: bool = False
     #: Lines that mode `continue` adds.
     lines: int = 20
     mount_options: str = "discard"
@@ -119,6 +121,7 @@ class GuestTask:
             # A pause of zero would never listen to the host.
             "pause": f"{max(self.pause_s, 0.001):.3f}",
             "churn": f"{self.churn:d}",
+            "reread": f"{self.reread:d}",
             "churn_pause": f"{self.churn_pause_s:.3f}",
             "lines": str(self.lines),
             "mount": self.mount_options,
@@ -159,15 +162,18 @@ class Guest:
         qmp_socket: Path | None = None,
         memory_mib: int = 256,
         command_prefix: Sequence[str] = (),
+        more_words: Sequence[str] = (),
         qemu: str = "qemu-system-x86_64",
     ) -> None:
-        """Describe the run; `command_prefix` puts QEMU elsewhere (a network namespace)."""
+        """Describe the run; `command_prefix` puts QEMU elsewhere (a network namespace), and
+        `more_words` end its command line (a network, a migration that comes in)."""
         self.image = image
         self.disks = tuple(disks)
         self.task = task if task is not None else GuestTask()
         self.qmp_socket = qmp_socket
         self.memory_mib = memory_mib
         self._prefix = tuple(command_prefix)
+        self._more = tuple(more_words)
         self._qemu = qemu
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
@@ -203,7 +209,7 @@ class Guest:
             words += disk.words(f"disk{index}", index)
         if self.qmp_socket is not None:
             words += ["-qmp", f"unix:{self.qmp_socket},server=on,wait=off"]
-        return words
+        return [*words, *self._more]
 
     def start(self) -> None:
         """Start QEMU and listen to its console."""

@@ -18,11 +18,12 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 
 from vrep.errors import VrepError
 
@@ -58,6 +59,31 @@ def default_cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vrep" / "guest"
 
 
+def _init_script() -> bytes:
+    return resources.files(__package__).joinpath("guest_init.sh").read_bytes()
+
+
+@dataclass(frozen=True)
+class GuestRecipe:
+    """What an image is made of besides the kernel and busybox."""
+
+    init: bytes = field(default_factory=_init_script)
+    modules: tuple[str, ...] = WANTED_MODULES
+    #: Programs and their like by their paths in the guest, all executable.
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """Everything of ours that shapes the image."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps([_CACHE_VERSION, self.modules]).encode())
+        digest.update(self.init)
+        for name, content in sorted(self.files.items()):
+            digest.update(f"{name} {len(content)}\0".encode())
+            digest.update(content)
+        return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class GuestImage:
     """A kernel and an initramfs that QEMU boots directly."""
@@ -68,7 +94,13 @@ class GuestImage:
     packages: dict[str, str]
 
     @classmethod
-    def build(cls, cache_dir: Path | None = None, *, refresh: bool = False) -> GuestImage:
+    def build(
+        cls,
+        cache_dir: Path | None = None,
+        *,
+        refresh: bool = False,
+        recipe: GuestRecipe | None = None,
+    ) -> GuestImage:
         """Return the cached image, or download and build it first.
 
         The key is everything of ours that shapes the image; a newer kernel
@@ -80,29 +112,19 @@ class GuestImage:
             )
         cache = cache_dir if cache_dir is not None else default_cache_dir()
         cache.mkdir(parents=True, exist_ok=True)
-        place = cache / f"image-{_recipe_key()}"
+        recipe = recipe if recipe is not None else GuestRecipe()
+        place = cache / f"image-{recipe.key}"
         with _locked(cache / "lock"):
             if refresh and place.exists():
                 shutil.rmtree(place)
             if not (place / "image.json").exists():
-                _build_into(place, cache)
+                _build_into(place, cache, recipe)
         described = json.loads((place / "image.json").read_text())
         return cls(
             kernel=place / "vmlinuz",
             initramfs=place / "initramfs.cpio",
             packages=dict(described["packages"]),
         )
-
-
-def _init_script() -> bytes:
-    return resources.files(__package__).joinpath("guest_init.sh").read_bytes()
-
-
-def _recipe_key() -> str:
-    recipe = hashlib.sha256()
-    recipe.update(json.dumps([_CACHE_VERSION, WANTED_MODULES]).encode())
-    recipe.update(_init_script())
-    return recipe.hexdigest()[:16]
 
 
 @contextmanager
@@ -112,7 +134,7 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(place: Path, cache: Path) -> None:
+def _build_into(place: Path, cache: Path, recipe: GuestRecipe) -> None:
     with tempfile.TemporaryDirectory(dir=cache, prefix="unpack-") as work_name:
         work = Path(work_name)
         packages = _fetch_packages(work)
@@ -129,7 +151,12 @@ def _build_into(place: Path, cache: Path) -> None:
         )
         modules = _only(_module_trees(root), "module tree in the kernel package")
         (image / "initramfs.cpio").write_bytes(
-            make_initramfs(_init_script(), busybox.read_bytes(), load_modules(modules))
+            make_initramfs(
+                recipe.init,
+                busybox.read_bytes(),
+                load_modules(modules, recipe.modules),
+                recipe.files,
+            )
         )
         versions = dict(_package_identity(archive) for archive in packages)
         (image / "image.json").write_text(json.dumps({"packages": versions}, indent=2))
@@ -274,10 +301,19 @@ def _module_dependencies(content: bytes) -> list[str]:
 # Initramfs
 
 
-def make_initramfs(init: bytes, busybox: bytes, modules: Sequence[tuple[str, bytes]]) -> bytes:
-    """A cpio archive with the init script, busybox and the modules in loading order."""
+def make_initramfs(
+    init: bytes,
+    busybox: bytes,
+    modules: Sequence[tuple[str, bytes]],
+    files: Mapping[str, bytes] = MappingProxyType({}),
+) -> bytes:
+    """A cpio archive with the init script, busybox, the modules in loading order, and more files,
+    by their paths."""
     archive = CpioWriter()
-    for directory in ("bin", "dev", "disk", "modules", "proc", "sys", "tmp"):
+    directories = {"bin", "dev", "disk", "modules", "proc", "sys", "tmp"}
+    for name in files:
+        directories |= {str(parent) for parent in PurePosixPath(name).parents} - {"."}
+    for directory in sorted(directories):
         archive.add_directory(directory)
     # The kernel opens this one for init before devtmpfs is mounted.
     archive.add_device("dev/console", major=5, minor=1)
@@ -286,6 +322,8 @@ def make_initramfs(init: bytes, busybox: bytes, modules: Sequence[tuple[str, byt
     archive.add_file("modules/order", "".join(f"{name}\n" for name, _ in modules).encode())
     for name, content in modules:
         archive.add_file(f"modules/{name}", content)
+    for name, content in sorted(files.items()):
+        archive.add_file(name, content, mode=0o755)
     return archive.finish()
 
 

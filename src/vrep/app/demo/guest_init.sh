@@ -15,6 +15,7 @@
 #   CHURN k name            copy k of file `name` is fsynced and renamed
 #   CONTINUED from n        the disk's last line was n
 #   VERIFY ok|bad n         n files compared
+#   READ n                  every file was read from the disk n times, and was right
 #   STOPPED n | FAILED why | POWEROFF
 #
 # One line of log/lines.txt is 64 bytes, so that it never crosses a disk block:
@@ -107,6 +108,17 @@ verify() {
     fi
 }
 
+reread() { # reads every file from the disk again and again
+    k=0
+    while [ ! -e /tmp/stop ]; do
+        echo 3 >/proc/sys/vm/drop_caches
+        (cd $DISK && sha256sum -c MANIFEST.sha256 >/tmp/reread 2>&1) ||
+            fail "reading: $(grep -v ': OK$' /tmp/reread | head -n 3)"
+        k=$((k + 1))
+        echo "READ $k"
+    done
+}
+
 write_lines() { # count: 0 means until the host says stop or kills the guest
     mkdir -p $DISK/log $DISK/churn
     exec 3>>$LOG
@@ -165,6 +177,7 @@ case $modes in
     find_last_line
     mkdir -p $DISK/churn
     [ "$(option churn 1)" = 0 ] || churn &
+    [ "$(option reread 0)" = 0 ] || reread &
     write_lines 0
     : >/tmp/stop
     wait

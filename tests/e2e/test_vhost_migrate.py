@@ -1,0 +1,164 @@
+"""A VM on vhost-user-blk moves from one QEMU to another one while it writes: its dirty log is
+kept by the filter, its disk goes with it, and no write is lost or done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites import GROUP, Pair, wait_until
+
+from vrep.app.demo.guest import Guest, GuestDisk, GuestTask, WitnessedLine
+from vrep.app.demo.guest_check import check_disk, judge_lines
+from vrep.app.demo.guest_disk import DiskContent, build_disk
+from vrep.app.demo.guest_image import GuestImage
+from vrep.control import ControlClient
+from vrep.errors import BusyError
+from vrep.hypervisor.monitor import SocketMonitor
+
+pytestmark = pytest.mark.e2e
+Make = Callable[..., Pair]
+
+SMALL = DiskContent(
+    size=96 << 20,
+    small_files=20,
+    small_size_max=16 << 10,
+    text_files=5,
+    text_size_max=32 << 10,
+    big_files=1,
+    big_size=1 << 20,
+)
+BOOT_S = 120.0
+
+
+class Place:
+    """A QEMU that runs the guest, or waits for it to come."""
+
+    def __init__(self, image: GuestImage, uri: str, root: Path, number: int) -> None:
+        self.address = f"unix:{root}/in{number}"
+        more = ["-incoming", self.address] if number else []
+        self.guest = Guest(
+            image,
+            [GuestDisk(uri)],
+            GuestTask(pause_s=0.01, churn_pause_s=0.01, reread=True),
+            qmp_socket=root / f"qmp{number}",
+            more_words=more,
+        )
+
+    def start(self) -> None:
+        self.guest.start()
+        socket = self.guest.qmp_socket
+        assert socket is not None
+        wait_until("QEMU answers", socket.exists, 30)
+        self.monitor = SocketMonitor(socket)
+
+    def state(self) -> str:
+        return str(self.monitor.execute("query-migrate").get("status", "none"))
+
+    def run_state(self) -> str:
+        return str(self.monitor.execute("query-status")["status"])
+
+    def go_to(self, other: Place) -> None:
+        """Begin to move, slowly: much is read into its memory and written meanwhile."""
+        limits = {"downtime-limit": 500, "max-bandwidth": 24 << 20}
+        self.monitor.execute("migrate-set-parameters", limits)
+        self.monitor.execute("migrate", {"uri": other.address})
+
+    def arrived(self) -> bool:
+        state = self.state()
+        assert state != "failed", self.monitor.execute("query-migrate")
+        return state == "completed"
+
+    def close(self) -> None:
+        self.monitor.close()
+        self.guest.kill9()
+
+
+def lines_of(*places: Place) -> list[WitnessedLine]:
+    return [line for place in places for line in place.guest.witness]
+
+
+def clients(pair: Pair) -> list[Any]:
+    return list(ControlClient(pair.a.paths.socket("filter")).call("clients", group=GROUP))
+
+
+def judge(pair: Pair, manifest: Any, tmp_path: Path, *places: Place) -> None:
+    """Whatever the guest said was durable, wherever it ran, is at the other site."""
+    killed_ms = time.time_ns() // 1_000_000
+    pair.settle()
+    pair.same_as_source()
+    result = pair.b.export(GROUP, tmp_path / "recovered")
+    verdict = check_disk(Path(result.disks[0].path), manifest)
+    assert verdict.violations() == []
+    witness = lines_of(*places)
+    assert [line.number for line in witness] == list(range(1, len(witness) + 1))
+    lines = judge_lines(verdict.log, witness, point_ms=killed_ms)
+    assert lines.violations() == []
+
+
+@pytest.fixture
+def make_place(tmp_path: Path) -> Iterator[Callable[[str, int], Place]]:
+    """Makes places by their numbers; the guest boots in that of number 0."""
+    image = GuestImage.build(Path(__file__).parents[2] / "build" / "guest")
+    with contextlib.ExitStack() as stack:
+
+        def make(uri: str, number: int) -> Place:
+            place = Place(image, uri, tmp_path, number)
+            place.start()
+            stack.callback(place.close)
+            return place
+
+        yield make
+
+
+def test_a_vm_moves_while_it_reads_and_writes(
+    make_pair: Make, make_place: Callable[[str, int], Place], tmp_path: Path
+) -> None:
+    pair = make_pair(disks={"root": SMALL.size})
+    manifest = build_disk(pair.images["root"], SMALL)
+    pair.up()
+    pair.a.set_fronts(GROUP, {"root": "vhost-user-blk"})
+    here = make_place(pair.a.disk_uri(GROUP), 0)
+    nowhere = make_place(pair.a.disk_uri(GROUP), 1)
+    here.guest.wait_for_lines(20, BOOT_S)
+    here.guest.wait_for("^READ 1$", BOOT_S)
+    assert len(clients(pair)) == 2
+    assert [bool(client["written_bytes"]) for client in clients(pair)].count(True) == 1
+    # A move that is given up, with a filter that is killed on the way: it goes on where it is.
+    here.go_to(nowhere)
+    wait_until("it is on its way", lambda: here.state() == "active", 30, 0.01)
+    pair.kill("filter")
+    pair.start("filter")
+    here.monitor.execute("migrate_cancel")
+    wait_until("it is not any more", lambda: here.state() == "cancelled", 30)
+    nowhere.close()
+    here.guest.wait_for_lines(len(here.guest.witness) + 20, BOOT_S)
+    wait_until("one is left", lambda: len(clients(pair)) == 1, 30)
+
+    there = make_place(pair.a.disk_uri(GROUP), 2)
+    here.go_to(there)
+    wait_until("it arrived", here.arrived, 120)
+    wait_until("it runs there", lambda: there.run_state() == "running", 30)
+    there.guest.wait_for_lines(20, BOOT_S)
+    # Where it was it cannot go on: its disk is elsewhere.
+    said = len(here.guest.console)
+    here.monitor.execute("cont")
+    more = len(there.guest.witness) + 20
+    there.guest.wait_for_lines(more, BOOT_S)
+    assert [line.text for line in here.guest.console[said:] if "LINE" in line.text] == []
+    with pytest.raises(BusyError):
+        pair.a.set_fronts(GROUP, {"root": "nbd"})
+    here.close()
+    # A filter that is killed afterwards is a stall, as ever.
+    pair.kill("filter")
+    pair.start("filter")
+    there.guest.wait_for_lines(more + 20, BOOT_S)
+    there.guest.wait_for("^READ ", BOOT_S)
+    there.guest.request_stop()
+    there.guest.wait_for("^STOPPED ", BOOT_S)
+    assert there.guest.wait_exit(BOOT_S) == 0
+    judge(pair, manifest, tmp_path, here, there)
