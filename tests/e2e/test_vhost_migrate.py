@@ -15,7 +15,7 @@ from sites import GROUP, Pair, wait_until
 from vrep.app.demo.guest import Guest, GuestDisk, GuestTask, WitnessedLine
 from vrep.app.demo.guest_check import check_disk, judge_lines
 from vrep.app.demo.guest_disk import DiskContent, build_disk
-from vrep.app.demo.guest_image import GuestImage
+from vrep.app.demo.guest_image import GuestError, GuestImage
 from vrep.control import ControlClient
 from vrep.errors import BusyError
 from vrep.hypervisor.monitor import SocketMonitor
@@ -73,20 +73,27 @@ class Place:
         assert state != "failed", self.monitor.execute("query-migrate")
         return state == "completed"
 
+    def stop(self) -> None:
+        """The guest's clean end. It listens for moments only, so it is told again."""
+
+        def stopped() -> bool:
+            with contextlib.suppress(GuestError):
+                self.guest.request_stop()  # it may have ended meanwhile
+            return any(line.text.startswith("STOPPED ") for line in self.guest.console)
+
+        wait_until("it stops", stopped, BOOT_S, 1)
+        assert self.guest.wait_exit(BOOT_S) == 0
+
     def close(self) -> None:
         self.monitor.close()
         self.guest.kill9()
-
-
-def lines_of(*places: Place) -> list[WitnessedLine]:
-    return [line for place in places for line in place.guest.witness]
 
 
 def clients(pair: Pair) -> list[Any]:
     return list(ControlClient(pair.a.paths.socket("filter")).call("clients", group=GROUP))
 
 
-def judge(pair: Pair, manifest: Any, tmp_path: Path, *places: Place) -> None:
+def judge(pair: Pair, manifest: Any, tmp_path: Path, witness: list[WitnessedLine]) -> None:
     """Whatever the guest said was durable, wherever it ran, is at the other site."""
     killed_ms = time.time_ns() // 1_000_000
     pair.settle()
@@ -94,8 +101,10 @@ def judge(pair: Pair, manifest: Any, tmp_path: Path, *places: Place) -> None:
     result = pair.b.export(GROUP, tmp_path / "recovered")
     verdict = check_disk(Path(result.disks[0].path), manifest)
     assert verdict.violations() == []
-    witness = lines_of(*places)
-    assert [line.number for line in witness] == list(range(1, len(witness) + 1))
+    numbers = [line.number for line in witness]
+    assert numbers == sorted(set(numbers))
+    # A line that was being printed when the guest left is one half on each console.
+    assert numbers[-1] - len(numbers) <= 1
     lines = judge_lines(verdict.log, witness, point_ms=killed_ms)
     assert lines.violations() == []
 
@@ -144,12 +153,13 @@ def test_a_vm_moves_while_it_reads_and_writes(
     wait_until("it arrived", here.arrived, 120)
     wait_until("it runs there", lambda: there.run_state() == "running", 30)
     there.guest.wait_for_lines(20, BOOT_S)
-    # Where it was it cannot go on: its disk is elsewhere.
-    said = len(here.guest.console)
+    # Where it was it cannot go on: its disk is elsewhere. It may say that a line is durable that
+    # was so when it left.
+    left = here.guest.witness
     here.monitor.execute("cont")
     more = len(there.guest.witness) + 20
     there.guest.wait_for_lines(more, BOOT_S)
-    assert [line.text for line in here.guest.console[said:] if "LINE" in line.text] == []
+    assert len(here.guest.witness) <= len(left) + 1
     with pytest.raises(BusyError):
         pair.a.set_fronts(GROUP, {"root": "nbd"})
     here.close()
@@ -158,7 +168,5 @@ def test_a_vm_moves_while_it_reads_and_writes(
     pair.start("filter")
     there.guest.wait_for_lines(more + 20, BOOT_S)
     there.guest.wait_for("^READ ", BOOT_S)
-    there.guest.request_stop()
-    there.guest.wait_for("^STOPPED ", BOOT_S)
-    assert there.guest.wait_exit(BOOT_S) == 0
-    judge(pair, manifest, tmp_path, here, there)
+    there.stop()
+    judge(pair, manifest, tmp_path, left + there.guest.witness)

@@ -377,6 +377,7 @@ static void the_configuration_is_that_of_the_disk(void)
     monitor_give_memory(&m);
     CHECK_EQ(recv(pair[0], &told, sizeof told, MSG_DONTWAIT), -1);
     monitor_start(&m, 0, 64, 0);
+    monitor_wait(pair[0]);
     CHECK_EQ(recv(pair[0], &told, sizeof told, MSG_WAITALL), (ssize_t)sizeof told);
     CHECK_EQ(told.request, VREP_VHOST_BACKEND_CONFIG_CHANGE);
     close(pair[0]);
