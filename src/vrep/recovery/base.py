@@ -41,7 +41,6 @@ from vrep.lanes import lane_of
 from vrep.paths import SitePaths
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.fetch import Fetcher
-from vrep.recovery.schedule import give_way
 from vrep.target.base import BASE_FRAME, FRAME_END, BaseDisk, BasePlan
 from vrep.target.reader import StoreReader
 
@@ -57,6 +56,8 @@ RECORD_BYTES: Final = 1 << 20
 BATCH_BYTES: Final = 8 << 20
 BATCH_RECORDS: Final = 256
 TALLY_BYTES: Final = 256
+NICE: Final = 10
+"""guests of this site go first; but the VM that waits for this runs unprotected"""
 
 Runs = NDArray[np.int64]
 """rows of (start, end), rising, in whole units but for the end of a disk"""
@@ -298,7 +299,7 @@ def main(arguments: list[str]) -> int:
     """Write the base of the plan on standard input to standard output."""
     paths = SitePaths.of(arguments[0])
     plan = msgspec.json.decode(sys.stdin.buffer.read(), type=BasePlan)
-    give_way()
+    os.nice(NICE)
     out = sys.stdout.buffer
     for batch in seal_base(paths, plan):
         out.write(BASE_FRAME.pack(batch.done, batch.total, len(batch.data)))
