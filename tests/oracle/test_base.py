@@ -32,6 +32,7 @@ from vrep.target.base import BaseDisk, BaseOffer
 from vrep.target.delta import look_up
 from vrep.target.manifest import NOWHERE, DiskEntry, EpochEntry, EpochState, Position
 from vrep.target.receive import GroupHost
+from vrep.target.segment import segment_path
 from vrep.target.store import GroupStore, StoreOptions, StoreReader, StoreSpec
 from vrep.wire import messages as m
 
@@ -69,8 +70,8 @@ class Old:
         self.image = self.root / "old.raw"
         self.host = self.open()
 
-    def open(self) -> GroupHost:
-        options = StoreOptions(commit_s=0.001, reserve_bytes=0, merge=False)
+    def open(self, reserve_bytes: int = 0) -> GroupHost:
+        options = StoreOptions(commit_s=0.001, reserve_bytes=reserve_bytes, merge=False)
         self.host = GroupHost(self.paths.store, GROUP, options, 1 << 20, site=US)
         return self.host
 
@@ -263,6 +264,9 @@ def test_what_the_old_disks_hold_is_not_sent_again(old: Old) -> None:
     assert old.show(end) == bytes(taken)
     old.require_no_new_point(end, fork, Position(2, 0, end.seq - 1))
     old.require_whole(end)
+    with StoreReader(old.paths.store, GROUP) as reader:
+        times = {int(t["wall_ns"]) for t in reader.times() if int(t["at"]["epoch"]) == 1}
+    assert times == {epochs[1].wall_ns}  # of the new writer's clock
     last = writer.record(layout.KIND_WRITE, 0, b"x" * UNIT)
     old.store.commit()
     old.require_no_new_point(last, fork)
@@ -401,6 +405,41 @@ def test_without_the_key_everything_is_sent(old: Old) -> None:
     old.require_whole(end)
 
 
+def test_a_key_that_the_store_does_not_know(old: Old) -> None:
+    """It was made at the old site, which told the new one: the store learns of it with the base."""
+    point, _disk = here_first(old)
+    mine = old.store.raise_epoch(writer=US, parent=point, state=EpochState.ACCEPTED)
+    old.key = DataKey.create(GROUP, 2)
+    old.keys = [*old.keys, old.key.wrap(old.tenant)]
+    old.change(0)
+    fork = Position(2, 0, point.seq + 12)
+    old.follow([epoch(1, THEM), mine, epoch(3, THEM, fork)], old.offer(fork))
+    assert layout.KIND_SYNC in [kind for kind, _seq, _length in old.kinds(2)]
+    old.require_no_new_point(point, fork)
+    old.require_whole()
+
+
+def test_what_cannot_be_read_in_the_store_is_sealed_again(old: Old) -> None:
+    point, _disk = here_first(old)
+    mine = old.store.raise_epoch(writer=US, parent=point, state=EpochState.ACCEPTED)
+    old.host.close()
+    old.open()
+    old.store.commit()
+    fork = Position(2, 0, point.seq + 12)
+    directory = old.paths.store / GROUP.hex()
+    sizes = {p: p.stat().st_size for n in range(1, 9) if (p := segment_path(directory, n)).exists()}
+    segment = max(sizes, key=lambda path: sizes[path])
+    data = bytearray(segment.read_bytes())
+    data[len(data) // 2] ^= 1
+    segment.write_bytes(data)
+    epochs = [epoch(1, THEM), mine, epoch(3, THEM, fork)]
+    old.follow(epochs, old.offer(fork))
+    end, sent = Writer(old, epochs[2]).resync(bytes(old.disk))
+    old.store.commit()
+    assert set(sent) <= {DISK // UNIT * UNIT}
+    assert old.show(end) == bytes(old.disk)
+
+
 CLAIM = """
 import sys, secrets, time
 import msgspec, numpy as np
@@ -433,6 +472,26 @@ def test_a_base_claims_nothing(old: Old, claim: str) -> None:
         old.follow(epochs, old.offer(fork))
     assert old.kinds(1) == []
     old.require_no_new_point(None, fork)
+
+
+def test_a_store_without_room_follows_nobody(old: Old, monkeypatch: pytest.MonkeyPatch) -> None:
+    old.fill()
+    epochs, fork = away(100)
+    old.host.close()
+    old.open(reserve_bytes=1 << 60)
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.target.base.COMMIT_S", 0.5)
+        with pytest.raises((errors.StoreFullError, errors.TimeLimitError)):
+            old.follow(epochs, old.offer(fork))
+    assert old.store.manifest.current_epoch.epoch == 1
+    old.host.close()
+    old.open()
+    old.follow(epochs, old.offer(fork))
+    end, sent = Writer(old, epochs[1]).resync(bytes(old.disk))
+    old.store.commit()
+    assert set(sent) <= {DISK // UNIT * UNIT}
+    assert old.show(end) == bytes(old.disk)
+    old.require_whole(end)
 
 
 def test_nobody_sends_while_the_old_disks_are_sealed(old: Old) -> None:

@@ -150,7 +150,7 @@ def move(
 @app.command("reverse")
 def reverse(group: Group, directory: Directory = None, as_json: Json = False) -> None:
     """Protect the recovered VM back to its old site, once its failover is committed."""
-    with Progress("filling the disks", as_json) as progress:
+    with Progress("protecting back", as_json) as progress:
         made = site_of(directory).reverse(group, progress=progress)
     emit(
         {"group": group_of(made.name), "epoch": made.epoch, "to_site": made.to_site},

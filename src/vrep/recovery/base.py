@@ -22,7 +22,6 @@ import logging
 import os
 import secrets
 import sys
-import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -251,17 +250,17 @@ def _seal(plan: BasePlan, key: DataKey, files: dict[int, int], pieces: Runs) -> 
     total, behind = int(pieces[:, 2].sum()), 0
     body = np.zeros((), layout.STREAM)
     body["epoch_id"] = np.frombuffer(bytes.fromhex(plan.epoch_id), np.uint8)
-    body["key_generation"], body["wall_ns"] = key.generation, time.time_ns()
+    body["key_generation"], body["wall_ns"] = key.generation, plan.wall_ns
     body["parent"] = plan.parent.raw
     room = memoryview(bytearray(1024))
     written = sealer.stream(body, room)
-    begin = _headers(np.zeros((1, 3), np.int64), layout.KIND_GAP_BEGIN, plan.after + 1)
+    begin = _headers(plan, np.zeros((1, 3), np.int64), layout.KIND_GAP_BEGIN, plan.after + 1)
     size, _done = sealer.seal(begin, [None], room[written:])
     yield Batch(total, 2 * total, room[: written + size])
     at = 0
     while at < len(pieces):
         chosen = pieces[at : at + _count(pieces, at)]
-        headers = _headers(chosen, layout.KIND_SYNC, plan.after + 2 + at)
+        headers = _headers(plan, chosen, layout.KIND_SYNC, plan.after + 2 + at)
         rows = chosen.tolist()
         bound = sum(
             record.bound(layout.KIND_SYNC, offset, length) for _disk, offset, length in rows
@@ -271,7 +270,7 @@ def _seal(plan: BasePlan, key: DataKey, files: dict[int, int], pieces: Runs) -> 
         written, done = sealer.seal(headers, data, room)
         if done != len(rows):
             raise errors.StateError(f"{done} of {len(rows)} records could be sealed")
-        written += sealer.tally(room[written:], wall_ns=time.time_ns())
+        written += sealer.tally(room[written:], wall_ns=plan.wall_ns)
         at += done
         behind += int(chosen[:, 2].sum())
         yield Batch(total + behind, 2 * total, room[:written])
@@ -283,12 +282,12 @@ def _count(pieces: Runs, at: int) -> int:
     return max(1, int(np.searchsorted(sizes, BATCH_BYTES, "right")))
 
 
-def _headers(pieces: Runs, kind: int, seq: int) -> Any:
+def _headers(plan: BasePlan, pieces: Runs, kind: int, seq: int) -> Any:
     rows = np.zeros(len(pieces), layout.RECORD)
     rows["kind"] = kind
     rows["disk"], rows["offset"], rows["length"] = pieces.T
     rows["seq"] = seq + np.arange(len(pieces))
-    rows["wall_ns"], rows["mono_ns"] = time.time_ns(), time.monotonic_ns()
+    rows["wall_ns"] = plan.wall_ns
     return rows
 
 
@@ -314,6 +313,8 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:
+        os._exit(1)  # nobody listens any more
     except errors.VrepError as error:
         log.error("the old disks are not sealed: %s", error)
         sys.exit(error.exit_code)

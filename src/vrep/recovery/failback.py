@@ -80,7 +80,7 @@ def failback_all(
         )
         if moved is not None:
             moved(views)
-    return reverse_all(paths, groups, options, progress=part("filling the disks"))
+    return reverse_all(paths, groups, options, progress=part("protecting back"))
 
 
 def _require_taken(paths: SitePaths, mine: GroupDefinition) -> None:

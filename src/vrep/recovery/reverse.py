@@ -69,7 +69,8 @@ def reverse(
     progress: Progress | None = None,
 ) -> GroupDefinition:
     """Protect a group that this site took over, and committed, to the site that wrote it before.
-    `progress` hears the bytes of its disks that are here, so far and in all."""
+    `progress` hears the bytes of its disks that are here, so far and in all; then how far the old
+    site is with its own."""
     (made,) = reverse_all(paths, [group], options, progress=progress)
     return made
 

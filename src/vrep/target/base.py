@@ -20,7 +20,6 @@ import logging
 import struct
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import IO, Any, Final
 
@@ -82,6 +81,9 @@ class BasePlan(msgspec.Struct, frozen=True):
     disks: list[BaseDisk]
     wrapped_keys: list[bytes]
     compression: int
+    wall_ns: int
+    """the time of its records: when the new writer took over, by its clock, so that no clock jumps
+    between them and what follows"""
 
 
 class BaseOffer(msgspec.Struct, frozen=True):
@@ -265,6 +267,7 @@ def _begin(store: GroupStore, epochs: Sequence[EpochEntry], offer: BaseOffer) ->
         disks=offer.disks,
         wrapped_keys=offer.wrapped_keys,
         compression=offer.compression,
+        wall_ns=epochs[-1].wall_ns,
     )
     if offer.left.seq - after < SEQS_MIN:
         _end(store, plan)
@@ -287,7 +290,7 @@ def _end(store: GroupStore, plan: BasePlan) -> None:
         headers["magic"], headers["version"] = layout.RECORD_MAGIC, layout.RECORD_VERSION
         headers["kind"], headers["flags"] = layout.KIND_GAP_BEGIN, layout.RECORD_JUMP
         headers["epoch"], headers["lane"] = plan.epoch, lane_of(plan.name)
-        headers["seq"], headers["wall_ns"] = plan.last, time.time_ns()
+        headers["seq"], headers["wall_ns"] = plan.last, plan.wall_ns
         record.finish(headers)
         store.append(headers.tobytes())
     store.commit(COMMIT_S)
