@@ -95,8 +95,8 @@ INTENT_HEADER = (
 STATE_DISK = "bytes:Q device:Q inode:Q mtime_ns:Q ctime_ns:Q reserved:24s"
 STATE = (
     "magic:Q version:I flags:I counter:Q group_id:16s epoch_id:16s epoch:I lane:H disks:H"
-    " seq_limit:Q durable_seq:Q unverified:I reserved0:I disk:64[state_disk] reserved1:4004s"
-    " checksum:I"
+    " seq_limit:Q durable_seq:Q unverified:I reserved0:I disk:64[state_disk] boot_id:16s"
+    " reserved1:3988s checksum:I"
 )
 REGISTRATION = "key:Q port:H transport_id_bytes:H reserved0:I transport_id:248s reserved1:56s"
 RESERVATIONS = (

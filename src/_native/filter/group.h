@@ -67,6 +67,9 @@ struct vrep_group_config {
  * state is `unverified`, not an error), IO, CORRUPT, VERSION; GONE: a hand-over of a disk that
  * nobody has open. */
 int vrep_group_open(const struct vrep_group_config *config, struct vrep_group **out);
+/* Another has the disks of a group that is not open: the next open believes nothing. LOCKED: a
+ * filter has it, and nothing is stored. shm_dir may be NULL. */
+int vrep_group_note_past(const uint8_t group_id[16], const char *shm_dir, const char *state_dir);
 /* Drains what is in flight; clean also stores stamps and a clean checkpoint. */
 void vrep_group_close(struct vrep_group *group, bool clean);
 

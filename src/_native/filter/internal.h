@@ -423,6 +423,10 @@ bool vrep_mirror_whole(struct vrep_group *group);
 /* Whether what sync copies saw of writes under way has been sent since. */
 bool vrep_mirror_settled(const struct vrep_group *group);
 
+/* past.c */
+/* Whether a disk was written in this boot of the host, and the last filter was of another. */
+bool vrep_past_since_boot(const struct vrep_group *group);
+
 /* recover.c */
 /* What a group is found as at open; file names, and what follows from the durable state. */
 struct vrep_finding {

@@ -8,6 +8,7 @@
  *   closed     gone            CLEAN         the clean checkpoint's bits
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
+ *                              UNEXPLAINED   everything, when a disk was written since this boot
  *   anything that these do not explain: UNEXPLAINED, everything, with a reason; so is a state that
  *   says that a VM may have written past the filter, and a VM that does (a hand-over, a mirror)
  *
@@ -26,6 +27,7 @@
 
 #include "base/atomic.h"
 #include "base/log.h"
+#include "base/shared.h"
 #include "filter/fault.h"
 #include "filter/internal.h"
 
@@ -190,6 +192,10 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
             vrep_recover_detach(group, found);
     } else {
         found->how = found->shared ? VREP_OPENED_KILLED : VREP_OPENED_POWER_LOSS;
+        if (!found->shared && vrep_past_since_boot(group)) {
+            found->how = VREP_OPENED_UNEXPLAINED;
+            found->reason = VREP_UNVERIFIED_PAST;
+        }
     }
     return VREP_OK;
 }
@@ -541,6 +547,8 @@ static int store_state(struct vrep_group *group, const struct vrep_finding *foun
         state->flags |= VREP_STATE_UNVERIFIED;
     state->unverified = found->reason;
     state->seq_limit = vrep_ring_head(group->ring) + SEQ_AHEAD;
+    if (vrep_boot_id(state->boot_id) != VREP_OK)
+        memset(state->boot_id, 0, sizeof state->boot_id);
     vrep_state_stamp(group);
     int status = vrep_state_write(&group->state_file, state);
     if (status == VREP_OK)

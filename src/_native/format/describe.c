@@ -123,8 +123,8 @@ FIELDS(vrep_state, FIELD(vrep_state, magic), FIELD(vrep_state, version), FIELD(v
        FIELD(vrep_state, counter), FIELD(vrep_state, group_id), FIELD(vrep_state, epoch_id),
        FIELD(vrep_state, epoch), FIELD(vrep_state, lane), FIELD(vrep_state, disks),
        FIELD(vrep_state, seq_limit), FIELD(vrep_state, durable_seq), FIELD(vrep_state, unverified),
-       FIELD(vrep_state, reserved0), FIELD(vrep_state, disk), FIELD(vrep_state, reserved1),
-       FIELD(vrep_state, checksum));
+       FIELD(vrep_state, reserved0), FIELD(vrep_state, disk), FIELD(vrep_state, boot_id),
+       FIELD(vrep_state, reserved1), FIELD(vrep_state, checksum));
 FIELDS(vrep_registration, FIELD(vrep_registration, key), FIELD(vrep_registration, port),
        FIELD(vrep_registration, transport_id_bytes), FIELD(vrep_registration, reserved0),
        FIELD(vrep_registration, transport_id), FIELD(vrep_registration, reserved1));

@@ -465,7 +465,8 @@ struct vrep_state {
     uint32_t unverified;  /* reason code */
     uint32_t reserved0;
     struct vrep_state_disk disk[VREP_DISKS_MAX];
-    uint8_t reserved1[4004];
+    uint8_t boot_id[16]; /* of the host, when a filter opened it last; zero: not known */
+    uint8_t reserved1[3988];
     uint32_t checksum; /* at 8188 */
 };
 VREP_LAYOUT(struct vrep_state, 8192);

@@ -147,6 +147,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t offset
         uint64_t length
     int vrep_group_open(const vrep_group_config *config, vrep_group **out)
+    int vrep_group_note_past(const uint8_t group_id[16], const char *shm_dir, const char *state_dir)
     void vrep_group_close(vrep_group *group, bint clean)
     void vrep_group_abandon(vrep_group *group)
     bint vrep_group_waiting(const vrep_group *group, uint32_t index, vrep_group_step *out)

@@ -741,3 +741,19 @@ def cut_release(groups, bytes cut_id):
     """Let lanes go on that hold for a cut. TimeLimitError, with ``lane``: one did not hold any
     more, so the cut is void; the others go on all the same."""
     cut_lanes(groups, cut_id, 10.0, False, True)
+
+
+def note_past(bytes group_id, shm_dir, state_dir):
+    """A VM has the disks of a group that is not open here: the next open believes nothing.
+    LockedError: a filter has it, and nothing is stored."""
+    if len(group_id) != 16:
+        raise InvalidError("group_id is not 16 bytes")
+    cdef bytes shm = b"" if shm_dir is None else str(shm_dir).encode()
+    cdef bytes state = str(state_dir).encode()
+    cdef const char *where = NULL if shm_dir is None else <const char *>shm
+    cdef const char *stored = state
+    cdef const uint8_t *group = <const uint8_t *><const char *>group_id
+    cdef int status
+    with nogil:
+        status = vrep_group_note_past(group, where, stored)
+    check(status)

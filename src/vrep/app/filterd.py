@@ -25,6 +25,7 @@ from vrep.app.filter_cuts import FilterCuts
 from vrep.app.hosted import Hosted, close, open_group, serve, serve_or_close
 from vrep.app.publishing import Publisher
 from vrep.app.resizing import note_sizes, plan_resize
+from vrep.app.strangers import note_stranger
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
     BusyError,
@@ -62,6 +63,8 @@ class _Failed:
     error: VrepError
     pause_s: float
     not_before: float
+    locked_since: float = math.inf
+    """when another was found to have its disks (monotonic)"""
 
 
 class FilterHost:
@@ -217,9 +220,14 @@ class FilterHost:
                 and self._pass_through(definition, news)
             )
             # To try again would take the disks away from who uses them: see `_reload`.
-            not_before = math.inf if passed else time.monotonic() + pause_s
+            now = time.monotonic()
+            failure = _Failed(error, pause_s, math.inf if passed else now + pause_s)
+            if definition is not None and isinstance(error, LockedError):
+                since = failed.locked_since if failed is not None else math.inf
+                where = self._groups.path(name), self._shm_if_any(name)
+                failure.locked_since = note_stranger(definition, since, *where)
             with self._lock:
-                self._failed[name] = _Failed(error, pause_s, not_before)
+                self._failed[name] = failure
             return
         with self._lock:
             self._failed.pop(name, None)
