@@ -123,6 +123,7 @@ class Pair:
         for name, size in self.sizes.items():
             with self.images[name].open("wb") as file:
                 file.truncate(size)
+        self.scheme = "file"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.exported_key = self.root / "acme.key"
         self.definition: GroupDefinition
@@ -187,7 +188,7 @@ class Pair:
     def protect(self) -> None:
         self.definition = self.a.protect(
             GROUP,
-            {name: f"file:{path}" for name, path in self.images.items()},
+            {name: f"{self.scheme}:{path}" for name, path in self.images.items()},
             to="beta",
             key=KEY,
             options=self.options,

@@ -3,6 +3,7 @@ user, with QEMU under TCG."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,11 +17,13 @@ import libvirt_qemu
 import msgspec
 import pytest
 from sites import GROUP, MIB, Pair, wait_until
+from test_mirror import kept, replicates
 
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
 NOBODY = 65534
+SIZE = 16 * MIB
 DOMAIN = """
 <domain type="qemu">
   <name>web</name>
@@ -29,7 +32,7 @@ DOMAIN = """
   <devices>
     <emulator>/usr/bin/qemu-system-x86_64</emulator>
     <disk type="file" device="disk">
-      <driver name="qemu" type="raw" discard="unmap"/>
+      <driver name="qemu" type="{form}" discard="unmap"/>
       <source file="{image}"/>
       <target dev="vda" bus="virtio"/>
     </disk>
@@ -74,34 +77,61 @@ def libvirtd(tmp_path: Path) -> Iterator[str]:
         subprocess.run(["rm", "-rf", root], check=True)
 
 
-def test_a_domain_is_attached_and_detached(
-    make_pair: Made, libvirtd: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Domain:
+    """A domain of libvirt on an image, and what it writes."""
+
+    def __init__(self, uri: str, image: Path, form: str = "raw") -> None:
+        self.connection = libvirt.open(uri)
+        self._xml = DOMAIN.format(image=image, form=form)
+        self.start()
+
+    def start(self) -> None:
+        self.domain = self.connection.createXML(self._xml, 0)
+
+    def stop(self) -> None:
+        self.domain.destroy()
+
+    def monitor(self, command: str, **arguments: Any) -> Any:
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_qemu.qemuMonitorCommand(self.domain, request, 0))["return"]
+
+    def write(self, pattern: int, megabyte: int) -> None:
+        for io in (f"write -q -P {pattern} {megabyte}M 256k", "flush"):
+            line = f'qemu-io -d {DEVICE} "{io}"'
+            assert not self.monitor("human-monitor-command", **{"command-line": line}).strip()
+
+    def nodes(self) -> list[Any]:
+        """All that must be as before."""
+        nodes = self.monitor("query-named-block-nodes")
+        for node in nodes:
+            node["image"].pop("actual-size", None)
+            if node["drv"] == "file":  # of a qcow2 image it grows
+                del node["image"]["virtual-size"]
+        return sorted(nodes, key=json.dumps)
+
+
+@pytest.fixture
+def pair(make_pair: Made, libvirtd: str, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """Its sockets and image are open to the user that the domains run as."""
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", libvirtd)
-    pair = make_pair(disks={"root": 16 * MIB})
+    pair = make_pair(disks={"root": SIZE})
     pair.options = msgspec.structs.replace(pair.options, socket_mode=0o666)
     pair.root.chmod(0o711)
     pair.images["root"].chmod(0o666)
-    connection = libvirt.open(libvirtd)
-    domain = connection.createXML(DOMAIN.format(image=pair.images["root"]), 0)
+    return pair
 
-    def monitor(command: str, **arguments: Any) -> Any:
-        request = json.dumps({"execute": command, "arguments": arguments})
-        return json.loads(libvirt_qemu.qemuMonitorCommand(domain, request, 0))["return"]
 
-    def write(pattern: int, megabyte: int) -> None:
-        line = f'qemu-io -d {DEVICE} "write -q -P {pattern} {megabyte}M 256k"'
-        assert not monitor("human-monitor-command", **{"command-line": line}).strip()
-
+def test_a_domain_is_attached_and_detached(pair: Pair, libvirtd: str) -> None:
+    domain = Domain(libvirtd, pair.images["root"])
     try:
-        write(1, 1)
-        before = monitor("query-named-block-nodes")
+        domain.write(1, 1)
+        before = domain.nodes()
         pair.up_beside()
         result = pair.a.attach(GROUP, "libvirt:web")
         assert result is not None
         assert result.disks[0].topology in ("format", "storage")  # libvirt 9; later ones
         assert (result.objects, result.objects_missing) == (("domain.xml",), "")
-        write(2, 2)
+        domain.write(2, 2)
         wait_until("the sync ends", lambda: pair.status()["state"] == "replicating")
         pair.settle()
         held = pair.images["root"].read_bytes()
@@ -110,13 +140,64 @@ def test_a_domain_is_attached_and_detached(
         assert pair.read_view()["root"] == held
         assert b"<name>web</name>" in pair.b.object_get(GROUP, "domain.xml")
         pair.a.detach(GROUP)
-        after = monitor("query-named-block-nodes")
-        for node in [*before, *after]:
-            node["image"].pop("actual-size", None)
-        assert sorted(after, key=json.dumps) == sorted(before, key=json.dumps)
-        write(3, 3)
+        assert domain.nodes() == before
+        domain.write(3, 3)
         assert pair.images["root"].read_bytes()[3 * MIB : 3 * MIB + 4] == bytes([3] * 4)
         assert pair.read_view()["root"] == held
     finally:
-        domain.destroy()
-        connection.close()
+        domain.stop()
+        domain.connection.close()
+
+
+@pytest.mark.parametrize("form", ["raw"])
+def test_a_domain_mirrors_its_writes(pair: Pair, libvirtd: str, form: str) -> None:
+    """Also to a filter that was killed meanwhile, and when it is reset, or started anew."""
+    image = pair.images["root"]
+    if form == "qcow2":
+        pair.scheme = form
+        subprocess.run(["qemu-img", "create", "-q", "-f", form, image, str(SIZE)], check=True)
+    domain = Domain(libvirtd, image, form)
+    try:
+        domain.write(1, 1)
+        before = domain.nodes()
+        pair.up_beside()
+        with kept(pair):
+            result = pair.a.attach(GROUP, "libvirt:web", mode="mirror")
+            assert result is not None
+            assert (result.objects, result.objects_missing) == (("domain.xml",), "")
+            domain.write(2, 2)
+            replicates(pair)
+            assert pair.status()["conditions"] == []
+            domain.domain.reset()
+            domain.write(3, 3)
+            pair.kill("filter")
+            domain.write(4, 4)
+            pair.start("filter")
+            replicates(pair)
+            status = pair.status()["filter"]
+            assert status["opened_as"] == "killed"
+            assert 0 < status["resync_bytes"] <= SIZE // 4
+            domain.stop()
+            wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+            domain.start()
+            domain.write(5, 5)
+            replicates(pair)
+            pair.settle()
+            recovered = pair.read_view()["root"]
+            pair.a.detach(GROUP)
+        assert domain.nodes() == before
+        for number in range(1, 6):
+            at = number * MIB
+            assert recovered[at : at + 256 * 1024] == bytes([number]) * 256 * 1024
+        domain.write(6, 6)
+        domain.stop()
+        command = ["qemu-img", "convert", "-f", form, "-O", "raw", image, pair.root / "plain"]
+        subprocess.run(command, check=True)
+        held = (pair.root / "plain").read_bytes()
+        assert held[6 * MIB] == 6
+        assert recovered[: 6 * MIB] == held[: 6 * MIB]
+        assert recovered[7 * MIB :] == held[7 * MIB :]
+    finally:
+        with contextlib.suppress(libvirt.libvirtError):  # it has ended
+            domain.stop()
+        domain.connection.close()
