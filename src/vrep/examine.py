@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import grp
 import ipaddress
+import json
 import os
 import stat
+import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -18,35 +20,56 @@ RING_BYTES_MIN: Final = 1 << 20
 RING_BYTES_MAX: Final = 64 << 30
 RATE_MAX: Final = 1 << 50
 QCOW2_MAGIC: Final = b"QFI\xfb"
+TOOL_S: Final = 60.0
 
 
 def examine_disk(index: int, name: str, uri: str) -> DiskDefinition:
     """A disk as it is now; clear errors for what cannot be protected."""
     scheme, _, where = uri.partition(":")
-    if scheme not in ("file", "block") or not where:
-        known = "file:PATH and block:PATH are supported"
+    if scheme not in ("file", "block", "qcow2") or not where:
+        known = "file:PATH, block:PATH and qcow2:PATH are supported"
         raise errors.UnsupportedError(f"the disk URI {uri!r}: {known} in this release")
     path = Path(where).absolute()
     try:
         status = path.stat()
     except OSError as error:
         raise errors.NotFoundError(f"disk {name!r}: {path}: {error.strerror}") from None
-    if scheme == "file" and not stat.S_ISREG(status.st_mode):
+    if scheme in ("file", "qcow2") and not stat.S_ISREG(status.st_mode):
         raise errors.InvalidError(f"disk {name!r}: {path} is not a regular file")
     if scheme == "block" and not stat.S_ISBLK(status.st_mode):
         raise errors.InvalidError(f"disk {name!r}: {path} is not a block device")
     with path.open("rb") as file:
         magic = file.read(len(QCOW2_MAGIC))
         size = file.seek(0, os.SEEK_END)
-    if magic == QCOW2_MAGIC:
+    if scheme == "qcow2":
+        if magic != QCOW2_MAGIC:
+            raise errors.InvalidError(f"disk {name!r}: {path} is no qcow2 image")
+        size = _virtual_size(name, path)
+    elif magic == QCOW2_MAGIC:
         raise errors.UnsupportedError(
-            f"disk {name!r}: {path} is a qcow2 image: 'qemu-img convert -O raw' makes a raw one"
+            f"disk {name!r}: {path} is a qcow2 image: 'qcow2:{path}' is protected in mirror mode, "
+            "while its VM runs; 'qemu-img convert -O raw' makes a raw one"
         )
     if size == 0 or size % SECTOR_BYTES:
         raise errors.InvalidError(
             f"disk {name!r}: {path} has {size} bytes; a disk has a multiple of {SECTOR_BYTES}"
         )
     return DiskDefinition(name=name, uri=f"{scheme}:{path}", bytes=size, index=index)
+
+
+def _virtual_size(name: str, path: Path) -> int:
+    """Bytes that a guest sees of an image, which a VM may have open."""
+    command = ["qemu-img", "info", "-U", "-f", "qcow2", "--output=json", str(path)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TOOL_S, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise errors.UnsupportedError(
+            f"disk {name!r}: a qcow2 image needs qemu-img (package qemu-utils): {error}"
+        ) from None
+    if done.returncode:
+        text = done.stderr.decode(errors="replace").strip()
+        raise errors.InvalidError(f"disk {name!r}: {text}")
+    return int(json.loads(done.stdout)["virtual-size"])
 
 
 def check_options(options: GroupOptions) -> None:

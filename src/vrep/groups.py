@@ -119,6 +119,12 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """disks that are to get another size: what they have, and what they are to have"""
 
     @property
+    def read_through_vm(self) -> bool:
+        """Whether only a VM that runs knows what its guest sees of a disk: the group can be
+        mirrored, and not served."""
+        return any(disk.uri.startswith("qcow2:") for disk in self.disks)
+
+    @property
     def keys_digest(self) -> str:
         """What stands for the wrapped keys."""
         return hashlib.sha256("\n".join(self.wrapped_keys).encode()).hexdigest()

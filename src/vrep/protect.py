@@ -69,6 +69,10 @@ def protect(
     iscsi.check(options, [disk.front for disk in found])
     if (lanes > 1 or beside) and any(disk.front == iscsi.FRONT for disk in found):
         raise errors.UnsupportedError("the lanes of a group are not served over iSCSI yet")
+    if any(disk.uri.startswith("qcow2:") and disk.front != "nbd" for disk in found):
+        raise errors.UnsupportedError(
+            "a qcow2 image is protected in mirror mode, whose VM has no other front-end"
+        )
     info = site.keys.require_verified(key, accept_key_loss=accept_key_loss)
     assert identity.site_id != peer.site_id
     group_id, tenant = uuid.uuid4().bytes, site.keys.get(key)

@@ -175,7 +175,7 @@ def test_in_line_every_event_of_a_vm_is_a_delta(life: Life) -> None:
     assert (status["gaps"], status["opened_as"]) == (gaps, "unexplained")
 
 
-@pytest.mark.parametrize("life", ["raw"], indirect=True)
+@pytest.mark.parametrize("life", ["raw", "qcow2"], indirect=True)
 def test_in_mirror_mode_every_event_of_a_vm_is_a_delta(life: Life) -> None:
     pair = life.pair
     with kept(pair):

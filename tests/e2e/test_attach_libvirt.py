@@ -149,7 +149,7 @@ def test_a_domain_is_attached_and_detached(pair: Pair, libvirtd: str) -> None:
         domain.connection.close()
 
 
-@pytest.mark.parametrize("form", ["raw"])
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
 def test_a_domain_mirrors_its_writes(pair: Pair, libvirtd: str, form: str) -> None:
     """Also to a filter that was killed meanwhile, and when it is reset, or started anew."""
     image = pair.images["root"]

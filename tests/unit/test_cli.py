@@ -549,6 +549,14 @@ def test_a_qcow2_image_is_not_taken_for_a_raw_one(tmp_path: Path) -> None:
     image.write_bytes(b"QFI\xfb".ljust(65536, b"\0"))
     with pytest.raises(errors.UnsupportedError, match="qemu-img convert"):
         examine_disk(0, "root", f"file:{image}")
+    with pytest.raises(errors.InvalidError, match=r"web\.qcow2"):  # by QEMU: it is damaged
+        examine_disk(0, "root", f"qcow2:{image}")
+    image.write_bytes(bytes(65536))
+    with pytest.raises(errors.InvalidError, match="no qcow2 image"):
+        examine_disk(0, "root", f"qcow2:{image}")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1537k"], check=True)
+    disk = examine_disk(3, "root", f"qcow2:{image}")
+    assert (disk.uri, disk.bytes, disk.index) == (f"qcow2:{image}", 1537 * 1024, 3)
 
 
 def test_a_passphrase_file_that_is_no_text_is_named(

@@ -1,7 +1,8 @@
 /* Disk: a backing store that the filter serves, and its asynchronous I/O.
  *
- * Kinds: a raw file, a block device, and an overlay (a sparse local file plus
- * a presence bitmap: blocks not present yet belong to somebody else).  An
+ * Kinds: a raw file, a block device, an overlay (a sparse local file plus
+ * a presence bitmap: blocks not present yet belong to somebody else), and a
+ * remote one, which is read through another's NBD server.  An
  * engine owns a small pool of threads and an eventfd.  A request may complete
  * inside submit (page-cached reads by RWF_NOWAIT, small page-cached writes by
  * pwritev2, when the last ones were fast), on a pool thread, or by io_uring
@@ -93,6 +94,13 @@ struct vrep_disk_info {
  * is INVALID; with DIRECT, UNSUPPORTED when it is none of the filesystem's alignment either. */
 int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
                    struct vrep_disk **out);
+/* A disk of `bytes` that is read through an NBD server on a Unix socket: `where` is "EXPORT:PATH".
+ * To be read only, without locks or stamps.  Nobody need be there when it is opened: a read that
+ * finds no server, or one that hangs or has another size, fails with IO or the like, within 5 s. */
+int vrep_remote_open(struct vrep_engine *engine, const char *where, uint64_t bytes,
+                     struct vrep_disk **out);
+/* Whether its reads wait for another process. */
+bool vrep_disk_is_remote(const struct vrep_disk *disk);
 void vrep_disk_close(struct vrep_disk *disk);
 /* Takes the locks of an open disk, if nobody holds what they exclude: else LOCKED, and it holds
  * what it held before.  A disk that has them (HANDOVER) only asks. */

@@ -24,6 +24,7 @@ struct vrep_disk {
     uint64_t slow_until_ns;         /* inline writes are off until then; owner thread only */
     uint64_t read_end, ahead_end;   /* of reads, and of what is fetched; any thread, hints */
     struct vrep_presence *presence; /* overlays only */
+    struct vrep_remote *remote;     /* what is read through a VM's NBD server: fd is -1 */
 };
 
 /* raw.c: runs the whole request with blocking calls on thread `number` of the pool; sets status and
@@ -34,6 +35,9 @@ int vrep_disk_hold_locks(struct vrep_disk *disk);
 /* overlay.c */
 void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 void vrep_overlay_free(struct vrep_disk *disk);
+/* remote.c: 0 or an errno, within some seconds. */
+int vrep_remote_read(struct vrep_io *io);
+void vrep_remote_free(struct vrep_disk *disk);
 /* engine.c */
 void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io);
 uint32_t vrep_engine_threads(const struct vrep_engine *engine);

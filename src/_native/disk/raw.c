@@ -68,12 +68,15 @@ static uint64_t now_ns(void)
 
 void vrep_disk_forget_cache(struct vrep_disk *disk)
 {
-    (void)posix_fadvise(disk->fd, 0, 0, POSIX_FADV_DONTNEED);
+    if (disk->remote == NULL)
+        (void)posix_fadvise(disk->fd, 0, 0, POSIX_FADV_DONTNEED);
 }
 
 int vrep_disk_refresh(struct vrep_disk *disk)
 {
     struct stat st;
+    if (disk->remote != NULL)
+        return VREP_OK;
     if (fstat(disk->fd, &st) != 0)
         return vrep_status_from_errno(errno);
     disk->device = disk->block_device ? st.st_rdev : st.st_dev;
@@ -286,6 +289,8 @@ void vrep_disk_close(struct vrep_disk *disk)
         return;
     if (disk->presence != NULL)
         vrep_overlay_free(disk);
+    if (disk->remote != NULL)
+        vrep_remote_free(disk);
     for (uint32_t i = 0; i < disk->sync_fds; i++)
         close(disk->sync_fd[i]);
     free(disk->sync_fd);
@@ -492,6 +497,10 @@ void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bou
     switch (io->op) {
     case VREP_IO_READ:
     case VREP_IO_WRITE:
+        if (disk->remote != NULL) {
+            error = vrep_remote_read(io);
+            break;
+        }
         if (io->op == VREP_IO_READ)
             read_ahead(disk, io->offset, io->length);
         if (disk->direct && !aligned(disk, io))
@@ -586,8 +595,8 @@ void vrep_disk_submit(struct vrep_disk *disk, struct vrep_io *io)
         finish(io, VREP_OK);
         return;
     }
-    bool small =
-        io->length <= INLINE_BYTES && !disk->direct && !vrep_engine_is_stepped(disk->engine);
+    bool small = io->length <= INLINE_BYTES && !disk->direct && disk->remote == NULL &&
+                 !vrep_engine_is_stepped(disk->engine);
     if (io->op == VREP_IO_READ && small && read_now(disk, io))
         return;
     if (io->op == VREP_IO_WRITE && small && !(io->flags & VREP_IO_FUA) && write_now(disk, io))
@@ -608,7 +617,7 @@ int vrep_disk_extent(struct vrep_disk *disk, uint64_t offset, uint64_t max, uint
     uint64_t limit = disk->bytes - offset < max ? disk->bytes - offset : max;
     *length = limit;
     *hole = false;
-    if (disk->block_device)
+    if (disk->block_device || disk->remote != NULL)
         return VREP_OK;
     off_t data = lseek(disk->fd, (off_t)offset, SEEK_DATA);
     if (data < 0 && errno == ENXIO) { /* nothing but a hole up to the end */

@@ -60,6 +60,8 @@ static int open_disk(struct vrep_group *group, uint32_t index, const struct vrep
     if (strncmp(from->uri, "view:", 5) == 0) {
         status = vrep_overlay_open(group->engine, from->uri + 5, from->onto, group->config.group_id,
                                    from->bytes, VIEW_BLOCK_BYTES, &disk->disk);
+    } else if (group->mirror.on && strncmp(from->uri, "nbd:", 4) == 0) {
+        status = vrep_remote_open(group->engine, from->uri + 4, from->bytes, &disk->disk);
     } else {
         uint32_t flags = (group->config.flags & VREP_GROUP_DIRECT) != 0 ? VREP_DISK_DIRECT : 0;
         if ((group->config.flags & VREP_GROUP_READ_ONLY) != 0)

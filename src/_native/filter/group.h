@@ -253,6 +253,7 @@ struct vrep_group_status {
     uint32_t mirror_waits;     /* a gap would end behind a barrier */
     uint64_t mirror_copies;    /* sync copies begun */
     uint64_t mirror_losses;    /* times that a connection of a live one closed */
+    uint64_t mirror_yields;    /* copies that gave way to the VM that they read through */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

@@ -76,6 +76,7 @@ struct command {
     bool hole;
     struct delta_window *window; /* copies: of a delta, or NULL */
     bool stale;                  /* copies: the range was marked again since it began */
+    bool yielded;                /* copies: let go of the range, and are void */
     struct miss *miss;           /* fills */
 };
 
@@ -239,6 +240,9 @@ struct vrep_group {
         uint16_t disk_of[MIRROR_CLIENTS];
         uint32_t clients_count;
         uint64_t copies, barrier, losses;
+        uint64_t
+            yield_ns; /* when copies that read through the VM give way to it; 0: it waits for none
+                       */
     } mirror;
 
     /* a cut over the lanes of the group, see cut.c */
@@ -354,6 +358,8 @@ void vrep_sync_mark(struct vrep_group *group, uint16_t disk, uint64_t offset, ui
 /* Clears what a copy covers. */
 void vrep_sync_clear(struct vrep_group *group, const struct command *copy);
 int vrep_sync_timeout_ms(const struct vrep_group *group);
+/* A command of a VM that mirrors has to wait for a range: not for long. */
+void vrep_sync_waited_for(struct vrep_group *group);
 bool vrep_sync_all_zero(const struct iovec *iov, int count);
 bool vrep_sync_target_attached(const struct vrep_group *group);
 

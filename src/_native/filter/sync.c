@@ -16,6 +16,7 @@
 
 #define STARVED_NS (50 * NS_PER_MS)
 #define RETRY_NS NS_PER_S
+#define YIELD_NS (20 * NS_PER_MS)
 
 bool vrep_sync_all_zero(const struct iovec *iov, int count)
 {
@@ -51,7 +52,8 @@ static void end(struct vrep_group *group, struct command *copy)
     if (copy->ranged)
         vrep_overlap_release(group->overlap, &copy->range, vrep_tap_granted, group);
     copy->ranged = copy->in_use = false;
-    group->copies_inflight--;
+    if (--group->copies_inflight == 0)
+        group->mirror.yield_ns = 0;
     group->copies_bytes -= copy->bytes;
     vrep_tap_drain(group);
 }
@@ -83,7 +85,9 @@ static void publish(struct vrep_group *group, struct command *copy)
 static void copied(struct command *copy)
 {
     struct vrep_group *group = copy->base.group;
-    if (copy->io.status != VREP_OK) {
+    if (copy->yielded) {
+        /* What was written meanwhile stands in the order already, before this would. */
+    } else if (copy->io.status != VREP_OK) {
         /* The block stays unshipped; others go first. */
         group->count.errors++;
         group->resync_retry_ns = group->now_ns + RETRY_NS;
@@ -283,7 +287,7 @@ static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bo
     copy->in_use = true;
     copy->slot = slot;
     copy->hole = hole;
-    copy->marked = copy->stale = false;
+    copy->marked = copy->stale = copy->yielded = false;
     copy->generation = NO_GENERATION;
     copy->base.disk = group->cursor_disk;
     copy->base.op = VREP_OP_READ;
@@ -420,9 +424,42 @@ static void look_ahead(struct vrep_group *group)
         vrep_delta_offer(group, offset, length);
 }
 
+/* ---- giving way ------------------------------------------------------------------ */
+
+/* A copy of a remote disk reads through the VM itself, which may answer nobody before the very
+ * command is answered that waits for the copy's range: a QEMU that drains its disks takes no
+ * request of its NBD server.  So a VM waits for such a copy for a moment only; then the copy lets
+ * go of its range, and what it brings is not believed. */
+void vrep_sync_waited_for(struct vrep_group *group)
+{
+    if (group->mirror.yield_ns == 0 && group->copies_inflight > 0)
+        group->mirror.yield_ns = group->now_ns + YIELD_NS;
+}
+
+static void give_way(struct vrep_group *group)
+{
+    group->mirror.yield_ns = 0;
+    for (uint32_t i = 0; i < COPIES; i++) {
+        struct command *copy = &group->copies[i];
+        if (!copy->in_use || !copy->ranged || !vrep_disk_is_remote(disk_of(group, copy)->disk))
+            continue;
+        group->count.mirror_yields++;
+        if (!copy->range.held) { /* nothing was begun */
+            end(group, copy);
+            continue;
+        }
+        copy->yielded = true;
+        copy->ranged = false;
+        vrep_overlap_release(group->overlap, &copy->range, vrep_tap_granted, group);
+    }
+    vrep_tap_drain(group);
+}
+
 void vrep_sync_pump(struct vrep_group *group)
 {
     group->resync_again = false;
+    if (group->mirror.yield_ns != 0 && group->now_ns >= group->mirror.yield_ns)
+        give_way(group);
     if (!group->tap || group->closing)
         return;
     if (vrep_handover_blind(group)) {
@@ -460,7 +497,11 @@ void vrep_sync_pump(struct vrep_group *group)
 
 int vrep_sync_timeout_ms(const struct vrep_group *group)
 {
-    if (!group->tap || group->closing)
+    if (!group->tap)
+        return -1;
+    if (group->mirror.yield_ns != 0)
+        return 1;
+    if (group->closing)
         return -1;
     if (group->resync_again)
         return 0;

@@ -220,6 +220,8 @@ static void tap_submit(struct vrep_filter *filter, struct command *command)
     vrep_disk_widen(disk_of(group, command)->disk, &command->range.offset, &command->range.length);
     if (vrep_overlap_acquire(group->overlap, &command->range))
         list_push(&group->ready, command);
+    else if (group->mirror.on)
+        vrep_sync_waited_for(group);
     vrep_tap_drain(group);
 }
 

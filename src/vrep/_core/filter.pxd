@@ -138,6 +138,7 @@ cdef extern from "filter/group.h" nogil:
         uint32_t mirror_waits
         uint64_t mirror_copies
         uint64_t mirror_losses
+        uint64_t mirror_yields
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset

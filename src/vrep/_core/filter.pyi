@@ -82,6 +82,7 @@ class GroupStatus(TypedDict):
     mirror_waits: bool
     mirror_copies: int
     mirror_losses: int
+    mirror_yields: int
 
 class Group:
     def __init__(

@@ -49,7 +49,9 @@ def protect(
     group: Annotated[str, typer.Argument(metavar="GROUP", help="A new name.")],
     disk: Annotated[
         list[str] | None,
-        typer.Option("--disk", metavar="NAME=URI", help="file:PATH or block:PATH; repeat it."),
+        typer.Option(
+            "--disk", metavar="NAME=URI", help="file:PATH, block:PATH or qcow2:PATH; repeat it."
+        ),
     ] = None,
     to: Annotated[
         str | None, typer.Option("--to", metavar="SITE", help="A site that joined.")

@@ -201,6 +201,11 @@ class FilterHost:
                     f"another site took {name!r} over, and protects it back to here: its disks "
                     "are left alone"
                 )
+            if definition.read_through_vm and not definition.mirrored:
+                raise DetachedError(
+                    f"{name!r} has a qcow2 image, which is replicated while its VM runs: "
+                    f"'vrep attach {name} --vm ... --mode mirror'"
+                )
             if self._bypass_why:
                 raise StateError(self._bypass_why)
             hosted = self._open(definition)

@@ -20,6 +20,7 @@ from vrep.app.publishing import Publisher
 from vrep.app.resizing import open_disks
 from vrep.errors import BusyError, GoneError, LockedError, StateError, StoreFullError, VrepError
 from vrep.groups import GroupDefinition, GroupDirectory
+from vrep.hypervisor.images import read_through_vm
 from vrep.lanes import lane_of
 from vrep.paths import SitePaths, socket_gid
 from vrep.wire.address import parse_address
@@ -72,7 +73,7 @@ def open_group(
     none). `bypass`: commands pass, and nothing is recorded. `handover`: beside the VM that has the
     disks open now."""
     options = definition.options
-    disks = open_disks(definition)
+    disks = read_through_vm(definition, open_disks(definition), paths.nbd_socket(definition.name))
     uris = ", ".join(disk.uri for disk in disks)
     try:
         return Group(

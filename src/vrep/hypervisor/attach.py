@@ -77,6 +77,10 @@ class Attacher:
         definition = self._groups.load(self._group)
         if definition.fenced:
             raise errors.FencedError(f"another site took {self._group!r} over")
+        if definition.read_through_vm:
+            raise errors.UnsupportedError(
+                f"{self._group!r} has a qcow2 image, which only mirror mode takes: --mode mirror"
+            )
         other = [disk.name for disk in definition.disks if disk.front != "nbd"]
         if other:
             raise errors.InvalidError(

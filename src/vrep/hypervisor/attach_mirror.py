@@ -102,9 +102,11 @@ class MirrorAttacher:
             with contextlib.closing(monitor):
                 mirrored = self._mirrored(monitor, record.mirrors)
                 running, bitmaps = mirrored.jobs(), mirrored.bitmaps()
+                exports = mirrored.exports()
                 commands = [
                     *(mirror.stop(d, force=False) for d in record.mirrors if d.job in running),
                     *(mirror.remove_bitmap(d, b) for d in record.mirrors for b in bitmaps[d.name]),
+                    *(mirror.unexport(d) for d in record.mirrors if d.export in exports),
                 ]
                 if not dry_run:
                     with contextlib.suppress(*GONE, errors.StateError):
@@ -142,7 +144,7 @@ def _check(definition: GroupDefinition) -> None:
 def _plan(definition: GroupDefinition, graph: Graph) -> tuple[MirrorPlan, ...]:
     tag = definition.group_id[:8]
     return tuple(
-        mirror.plan(graph, tag, disk.index, disk.name, Path(disk.uri.partition(":")[2]), disk.bytes)
+        mirror.plan(graph, tag, disk.index, disk.name, disk.uri, disk.bytes)
         for disk in definition.disks
     )
 

@@ -12,6 +12,10 @@ Each disk has a dirty bitmap in QEMU's memory from before the job on: what the g
 tells what was not sent when a job ended. Facts of QEMU 7.2, and measured there: the job passes on
 neither flushes nor discards (a discard does not reach the image either), refuses to resize, and
 with it the guest waits for as long as a server does not answer, until `yank`.
+
+Of a qcow2 image the filter cannot read what the guest sees from the file, of which QEMU alone knows
+the state. QEMU exports that node over NBD, to be read only, on a socket that is made for the filter
+and passed to QEMU open: the user that QEMU runs as needs no access to a directory of ours.
 """
 
 from __future__ import annotations
@@ -46,6 +50,12 @@ class MirrorPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """in QOM; empty when none is told"""
     tag: str
     """makes the names of what is added those of one group"""
+    image: bool = False
+    """its file is not what the guest sees: the filter reads it through the VM"""
+
+    @property
+    def export(self) -> str:
+        return export_name(self.tag, self.index)
 
     @property
     def job(self) -> str:
@@ -66,15 +76,26 @@ class MirrorPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"vrep-read-{self.tag}-{self.index}"
 
 
-def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -> MirrorPlan:
+def export_name(tag: str, index: int) -> str:
+    """Of the export of a disk that the filter reads through its VM."""
+    return f"vrep-image-{tag}-{index}"
+
+
+def plan(graph: Graph, tag: str, index: int, name: str, uri: str, size: int) -> MirrorPlan:
     """NotFoundError: the VM has no such disk. UnsupportedError: a topology that is not known."""
+    scheme, _, where = uri.partition(":")
+    path, image = Path(where), scheme == "qcow2"
     found = graph.storage_of(path)
     if not found:
         raise errors.NotFoundError(f"disk {name!r}: the VM does not have {path} open")
     if len(found) > 1:
         names = ", ".join(node.name for node in found)
         raise unknown(name, f"the VM has {path} open more than once ({names})")
-    root = _root(graph, name, found[0])
+    if image and graph.io_threads:
+        raise unknown(
+            name, "the VM has I/O threads, and exporting a node that one works on ends some QEMUs"
+        )
+    root = _root(graph, name, found[0], image)
     if root.read_only:
         raise unknown(name, f"the VM has {path} open to be read only")
     if root.bytes != size:
@@ -82,22 +103,28 @@ def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -
             f"disk {name!r} has {root.bytes} bytes in the VM, and {size} in the group"
         )
     device = graph.device_of(root.name)
-    return MirrorPlan(name, index, root.name, device.path if device else "", tag)
+    return MirrorPlan(name, index, root.name, device.path if device else "", tag, image)
 
 
-def _root(graph: Graph, name: str, storage: Node) -> Node:
+def _root(graph: Graph, name: str, storage: Node, image: bool) -> Node:
     """From the storage node up to where a device stands. Each node on the way shows all of the one
-    below, as it is: what the filter reads is the storage itself."""
+    below, as it is: what the filter reads is the storage itself. Of an `image` one of them is its
+    format, and the filter reads what stands at the top."""
     node = storage
     while True:
         parents = graph.parents(node.name)
         if not parents:
             raise unknown(name, f"{chain(graph, storage)}: no device uses it")
         if all(parent.kind == "block-backend" for parent in parents):
+            if image:
+                raise unknown(name, f"{chain(graph, storage)}: it is not open as qcow2")
             return node
         above = graph.nodes.get(parents[0].name)
         if len(parents) != 1 or parents[0].kind != "block-driver" or above is None:
             raise unknown(name, f"{chain(graph, storage)}: {len(parents)} users of one node")
+        if image and above.driver == "qcow2" and graph.child(above.name) == node.name:
+            image, node = False, above
+            continue
         part = above.bytes != node.bytes or above.filename.startswith("json:")
         if above.driver not in PASSED and (above.driver != "raw" or part):
             raise unknown(name, f"{chain(graph, storage)}: {above.driver} is not read as it stands")
@@ -142,6 +169,28 @@ def read(disk: MirrorPlan, bitmap: str, image: Path) -> tuple[Command, ...]:
             {**merged, "bitmaps": [{"node": disk.node, "name": bitmap}]},
         ),
     )
+
+
+def listen(fd: str) -> Command:
+    """QEMU's NBD server, of which it has one, on a socket that it was given under this name."""
+    return Command("nbd-server-start", {"addr": {"type": "fd", "data": {"str": fd}}})
+
+
+def export(disk: MirrorPlan) -> Command:
+    return Command(
+        "block-export-add",
+        {
+            "type": "nbd",
+            "id": disk.export,
+            "node-name": disk.node,
+            "name": disk.export,
+            "writable": False,
+        },
+    )
+
+
+def unexport(disk: MirrorPlan) -> Command:
+    return Command("block-export-del", {"id": disk.export, "mode": "hard"})
 
 
 def start(disk: MirrorPlan, socket: Path) -> Command:
@@ -200,9 +249,13 @@ __all__ = [
     "add_bitmap",
     "bitmaps_of",
     "cut",
+    "export",
+    "export_name",
+    "listen",
     "plan",
     "read",
     "remove_bitmap",
     "start",
     "stop",
+    "unexport",
 ]

@@ -29,6 +29,7 @@ import structlog
 from vrep import errors
 from vrep.control import ControlClient
 from vrep.hypervisor import mirror
+from vrep.hypervisor.images import Images
 from vrep.hypervisor.mirror import MirrorPlan
 from vrep.hypervisor.monitor import Monitor
 from vrep.hypervisor.recipe import Command
@@ -60,6 +61,7 @@ class Mirrored:
         self._group = group
         self._disks = disks
         self._socket = socket
+        self._images = Images(monitor, disks, socket)
 
     # ---- what there is -------------------------------------------------------------
 
@@ -73,6 +75,10 @@ class Mirrored:
         """Names of each disk's bitmaps, oldest first, by the disks' names."""
         nodes = self._monitor.execute("query-named-block-nodes")
         return {disk.name: mirror.bitmaps_of(disk, nodes) for disk in self._disks}
+
+    def exports(self) -> set[str]:
+        """Names of the images that the filter reads through the VM."""
+        return self._images.exports()
 
     def failures(self) -> int:
         """Commands that failed at the VM's images: nothing of such a one is sent."""
@@ -90,7 +96,8 @@ class Mirrored:
     def commands(self) -> tuple[Command, ...]:
         """What `begin` does to a VM in which nothing was done yet."""
         bitmaps = [mirror.add_bitmap(disk, 0) for disk in self._disks]
-        return (*bitmaps, *(mirror.start(disk, self._socket) for disk in self._disks))
+        jobs = [mirror.start(disk, self._socket) for disk in self._disks]
+        return (*bitmaps, *self._images.commands(), *jobs)
 
     def begin(self) -> bool:
         """Mirror from here on, whatever was before. False: the bitmaps do not tell all of what the
@@ -104,6 +111,7 @@ class Mirrored:
         for disk in self._disks:
             if not had[disk.name]:
                 self._do(mirror.add_bitmap(disk, 0))
+        self._images.serve()
         for disk in self._disks:
             self._do(mirror.start(disk, self._socket))
         self._wait_ready()
@@ -208,6 +216,7 @@ class Mirrored:
             for name in names[disk.name]:
                 self._do(mirror.remove_bitmap(disk, name))
             self._remove_reader(disk)
+        self._images.end()
 
     def stop_jobs(self, *, orderly: bool = False) -> None:
         """No job of these disks runs any more."""

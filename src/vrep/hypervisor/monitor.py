@@ -32,6 +32,9 @@ class Monitor(Protocol):
         """The answer. `HypervisorError`: QEMU refused, and nothing was done. `TimeLimitError`,
         `UnreachableError`: whether it was done is not known."""
 
+    def pass_file(self, name: str, fd: int) -> None:
+        """Give an open file to QEMU, under a name by which the next command may use it."""
+
     def guarded(
         self,
         command: str,
@@ -81,6 +84,10 @@ class SocketMonitor:
             raise errors.TimeLimitError(f"{command} at {self._path}") from None
         except (QMPError, OSError, EOFError) as error:
             raise errors.UnreachableError(f"{command} at {self._path}: {error}") from None
+
+    def pass_file(self, name: str, fd: int) -> None:
+        self._client.send_fd_scm(fd)
+        self.execute("getfd", {"fdname": name})
 
     def guarded(
         self,
@@ -132,11 +139,21 @@ class LibvirtMonitor:
         self._name = name
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        return self._execute(command, arguments, [])
+
+    def pass_file(self, name: str, fd: int) -> None:
+        self._execute("getfd", {"fdname": name}, [fd])
+
+    def _execute(self, command: str, arguments: Mapping[str, Any] | None, files: list[int]) -> Any:
         request: dict[str, Any] = {"execute": command}
         if arguments:
             request["arguments"] = dict(arguments)
+        line = json.dumps(request)
         try:
-            text = self._qemu.qemuMonitorCommand(self._domain, json.dumps(request), 0)
+            if files:
+                text, _ = self._qemu.qemuMonitorCommandWithFiles(self._domain, line, files, 0)
+            else:
+                text = self._qemu.qemuMonitorCommand(self._domain, line, 0)
         except self._libvirt.libvirtError as error:
             raise errors.UnreachableError(f"{command} at domain {self._name!r}: {error}") from None
         answer = json.loads(text)

@@ -67,6 +67,11 @@ def failback_all(
             )
         if not mine.yielded:
             continue  # it is back
+        if mine.read_through_vm:
+            raise errors.UnsupportedError(
+                f"{mine.name!r} has a qcow2 image here, which cannot be filled in place: 'vrep "
+                "move' brings the group to disks of its own"
+            )
         if failover.view() is None and not discard_untaken:
             _require_taken(paths, mine)
         away[group] = {disk.name: disk.uri for disk in mine.disks}

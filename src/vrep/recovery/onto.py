@@ -43,7 +43,7 @@ def place_onto(
     if unknown:
         raise errors.InvalidError(f"the group has no disk {sorted(unknown)[0]!r}")
     taken = {
-        disk.uri: f"a disk of group {group.name!r}"
+        disk.uri.replace("qcow2:", "file:", 1): f"a disk of group {group.name!r}"
         for group in GroupDirectory(paths.root).readable()
         if not (group.yielded and group.group_id == group_id)
         for disk in group.disks

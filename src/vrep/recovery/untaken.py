@@ -152,6 +152,10 @@ def export_untaken(
     into new files of a directory: ``GROUP-DISK.raw`` and ``GROUP-untaken.json``. BusyError while a
     VM uses the disks."""
     definition = GroupDirectory(paths.root).load(group)
+    if definition.read_through_vm:
+        raise errors.UnsupportedError(
+            f"{group!r} has a qcow2 image: 'qemu-img convert' copies it as it is here"
+        )
     found = find_untaken(paths, group)
     _require_unused(paths, group)
     names = {disk.name: out / f"{group}-{disk.name}.raw" for disk in found.disks}

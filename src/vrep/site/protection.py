@@ -40,13 +40,13 @@ class Protection(SiteBase):
     ) -> GroupDefinition:
         """Replicate disks, as one group, to a site that joined.
 
-        `disks` maps names to backing URIs (``file:`` or ``block:``), `fronts` to how a VM reaches
-        them (``nbd``, which is the default, or ``vhost-user-blk``). The first sync begins when the
-        site's processes run. VMs must use the group's sockets from now on: see `disk_uri`. With
-        `lanes` the disks are dealt out, in turn, to so many filter threads, each with sockets of
-        its own; the answer is the first one's definition. Such a group is recovered at the cuts
-        over its lanes. `beside` names a site that protects lanes of this group: these become
-        further lanes of it, and it has several hosts.
+        `disks` maps names to backing URIs (``file:`` or ``block:``; ``qcow2:`` for a group that a
+        running VM mirrors), `fronts` to how a VM reaches them (``nbd``, which is the default, or
+        ``vhost-user-blk``). The first sync begins when the site's processes run. VMs must use the
+        group's sockets from now on: see `disk_uri`. With `lanes` the disks are dealt out, in turn,
+        to so many filter threads, each with sockets of its own; the answer is the first one's
+        definition. Such a group is recovered at the cuts over its lanes. `beside` names a site that
+        protects lanes of this group: these become further lanes of it, and it has several hosts.
         """
         from vrep.protect import protect
 
