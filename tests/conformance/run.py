@@ -2,7 +2,8 @@
 
     python tests/conformance/run.py [--only SUITE]... [--out build/conformance.json]
 
-Each suite runs alone, with a time limit. Rows are ``{target, suite, test, result}`` with the
+Each suite runs alone, with a time limit; tests about ejecting run on a second unit of each
+target, whose medium is removable. Rows are ``{target, suite, test, result}`` with the
 result ``pass``, ``fail``, ``skip`` or ``timeout``. Ends with 1 when vrep passes fewer tests than
 tgt, fails more, or fails one that docs/reference/scsi.md does not explain. tgt needs root.
 """
@@ -34,6 +35,12 @@ NAME = "iqn.2026-01.invalid.vrep:conformance"
 DISK_BYTES = 256 << 20
 SUITE_S = 120
 TGT_CONTROL = "79"
+REMOVABLE = {
+    "NoMedia": "NoMedia",
+    "PreventAllow": "PreventAllow",
+    "StartStopUnit": "StartStopUnit.Simple",
+}
+"""of a suite: what is about ejecting"""
 TEST = re.compile(r"^  Test: (\S+) \.\.\.", re.MULTILINE)
 
 
@@ -43,25 +50,29 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def make_image(path: Path) -> Path:
+    with path.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    return path
+
+
 @contextmanager
-def vrep_target(folder: Path) -> Iterator[str]:
-    """A replicated disk, recorded as in production; its URL."""
-    shm, state, image = folder / "shm", folder / "state", folder / "vrep.raw"
+def vrep_target(folder: Path) -> Iterator[tuple[str, str]]:
+    """Replicated disks, recorded as in production; the URLs of a fixed and a removable one."""
+    shm, state = folder / "shm", folder / "state"
     shm.mkdir()
     state.mkdir()
-    with image.open("wb") as file:
-        file.truncate(DISK_BYTES)
-    group = Group(
-        [Disk("a", f"file:{image}")], group_id=bytes(range(16)), shm_dir=shm, state_dir=state
-    )
+    disks = [Disk(name, f"file:{make_image(folder / name)}") for name in ("fixed", "removable")]
+    group = Group(disks, group_id=bytes(range(16)), shm_dir=shm, state_dir=state)
     iscsi = Iscsi(
-        group_id=bytes(range(16)), disks=("a",), host="127.0.0.1", port=0, target=NAME,
-        reservations=str(state),
+        group_id=bytes(range(16)), disks=("fixed", "removable"), host="127.0.0.1", port=0,
+        target=NAME, reservations=str(state), removable=("removable",),
     )  # fmt: skip
     server = Server(group, iscsi=iscsi)
     server.start()
     try:
-        yield f"iscsi://127.0.0.1:{server.iscsi_port}/{NAME}/0"
+        url = f"iscsi://127.0.0.1:{server.iscsi_port}/{NAME}"
+        yield f"{url}/0", f"{url}/1"
     finally:
         server.stop()
         group.close()
@@ -73,11 +84,9 @@ def tgtadm(*arguments: str) -> None:
 
 
 @contextmanager
-def tgt_target(folder: Path) -> Iterator[str]:
-    """Debian's tgt as it is installed, over a file; its URL."""
-    image, port = folder / "tgt.raw", free_port()
-    with image.open("wb") as file:
-        file.truncate(DISK_BYTES)
+def tgt_target(folder: Path) -> Iterator[tuple[str, str]]:
+    """Debian's tgt as it is installed, over files; the URLs of a fixed and a removable one."""
+    port = free_port()
     daemon = subprocess.Popen(
         ["tgtd", "-f", "-C", TGT_CONTROL, "--iscsi", f"portal=127.0.0.1:{port}"],
         stdout=subprocess.DEVNULL,
@@ -93,10 +102,13 @@ def tgt_target(folder: Path) -> Iterator[str]:
                 if time.monotonic() > deadline or daemon.poll() is not None:
                     raise
                 time.sleep(0.2)
-        unit = ["--mode", "logicalunit", "--tid", "1", "--lun", "1"]
-        tgtadm("--op", "new", *unit, "-b", str(image))
+        unit = ["--mode", "logicalunit", "--tid", "1", "--lun"]
+        for lun in ("1", "2"):
+            tgtadm("--op", "new", *unit, lun, "-b", str(make_image(folder / f"tgt.{lun}")))
+        tgtadm("--op", "update", *unit, "2", "--params", "removable=1")
         tgtadm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
-        yield f"iscsi://127.0.0.1:{port}/{NAME}/1"
+        url = f"iscsi://127.0.0.1:{port}/{NAME}"
+        yield f"{url}/1", f"{url}/2"
     finally:
         daemon.send_signal(signal.SIGTERM)
         try:
@@ -132,19 +144,28 @@ def verdicts(log: str) -> dict[str, str]:
     return found
 
 
-def run_suite(url: str, suite: str) -> tuple[dict[str, str], str]:
-    command = ["iscsi-test-cu", "--dataloss", "--allow-sanitize", "-v", "-t", f"ALL.{suite}", url]
-    if suite == "MultipathIO":
+def run_tests(url: str, which: str) -> str:
+    """What iscsi-test-cu says of a suite, or of one test."""
+    command = ["iscsi-test-cu", "--dataloss", "--allow-sanitize", "-v", "-t", f"ALL.{which}", url]
+    if which == "MultipathIO":
         command.append(url)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=SUITE_S, check=False
         )
-        log = done.stdout
+        return done.stdout
     except subprocess.TimeoutExpired as error:
         out = error.stdout or b""
-        log = out if isinstance(out, str) else out.decode(errors="replace")
+        return out if isinstance(out, str) else out.decode(errors="replace")
+
+
+def run_suite(fixed: str, removable: str, suite: str) -> tuple[dict[str, str], str]:
+    log = run_tests(fixed, suite)
     found = verdicts(log)
+    if suite in REMOVABLE:
+        more = run_tests(removable, REMOVABLE[suite])
+        found |= verdicts(more)
+        log += more
     return {test: found.get(test, "timeout") for test in tests_of(suite)}, log
 
 
@@ -196,9 +217,9 @@ def main() -> int:
         for target, serve in (("vrep", vrep_target), ("tgt", tgt_target)):
             logs = options.logs / target
             logs.mkdir(parents=True, exist_ok=True)
-            with serve(folder) as url:
+            with serve(folder) as (fixed, removable):
                 for suite in options.only or suites():
-                    found, log = run_suite(url, suite)
+                    found, log = run_suite(fixed, removable, suite)
                     (logs / f"{suite}.log").write_text(log)
                     for test, result in found.items():
                         rows.append(

@@ -14,6 +14,7 @@ struct scsi_rig {
     struct rig rig;
     char reservations[160];
     uint32_t block;
+    bool removable;
     struct vrep_scsi_target *target;
     struct vrep_scsi_nexus *nexus[SCSI_NEXUSES];
 };
@@ -44,8 +45,10 @@ CHECK_UNUSED static void scsi_rig_nexus(struct scsi_rig *rig, int i)
 CHECK_UNUSED static void scsi_rig_open(struct scsi_rig *rig)
 {
     rig_open(&rig->rig);
-    struct vrep_scsi_unit_config unit = {
-        .disk = 0, .block_bytes = rig->block, .reservations_path = rig->reservations};
+    struct vrep_scsi_unit_config unit = {.disk = 0,
+                                         .block_bytes = rig->block,
+                                         .removable = rig->removable,
+                                         .reservations_path = rig->reservations};
     struct vrep_scsi_config config = {.group_id = {1}, .units = &unit, .units_count = 1};
     CHECK_OK(vrep_scsi_create(rig->rig.group, &config, &rig->target));
     vrep_group_set_wakeup(rig->rig.group, scsi_rig_wakeup, rig->target);

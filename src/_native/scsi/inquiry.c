@@ -25,6 +25,8 @@ static uint32_t standard(const struct vrep_scsi_task *task, uint8_t *out)
         0x0960, /* iSCSI */
     };
     out[0] = task->unit->absent ? 0x7f : 0x00;
+    if (task->unit->removable)
+        out[1] = 0x80;
     out[2] = 0x06; /* SPC-4 */
     out[3] = 0x12; /* HISUP, response data format 2 */
     out[4] = STANDARD_BYTES - 5;
@@ -179,7 +181,7 @@ void scsi_request_sense(struct vrep_scsi_task *task)
     if (!unit->absent)
         sense.code = scsi_attention_take(unit, task->nexus);
     if (sense.code == VREP_SENSE_NONE && unit->stopped)
-        sense.code = VREP_SENSE_NOT_READY_STOPPED;
+        sense.code = scsi_not_ready(unit);
     uint32_t bytes = vrep_sense_encode(&sense, (task->cdb[1] & 1u) != 0, scsi_buffer(task));
     scsi_good_data(task, bytes, task->blocks);
 }

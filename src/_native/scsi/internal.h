@@ -65,6 +65,7 @@ enum attention {
     ATTENTION_POWER_ON,
     ATTENTION_UNIT_RESET,
     ATTENTION_NEXUS_LOSS,
+    ATTENTION_MEDIUM,
     ATTENTION_COMMANDS_CLEARED,
     ATTENTION_CAPACITY,
     ATTENTION_MODE,
@@ -100,6 +101,7 @@ struct scsi_unit {
     uint32_t tasks, ordered, waiting;
     uint32_t dying; /* aborted tasks that are still in the chain */
 
+    bool removable, ejected; /* what is ejected is stopped, too */
     bool stopped, software_protect, descriptor_sense, write_through;
     struct vrep_scsi_nexus *reserved_by; /* RESERVE(6) */
 
@@ -204,6 +206,8 @@ void scsi_mode_select(struct vrep_scsi_task *task);
 bool scsi_start_stop_prepare(struct vrep_scsi_task *task);
 void scsi_start_stop(struct vrep_scsi_task *task);
 void scsi_prevent_allow(struct vrep_scsi_task *task);
+/* Of a unit that is stopped: why. */
+uint32_t scsi_not_ready(const struct scsi_unit *unit);
 bool scsi_read_prepare(struct vrep_scsi_task *task);
 void scsi_read(struct vrep_scsi_task *task);
 bool scsi_write_prepare(struct vrep_scsi_task *task);

@@ -267,36 +267,74 @@ void scsi_mode_select(struct vrep_scsi_task *task)
 
 /* ---- START STOP UNIT, PREVENT ALLOW MEDIUM REMOVAL ------------------------------------ */
 
+#define START 1u
+#define LOAD_EJECT 2u
+#define NO_FLUSH 4u
+
+uint32_t scsi_not_ready(const struct scsi_unit *unit)
+{
+    return unit->ejected ? VREP_SENSE_NO_MEDIUM : VREP_SENSE_NOT_READY_STOPPED;
+}
+
 bool scsi_start_stop_prepare(struct vrep_scsi_task *task)
 {
     uint8_t condition = task->cdb[4] >> 4;
     bool known =
         condition <= 3 || condition == 5 || condition == 7 || condition == 0xa || condition == 0xb;
-    if (!known || (condition == 0 && (task->cdb[4] & 2u) != 0)) /* LOEJ: nothing to eject */
+    bool moves = condition == 0 && (task->cdb[4] & LOAD_EJECT) != 0;
+    if (!known || (moves && !task->unit->removable))
         return scsi_refuse_cdb(task, 4);
     return true;
 }
 
+/* By any nexus: the medium is the same for all. */
+static bool removal_is_prevented(const struct scsi_unit *unit)
+{
+    for (uint32_t i = 0; i < VREP_SCSI_NEXUSES_MAX; i++) {
+        const struct vrep_scsi_nexus *nexus = &unit->target->nexus[i];
+        if (nexus->used && !nexus->closed && nexus->prevents[unit->number])
+            return true;
+    }
+    return false;
+}
+
 static void stopped(struct vrep_scsi_task *task, int status)
 {
-    if (status == VREP_OK)
+    if (status == VREP_OK) {
         task->unit->stopped = true;
+        if ((task->cdb[4] & LOAD_EJECT) != 0)
+            task->unit->ejected = true;
+    }
     synced(task, status);
+}
+
+static void start(struct vrep_scsi_task *task)
+{
+    struct scsi_unit *unit = task->unit;
+    bool load = (task->cdb[4] & LOAD_EJECT) != 0;
+    if (unit->ejected && !load) {
+        scsi_fail(task, VREP_SENSE_NO_MEDIUM);
+        return;
+    }
+    if (unit->ejected)
+        scsi_attention_others(unit, task->nexus, ATTENTION_MEDIUM);
+    unit->ejected = unit->stopped = false;
+    scsi_good(task);
 }
 
 void scsi_start_stop(struct vrep_scsi_task *task)
 {
-    if (task->cdb[4] >> 4 != 0) { /* power conditions: none of them changes anything here */
+    uint8_t how = task->cdb[4];
+    if (how >> 4 != 0) /* power conditions: none of them changes anything here */
         scsi_good(task);
-    } else if ((task->cdb[4] & 1u) != 0) {
-        task->unit->stopped = false;
-        scsi_good(task);
-    } else if ((task->cdb[4] & 4u) != 0) { /* NO_FLUSH */
-        task->unit->stopped = true;
-        scsi_good(task);
-    } else {
+    else if ((how & LOAD_EJECT) != 0 && removal_is_prevented(task->unit))
+        scsi_fail(task, VREP_SENSE_REMOVAL_PREVENTED);
+    else if ((how & START) != 0)
+        start(task);
+    else if ((how & NO_FLUSH) != 0)
+        stopped(task, VREP_OK);
+    else
         scsi_step(task, VREP_OP_FLUSH, 0, 0, 0, 0, stopped);
-    }
 }
 
 void scsi_prevent_allow(struct vrep_scsi_task *task)

@@ -48,6 +48,7 @@ enum vrep_scsi_attribute {
 struct vrep_scsi_unit_config {
     uint16_t disk;        /* of the group */
     uint32_t block_bytes; /* 512 or 4096 */
+    bool removable;       /* the medium can be ejected and loaded again */
     /* Where registrations are kept that outlive a power loss, beside the durable state of the
      * disk; NULL: none are (PTPL_C is 0). */
     const char *reservations_path;

@@ -13,6 +13,7 @@ static const uint32_t attention_codes[ATTENTIONS] = {
     [ATTENTION_POWER_ON] = VREP_SENSE_POWER_ON,
     [ATTENTION_UNIT_RESET] = VREP_SENSE_UNIT_RESET,
     [ATTENTION_NEXUS_LOSS] = VREP_SENSE_NEXUS_LOSS,
+    [ATTENTION_MEDIUM] = VREP_SENSE_MEDIUM_CHANGED,
     [ATTENTION_COMMANDS_CLEARED] = VREP_SENSE_COMMANDS_CLEARED,
     [ATTENTION_CAPACITY] = VREP_SENSE_CAPACITY_CHANGED,
     [ATTENTION_MODE] = VREP_SENSE_MODE_CHANGED,
@@ -30,7 +31,8 @@ void scsi_attention(struct scsi_unit *unit, struct vrep_scsi_nexus *nexus, enum 
     uint16_t *bits = &nexus->attention[unit->number];
     /* A reset says that everything before it is void, but for what stays so. */
     if (what == ATTENTION_UNIT_RESET)
-        *bits &= (uint16_t)(1u << ATTENTION_POWER_ON | 1u << ATTENTION_CAPACITY);
+        *bits &= (uint16_t)(1u << ATTENTION_POWER_ON | 1u << ATTENTION_MEDIUM |
+                            1u << ATTENTION_CAPACITY);
     *bits |= (uint16_t)(1u << what);
 }
 
@@ -103,6 +105,7 @@ static int open_unit(struct scsi_unit *unit, const struct vrep_scsi_unit_config 
     unit->disk = config->disk;
     unit->block_bytes = config->block_bytes;
     unit->bytes = vrep_group_disk_bytes(group, config->disk);
+    unit->removable = config->removable;
     unit->resized = vrep_group_disk_resized(group, config->disk);
     if (unit->bytes < unit->block_bytes)
         return VREP_E_INVALID;

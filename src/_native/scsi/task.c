@@ -471,7 +471,7 @@ static void run(struct vrep_scsi_task *task)
     if (task->why.code != VREP_SENSE_NONE) {
         scsi_fail(task, task->why.code);
     } else if (unit->stopped && (opcode->flags & OPCODE_MEDIUM) != 0) {
-        scsi_fail(task, VREP_SENSE_NOT_READY_STOPPED);
+        scsi_fail(task, scsi_not_ready(unit));
     } else if ((opcode->flags & OPCODE_CHANGES) != 0 && unit->software_protect) {
         scsi_fail(task, VREP_SENSE_SOFTWARE_PROTECTED);
     } else if ((opcode->flags & OPCODE_CHANGES) != 0 && write_protected(unit)) {
@@ -599,7 +599,8 @@ static void reset_unit(struct scsi_unit *unit)
 {
     scsi_abort(unit, NULL, NULL);
     scsi_reservations_reset(unit);
-    unit->stopped = unit->software_protect = unit->descriptor_sense = unit->write_through = false;
+    unit->stopped = unit->ejected;
+    unit->software_protect = unit->descriptor_sense = unit->write_through = false;
     for (uint32_t i = 0; i < VREP_SCSI_NEXUSES_MAX; i++)
         unit->target->nexus[i].prevents[unit->number] = false;
     scsi_attention_others(unit, NULL, ATTENTION_UNIT_RESET);

@@ -49,6 +49,7 @@ class Iscsi(NamedTuple):
     mutual: tuple[str, str] | None = None
     rules: tuple[tuple[str | None, str | None], ...] = ()
     sessions: int = 0
+    removable: tuple[str, ...] = ()
 
 class IscsiStats(TypedDict):
     connections: int

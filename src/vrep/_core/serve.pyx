@@ -92,6 +92,7 @@ cdef extern from "scsi/scsi.h" nogil:
     struct vrep_scsi_unit_config:
         uint16_t disk
         uint32_t block_bytes
+        bint removable
         const char *reservations_path
     struct vrep_scsi_config:
         uint8_t group_id[16]
@@ -165,6 +166,7 @@ class Iscsi(NamedTuple):
     to them; without ``chap`` it listens on the loopback only. ``rules`` admit pairs of a name and
     an address or network, either of them ``None``; without any, whoever authenticates.
     ``reservations`` is a directory, where persistent reservations are kept; ``None``: nowhere.
+    The medium of a disk in ``removable`` can be ejected and loaded again.
     """
 
     group_id: bytes
@@ -178,6 +180,7 @@ class Iscsi(NamedTuple):
     mutual: tuple[str, str] | None = None
     rules: tuple[tuple[str | None, str | None], ...] = ()
     sessions: int = 0
+    removable: tuple[str, ...] = ()
 
 
 cdef class Server:
@@ -291,6 +294,7 @@ cdef class Server:
         for i, name in enumerate(iscsi.disks):
             units[i].disk = disks.index(name)
             units[i].block_bytes = iscsi.block_bytes
+            units[i].removable = name in iscsi.removable
             units[i].reservations_path = NULL
             if kept[i] is not None:
                 units[i].reservations_path = kept[i]
