@@ -16,6 +16,13 @@ app = typer.Typer()
 @app.command("repair")
 def repair(
     group: Group,
+    resend: Annotated[
+        bool,
+        typer.Option(
+            "--resend",
+            help="Keep what is sound before the first loss: the source sends what differs from it.",
+        ),
+    ] = False,
     start_over: Annotated[
         bool,
         typer.Option(
@@ -26,21 +33,27 @@ def repair(
     directory: Directory = None,
     as_json: Json = False,
 ) -> None:
-    """Make indexes of a damaged history again, while the target does not run; names what is
-    lost."""
-    report = site_of(directory).repair(group, start_over=start_over)
+    """Make indexes and manifest of a damaged history again, while the target does not run; names
+    what is lost."""
+    report = site_of(directory).repair(group, resend=resend, start_over=start_over)
     lines = [f"repaired: {name}" for name in report.repaired]
     lines += [
         f"lost: {each.object}, {each.first or '?'} to {each.last or '?'}: {each.text}"
         for each in report.lost
     ]
-    if report.set_aside:
+    if report.kept_to:
+        lines += [
+            f"kept: all points up to {report.kept_to}; the rest is at {report.set_aside}",
+            "no later point recovers before the source has sent again what differs",
+        ]
+    elif report.set_aside:
         lines.append(f"the store is at {report.set_aside}; the source sends everything again")
     emit(report, as_json, "\n".join(lines) or f"{group}: nothing is damaged")
     if report.lost and not report.set_aside:
         raise CorruptError(
             f"{len(report.lost)} file(s) of {group!r} are lost, and nothing was changed: "
-            "--start-over sets the store aside, and the source sends everything again"
+            "--resend keeps what is sound before, and the source sends what differs; --start-over "
+            "sets the store aside, and the source sends everything again"
         )
 
 

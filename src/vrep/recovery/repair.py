@@ -1,9 +1,11 @@
 """Repair: what of a damaged store can be made again from what is whole.
 
 Indexes at the ends of segments are made again out of the records before them, merged runs are
-dropped (the target merges them anew), and one manifest names what stands now. Records are made by
-their source alone: a segment of which some are damaged or missing is named, with its positions, and
-nothing is changed; `start_over` sets the whole store aside, so that the source sends every block
+dropped (the target merges them anew), a damaged manifest is made again from the one before it and
+the segments (`rebuild`), and one manifest names what stands now. Records are made by their source
+alone: a segment of which some are damaged or missing is named, with its positions, and nothing is
+changed. Then `resend` keeps what is sound before the first loss and lets the source send again what
+differs from it, and `start_over` sets the whole store aside, so that the source sends every block
 again into a new one, and no point is offered before that has ended.
 
 It holds the store's lock: the target's process must not have the group open. Each step can be
@@ -21,17 +23,19 @@ import msgspec
 import numpy as np
 
 from vrep import errors
-from vrep._core import layout, record
 from vrep._core import segment as native
-from vrep._core.index import Index, IndexBuilder
-from vrep.durable import make_private_directory, sync_directory
+from vrep._core.index import Index
+from vrep.durable import sync_directory
 from vrep.paths import SitePaths
 from vrep.recovery.held import held_groups
+from vrep.recovery.rebuild import folded_builder, rebuild_manifest
+from vrep.recovery.resend import aside_directory, keep_sound
 from vrep.target import runs
 from vrep.target.files import Files
 from vrep.target.lease import Lease
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import (
+    aged_at,
     entry_path,
     index_tail,
     run_path,
@@ -60,11 +64,19 @@ class RepairReport(msgspec.Struct, frozen=True):
     """names of files that were made again, or are not needed any more"""
     lost: list[Lost]
     set_aside: str
-    """where the damaged store is now; empty: where it was"""
+    """where the damaged store, or what of it is not used any more, is now; empty: where it was"""
+    kept_to: str = ""
+    """what is sound up to here was kept, and the source sends again what differs from it; empty:
+    everything, or nothing"""
 
 
-def repair(paths: SitePaths, group: str, *, start_over: bool = False) -> RepairReport:
-    """Repair the store of a group (its name or id). LockedError while the target has it open."""
+def repair(
+    paths: SitePaths, group: str, *, resend: bool = False, start_over: bool = False
+) -> RepairReport:
+    """Repair the store of a group (its name or id). LockedError while the target has it open;
+    StateError when `resend` would keep no point."""
+    if resend and start_over:
+        raise errors.InvalidError("what is sound is kept, or all is begun anew: not both")
     group_id, name = _find(paths, group)
     directory = paths.store / group_id.hex()
     try:
@@ -75,16 +87,46 @@ def repair(paths: SitePaths, group: str, *, start_over: bool = False) -> RepairR
         ) from None
     try:
         repaired: list[str] = []
+        kept_to = aside = ""
         try:
-            lost = _repair(directory, group_id, lease, repaired)
+            lease = _loaded(paths, directory, group_id, lease, repaired)
+            lost, first = _repair(directory, group_id, lease, repaired, anyway=resend)
+            if lost and resend:
+                end, where = keep_sound(
+                    paths,
+                    group_id,
+                    lease,
+                    first,
+                    lambda at: _stream_before(directory, lease.manifest.segments, at),
+                )
+                _forget_checks(paths, group_id)
+                kept_to, aside = f"pos:{end}", str(where)
         except errors.IntegrityError as error:  # the manifest: nothing says what there should be
             lost = [Lost("manifest", "", "", error.detail)]
         except OSError as error:
             raise errors.StorageError(f"{directory}: {error.strerror or error}") from None
-        aside = _set_aside(paths, directory) if lost and start_over else ""
+        if lost and start_over:
+            aside = _set_aside(paths, directory)
     finally:
         lease.close()
-    return RepairReport(name, group_id.hex(), repaired, lost, aside)
+    return RepairReport(name, group_id.hex(), repaired, lost, aside, kept_to)
+
+
+def _loaded(
+    paths: SitePaths, directory: Path, group_id: bytes, lease: Lease, repaired: list[str]
+) -> Lease:
+    """The lease with its newest manifest, made again if need be."""
+    try:
+        lease.load()
+    except errors.IntegrityError as error:
+        repaired.append(rebuild_manifest(paths, directory, group_id, lease, error))
+    return lease
+
+
+def _forget_checks(paths: SitePaths, group_id: bytes) -> None:
+    """How far the history was checked before: it ends earlier now, with the operator's will."""
+    for path in (paths.root / "checked").glob(f"{group_id.hex()}.*.json"):
+        path.unlink(missing_ok=True)
 
 
 def _find(paths: SitePaths, group: str) -> tuple[bytes, str]:
@@ -101,8 +143,12 @@ def _find(paths: SitePaths, group: str) -> tuple[bytes, str]:
     raise errors.NotFoundError(f"this site holds no history of a group {group!r}{more}")
 
 
-def _repair(directory: Path, group_id: bytes, lease: Lease, repaired: list[str]) -> list[Lost]:
-    manifest = lease.load()
+def _repair(
+    directory: Path, group_id: bytes, lease: Lease, repaired: list[str], *, anyway: bool
+) -> tuple[list[Lost], int]:
+    """What is lost, and the row of the first of it; `anyway`: what stands before it is repaired."""
+    manifest = lease.manifest
+    first = len(manifest.segments)
     lost: list[Lost] = []
     rows = manifest.segments.copy()
     broken = []
@@ -111,23 +157,25 @@ def _repair(directory: Path, group_id: bytes, lease: Lease, repaired: list[str])
         try:
             data = _records(path, group_id, entry)
         except (errors.IntegrityError, OSError) as error:
-            first, last = Position.of(entry["first"]), Position.of(entry["last"])
+            begins, ends = Position.of(entry["first"]), Position.of(entry["last"])
             text = str(error) if isinstance(error, OSError) else error.detail
-            lost.append(Lost(path.name, f"pos:{first}", f"pos:{last}", text))
+            lost.append(Lost(path.name, f"pos:{begins}", f"pos:{ends}", text))
+            first = min(first, at)
             continue
         if not _index_whole(path, entry):
             broken.append((at, path, data))
     lost += _open_segment(directory, group_id, manifest)
     kept = np.array([_run_whole(directory, row) for row in manifest.runs], bool)
-    if lost or (not broken and kept.all()):
-        return lost  # what is lost is not made good by halves
+    broken = [each for each in broken if each[0] < first]
+    if (lost and not anyway) or (not broken and kept.all()):
+        return lost, first  # what is lost is not made good by halves
     for at, path, data in broken:
         stream = _stream_before(directory, rows, at)
-        rows[at] = _write_index(path, data, group_id, rows[at], manifest, stream)
+        rows[at] = _write_index(path, data, group_id, rows[at], lease, stream)
         repaired.append(path.name)
     repaired += [run_path(directory, int(r["run"])).name for r in manifest.runs[~kept]]
     lease.publish(segments=rows, runs=manifest.runs[kept])
-    return []
+    return lost, first
 
 
 def _records(path: Path, group_id: bytes, entry: Any) -> bytes:
@@ -186,19 +234,20 @@ def _stream_before(directory: Path, rows: Any, at: int) -> Any:
 
 
 def _write_index(
-    path: Path, data: bytes, group_id: bytes, entry: Any, manifest: Manifest, stream: Any
+    path: Path, data: bytes, group_id: bytes, entry: Any, lease: Lease, stream: Any
 ) -> Any:
     """A new file in the place of a segment's: its records, and their index made again. Its entry
     in the manifest."""
     files, number = Files(), int(entry["segment"])
     view = memoryview(data)
     if int(entry["generation"]):
-        builder = _folded_builder(view, group_id, number, manifest.horizon)
+        builder = folded_builder(view, group_id, number, lease.manifest.horizon)
     else:
         scan = scan_tail(view, group_id, number)
         builder = index_tail(
             view, scan, group_id, stream if scan.header["stream_id"].any() else None
         )
+    builder.aged(_aged(path, entry, lease))
     aside = path.with_name(f".{path.name}.repair.tmp")
     aside.unlink(missing_ok=True)
     fd = files.create(aside)
@@ -214,31 +263,22 @@ def _write_index(
     return made
 
 
-def _folded_builder(
-    data: memoryview, group_id: bytes, number: int, horizon: Position
-) -> IndexBuilder:
-    """As a fold makes it: of all times only that of the horizon's own record is kept."""
-    builder = IndexBuilder(number, group_id, None)
-    _result, commits = native.scan(data, group_id, number, commits=True)
-    for commit in commits:
-        start, end = int(commit["start"]), int(commit["end"])
-        if end == start:
-            continue
-        builder.add(data[start:end], start)
-        headers = record.scan(data[start:end])[0]["header"]
-        here = headers[(headers["epoch"] == horizon.epoch) & (headers["seq"] == horizon.seq)]
-        here = here[~np.isin(here["kind"], (layout.KIND_STREAM, layout.KIND_TALLY))]
-        if len(here):
-            builder.time(int(here[0]["wall_ns"]), *horizon)
-    return builder
+def _aged(path: Path, entry: Any, lease: Lease) -> int:
+    """When a segment was closed, as the trailer of its index still says; else now: it is kept for
+    longer then."""
+    now_ns = lease.aging.now_ns()
+    try:
+        return min(now_ns, aged_at(path.parent, entry) or now_ns)
+    except (errors.IntegrityError, OSError):
+        return now_ns
 
 
 def _set_aside(paths: SitePaths, directory: Path) -> str:
     """Move a store away; its group's source finds none, and sends everything again."""
     if runs.pinned(directory):
         raise errors.BusyError("a recovery reads the history of this group: end it first")
-    where = make_private_directory(paths.root / "damaged")
-    target = where / f"{directory.name}-{time.time_ns()}"
+    target = aside_directory(paths, bytes.fromhex(directory.name))
+    where = target.parent
     try:
         directory.rename(target)
     except OSError as error:

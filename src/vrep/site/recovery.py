@@ -274,14 +274,15 @@ class Recovery(SiteBase):
             return joined.verify(self.paths, lanes, at, options=options, progress=progress)
         return verify(self.paths, group, at, options=options, progress=progress)
 
-    def repair(self, group: str, *, start_over: bool = False) -> RepairReport:
+    def repair(self, group: str, *, resend: bool = False, start_over: bool = False) -> RepairReport:
         """At the site that holds a group's history, while its target process does not have it
-        open: make indexes again from records that are whole. What is lost is in the report, and
-        then nothing was changed; with `start_over` the damaged store is set aside instead, and the
-        source sends everything again."""
+        open: make indexes, and a damaged manifest, again from records that are whole. What is lost
+        is in the report, and then nothing was changed. With `resend` what is sound before the
+        first loss is kept, and the source sends again what differs from it; with `start_over` the
+        damaged store is set aside, and the source sends everything again."""
         from vrep.recovery.repair import repair
 
-        return repair(self.paths, group, start_over=start_over)
+        return repair(self.paths, group, resend=resend, start_over=start_over)
 
     def fold(self, group: str, at: str) -> FoldResult:
         """At the site that holds its history: keep the recovery points of a group from one on.

@@ -1,0 +1,127 @@
+"""A target of which files are lost is repaired as documented, and its source sends what
+differs from what is left."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sites import GROUP, MIB, Pair, compare, wait_until
+
+from vrep import errors
+from vrep.target.manifest import Position, load_newest, manifest_numbers, manifest_path
+from vrep.target.segment import entry_path
+
+pytestmark = pytest.mark.e2e
+
+SIZE = 8 * MIB
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair(disks={"root": SIZE}, compression=0, target_settings=f"segment_bytes = {MIB}")
+    try:
+        yield pair
+    finally:
+        pair.close()
+
+
+def write_some(pair: Pair, rng: random.Random, count: int) -> None:
+    with pair.client() as client:
+        for _ in range(count):
+            client.write(rng.randrange(SIZE // 65536) * 65536, rng.randbytes(65536))
+    pair.settle()
+
+
+def damaged(pair: Pair) -> bool:
+    group = pair.b.status()["groups"].values()
+    return any("damaged" in each["conditions"] for each in group)
+
+
+def sent(pair: Pair) -> int:
+    return int(pair.status()["targets"][0]["bytes_sent"])
+
+
+def test_lost_segments_cost_what_stood_behind_them(pair: Pair, rng: random.Random) -> None:
+    """Two segments and an index of a store are gone: points before stay, the span that does not
+    recover is a gap, only what differs is sent, and later points recover."""
+    pair.images["root"].write_bytes(rng.randbytes(SIZE))
+    pair.up()
+    write_some(pair, rng, 20)
+    pair.a.checkpoint(GROUP, "early")
+    early = pair.images["root"].read_bytes()
+    pair.settle()
+    for _ in range(5):  # each in segments of its own
+        write_some(pair, rng, 20)
+    pair.stop("target")
+    manifest = load_newest(pair.store, pair.group_id)
+    rows = manifest.segments
+    for row in rows[-2:]:
+        entry_path(pair.store, row).unlink()
+    behind = sum(int(row["data_bytes"]) for row in rows[-2:]) + 2 * MIB
+    pair.start("target")
+    wait_until("it is named", lambda: damaged(pair))
+    pair.stop("target")
+    lost = pair.b.repair(GROUP).lost
+    assert [each.object for each in lost] == [entry_path(pair.store, row).name for row in rows[-2:]]
+    report = pair.b.repair(GROUP, resend=True)
+    assert report.kept_to == f"pos:{Position.of(rows[-3]['last'])}"
+    compare("root", _export(pair, "early"), early)
+    before = sent(pair)
+    pair.start("target")
+    wait_until("it is compared", lambda: pair.status()["targets"][0]["compared_bytes"] > 0)
+    pair.settle()
+    assert sent(pair) - before <= behind * 1.1
+    pair.same_as_source()
+    points = pair.b.points(GROUP)
+    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
+    assert [gap.open for gap in points.gaps] == [False, False]
+    for each in lost:
+        with pytest.raises(errors.VrepError):
+            pair.b.export(GROUP, pair.root / "no", at=each.last)
+    compare("root", _export(pair, "early"), early)
+    write_some(pair, rng, 5)
+    pair.a.checkpoint(GROUP, "late")
+    pair.settle()
+    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
+    pair.alive()
+
+
+def _export(pair: Pair, at: str) -> bytes:
+    out = pair.root / f"out-{at}-{time.monotonic_ns()}"
+    return Path(pair.b.export(GROUP, out, at=at).disks[0].path).read_bytes()
+
+
+def test_a_lost_manifest_costs_nothing(pair: Pair, rng: random.Random) -> None:
+    pair.up()
+    write_some(pair, rng, 40)
+    pair.a.checkpoint(GROUP, "early")
+    early = pair.images["root"].read_bytes()
+    pair.settle()
+    pair.kill("target")
+    write_without_target(pair, rng)
+    newest = manifest_path(pair.store, manifest_numbers(pair.store)[-1])
+    newest.write_bytes(newest.read_bytes()[:-1])
+    pair.start("target")
+    wait_until("it is named", lambda: damaged(pair))
+    pair.stop("target")
+    report: Any = pair.b.repair(pair.group_id.hex())
+    assert (report.repaired, report.lost) == ([newest.name], [])
+    before = pair.status()["targets"][0]
+    pair.start("target")
+    pair.settle()
+    after = pair.status()["targets"][0]
+    assert after["bytes_sent"] - before["bytes_sent"] < MIB  # what was written meanwhile
+    pair.same_as_source()
+    compare("root", _export(pair, "early"), early)
+    assert pair.b.points(GROUP).verdict.sealed
+
+
+def write_without_target(pair: Pair, rng: random.Random) -> None:
+    with pair.client() as client:
+        for _ in range(4):
+            client.write(rng.randrange(SIZE // 65536) * 65536, rng.randbytes(65536))
