@@ -3,16 +3,20 @@ what a new writer need not send."""
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import sys
 import time
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vrep import errors
 from vrep._core import layout
@@ -23,6 +27,7 @@ from vrep.keys.datakey import DataKey
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
+from vrep.recovery import base
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import check_history
 from vrep.recovery.fetch import Fetcher
@@ -328,6 +333,52 @@ def test_no_position_past_the_fork_is_used(old: Old, seq: int) -> None:
     old.require_whole(end)
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 1 << 15), st.integers(1, 1 << 11)), max_size=40),
+    st.integers(1, 60),
+)
+def test_records_cover_what_differs(found: list[tuple[int, int]], most: int) -> None:
+    """As many as there are positions; all that differs, if one for 32 MiB is enough."""
+    rows = array("q")
+    for start, units in sorted(found):
+        at, end = start * UNIT, (start + units) * UNIT
+        if not rows or at >= rows[-1]:
+            base._join(rows, at, end)
+    runs = np.array(rows, np.int64).reshape(-1, 2)
+    pieces = base._fit({3: runs}, most).tolist()
+    assert len(pieces) <= most
+    assert all(disk == 3 and 0 < length <= layout.WRITE_BYTES_MAX for disk, _at, length in pieces)
+    ends = [at + length for _disk, at, length in pieces]
+    assert all(end <= after[1] for end, after in zip(ends, pieces[1:], strict=False))
+    covered = np.zeros(1 << 16, bool)
+    for _disk, at, length in pieces:
+        covered[at // UNIT : (at + length) // UNIT] = True
+    wanted = np.zeros(1 << 16, bool)
+    for start, end in runs.tolist():
+        wanted[start // UNIT : end // UNIT] = True
+    if len(pieces) < most:
+        assert (covered | ~wanted).all()
+    if (runs[1:, 0] - runs[:-1, 1] >= base.APART_BYTES).all() and len(pieces) < most:
+        sizes = -(-(runs[:, 1] - runs[:, 0]) // base.RECORD_BYTES)
+        assert sizes.sum() >= most or (covered == wanted).all()
+
+
+def test_a_device_does_not_say_where_its_data_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(b"x" * UNIT)
+    os.truncate(image, 10 * UNIT + 512)
+    fd = os.open(image, os.O_RDONLY)
+    try:
+        assert list(base._extents(fd, 10 * UNIT + 512)) == [(0, UNIT)]
+        with monkeypatch.context() as patch:
+            patch.setattr("vrep.recovery.base.os.SEEK_DATA", 77)
+            assert list(base._extents(fd, 10 * UNIT + 512)) == [(0, 10 * UNIT + 512)]
+    finally:
+        os.close(fd)
+
+
 CUT_OFF = """
 import os, sys, time
 import msgspec
@@ -384,6 +435,38 @@ def test_a_target_that_is_killed_goes_on_where_it_was(old: Old) -> None:
     end, sent = Writer(old, epochs[1]).resync(bytes(old.disk))
     old.store.commit()
     assert set(sent) <= {DISK // UNIT * UNIT}
+    assert old.show(end) == bytes(old.disk)
+    old.require_whole(end)
+
+
+def test_a_program_that_does_not_run_costs_only_bytes(old: Old) -> None:
+    old.fill()
+    epochs, fork = away(100)
+    old.command = ["/nowhere/at/all"]
+    with pytest.raises(errors.StorageError, match="cannot be run"):
+        old.follow(epochs, old.offer(fork))
+    assert old.store.manifest.current_epoch.epoch == 1
+    old.command = ["false"]
+    old.follow(epochs, old.offer(fork))
+    end, _sent = Writer(old, epochs[1]).resync(bytes(old.disk))
+    old.store.commit()
+    assert old.show(end) == bytes(old.disk)
+    old.require_whole(end)
+
+
+def test_nothing_is_followed_when_its_thread_fails(
+    old: Old, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old.fill()
+    epochs, fork = away(100)
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.target.base._end", lambda *_: {}["fails"])
+        with pytest.raises(errors.StateError, match="cannot be sealed"):
+            old.follow(epochs, old.offer(fork))
+    assert old.store.manifest.current_epoch.epoch == 1
+    old.follow(epochs, old.offer(fork))
+    end, _sent = Writer(old, epochs[1]).resync(bytes(old.disk))
+    old.store.commit()
     assert old.show(end) == bytes(old.disk)
     old.require_whole(end)
 

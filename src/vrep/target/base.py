@@ -16,6 +16,7 @@ Sizes are bytes.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import struct
 import subprocess
@@ -27,7 +28,7 @@ import msgspec
 import numpy as np
 
 from vrep._core import layout, record
-from vrep.errors import CorruptError, StorageError, VrepError
+from vrep.errors import CorruptError, StateError, StorageError, VrepError
 from vrep.lanes import lane_of
 from vrep.target.manifest import DiskEntry, EpochEntry, Position
 from vrep.target.store import GroupStore, StoreSpec
@@ -119,9 +120,12 @@ class Base:
         """the site that waits for it"""
         self._store = store
         self._plan = plan
-        self._error: VrepError | None = None
-        self._stopped = False
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._error: VrepError = StateError("what the old disks hold is not sealed yet")
+        self._ended = self._stopped = False
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise StorageError(f"{command[0]} cannot be run: {error.strerror or error}") from None
         self._thread = threading.Thread(
             target=self._run, name=f"base:{plan.group_id[:8]}", daemon=True
         )
@@ -136,7 +140,7 @@ class Base:
 
     def check(self) -> None:
         """Raise what keeps the store from going on. That less was sealed than could be does not."""
-        if self._error is not None:
+        if not self._ended:
             raise self._error
 
     def stop(self) -> None:
@@ -164,20 +168,20 @@ class Base:
                 )
             self._store.commit(COMMIT_S)
             _end(self._store, self._plan)
+            self._ended = True
         except VrepError as error:
             self._error = error
-        except OSError as error:
-            self._error = StorageError(f"the old disks cannot be sealed: {error}")
+        except Exception as error:
+            log.exception("group %s: the old disks are not sealed", self._store.name)
+            self._error = StateError(f"the old disks cannot be sealed: {error}")
 
     def _take(self) -> bool:
         """Append what the program writes; whether it wrote all that it wanted to."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it ended; what it wrote before counts
             self._process.stdin.write(msgspec.json.encode(self._plan))
             self._process.stdin.close()
-        except BrokenPipeError:
-            return False
         while not self._stopped:
             head = _read(self._process.stdout, BASE_FRAME.size)
             if head is None:
