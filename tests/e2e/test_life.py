@@ -289,6 +289,7 @@ def test_the_way_back_sends_what_differs(make_life: Callable[..., Life]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ten_rounds_with_every_point(make_life: Callable[..., Life]) -> None:
     life = make_life(disk_bytes=16 << 20).up()
     for number in range(10):
