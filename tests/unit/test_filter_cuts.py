@@ -1,0 +1,90 @@
+"""The part of one host in a cut: its lanes hold, mark, and say whether they held to the end."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vrep import errors
+from vrep._core.filter import Disk, Group, cut_all, cut_hold, cut_release
+from vrep._core.serve import Server
+
+ONE, OTHER = b"1" * 16, b"2" * 16
+
+
+def lane(root: Path, number: int) -> tuple[Group, Server]:
+    """One lane that is served, and whose first sync has ended."""
+    place = root / str(number)
+    for name in ("shm", "state"):
+        (place / name).mkdir(parents=True)
+    (place / "disk").write_bytes(bytes(64 << 10))
+    made = Group(
+        [Disk("root", f"file:{place / 'disk'}")],
+        group_id=bytes(14) + number.to_bytes(2, "big"),
+        lane=number,
+        shm_dir=place / "shm",
+        state_dir=place / "state",
+        ring_bytes=4 << 20,
+        ring_descriptors=1024,
+    )
+    server = Server(made, unix_path=place / "socket")
+    server.start()
+    for fd in made.consumer_attach("target"):  # there is room for all that is copied
+        os.close(fd)
+    made.resync()
+    deadline = time.monotonic() + 20
+    while made.status()["gap"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return made, server
+
+
+@pytest.fixture
+def lanes(tmp_path: Path) -> Iterator[list[Group]]:
+    made = [lane(tmp_path, number) for number in range(2)]
+    yield [group for group, _server in made]
+    for group, server in made:
+        server.stop()
+        group.close()
+
+
+def test_lanes_hold_until_they_are_told_to_go_on(lanes: list[Group]) -> None:
+    for _try in range(200):
+        assert cut_hold(lanes, ONE) == [one.status()["head"] for one in lanes]
+        try:
+            with pytest.raises(errors.TimeLimitError):
+                cut_release(lanes, OTHER)  # which they do not hold for
+            cut_release(lanes, ONE)
+            break
+        except errors.TimeLimitError:  # this machine is busy: the holds ended before
+            continue
+    else:
+        pytest.fail("no hold lasted")
+    assert [one.status()["cuts"] for one in lanes] == [1, 1]
+    assert len(cut_all(lanes, OTHER)) == 2  # nothing holds any more
+
+
+def test_a_hold_that_ended_by_itself_is_no_hold(lanes: list[Group]) -> None:
+    cut_hold(lanes, ONE, 1.0)
+    deadline = time.monotonic() + 20
+    while min(one.status()["cuts_void"] for one in lanes) == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    with pytest.raises(errors.TimeLimitError) as late:
+        cut_release(lanes, ONE)
+    assert late.value.lane == 0  # type: ignore[attr-defined]
+    assert [one.status()["cuts"] for one in lanes] == [0, 0]
+
+
+def test_a_hold_that_one_lane_refuses_leaves_none(lanes: list[Group]) -> None:
+    lanes[1].resync(False, everything=True)  # it is in a gap
+    with pytest.raises(errors.GoneError) as refused:
+        cut_hold(lanes, ONE)
+    assert refused.value.lane == 1  # type: ignore[attr-defined]
+    with pytest.raises(errors.TimeLimitError):
+        cut_release(lanes[:1], ONE)
+    assert len(cut_all(lanes[:1], OTHER)) == 1
