@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vrep.site.base import SiteBase
     from vrep.wire.peers import Peer
 
-__all__ = ["DISKS_MAX", "protect", "with_fronts"]
+__all__ = ["DISKS_MAX", "leave", "protect", "with_fronts"]
 
 DISKS_MAX: Final = 64
 """of one lane"""
@@ -104,10 +104,15 @@ def protect(
                 **shared,
             )
         )
-    for definition in made:
-        # What an unprotect that was cut off left here belongs to another group.
-        shutil.rmtree(site.groups.path(definition.name), ignore_errors=True)
-        site.groups.store(definition)
+    try:
+        for definition in made:
+            # What an unprotect that was cut off left here belongs to another group.
+            shutil.rmtree(site.groups.path(definition.name), ignore_errors=True)
+            site.groups.store(definition)
+    except errors.VrepError:
+        if beside:
+            leave(site, made[0], numbers)
+        raise
     return made
 
 
@@ -140,13 +145,15 @@ def join(
             "the sites of a group reach each other: set network.listen in config.toml"
         )
     proof = membership_proof(tenant, group, identity.site_id, other.site_id)
-    params = {"group": group, "count": count, "names": names, "proof": proof}
+    params = {
+        "group": group,
+        "count": count,
+        "names": names,
+        "to_site": to.site_id,
+        "proof": proof,
+    }
     with connect(identity, other) as transport:
         told = transport.ask(m.LANES_ADMIT, params)
-    if told["to_site"] != to.site_id:
-        raise errors.ConfigError(
-            f"group {group!r} is not protected to {to.name!r}: all its lanes go to one site"
-        )
     hosts = tuple((int(lane), str(whose)) for lane, whose in told["hosts"])
     lanes = [int(lane) for lane in told["lanes"]]
     return Joined(
@@ -158,6 +165,23 @@ def join(
             "numbered": max(lanes) + 1,
         },
     )
+
+
+def leave(site: SiteBase, definition: GroupDefinition, lanes: Sequence[int]) -> str:
+    """Tell the other sites of a group that lanes of this one end; why one could not be told."""
+    from vrep.wire import messages as m
+    from vrep.wire.site import connect
+
+    problems = []
+    others = {whose for _lane, whose in definition.hosts} - {site.identity.site_id}
+    for site_id in sorted(others):
+        params = {"group_id": definition.group_id, "lanes": list(lanes)}
+        try:
+            with connect(site.identity, site.peers.get(site_id)) as transport:
+                transport.ask(m.LANES_LEAVE, params)
+        except errors.VrepError as error:
+            problems.append(f"a site with lanes of the group misses this one: {error}")
+    return "; ".join(problems)
 
 
 def examined(site: SiteBase, group: str, disks: Mapping[str, str]) -> list[DiskDefinition]:

@@ -251,7 +251,9 @@ def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str) -> Non
     hosts.vault.site.test_stop(GROUP)
 
 
-def test_a_host_that_leaves_is_not_missed(hosts: Hosts) -> None:
+def test_a_host_that_leaves_is_not_missed(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(errors.BusyError, match="one group"):
+        hosts.north.site.remove_peer("south")
     assert hosts.south.site.unprotect(GROUP) == ""
     with hosts.client(hosts.north) as client:
         client.write(0, b"1" * 512)
@@ -259,16 +261,25 @@ def test_a_host_that_leaves_is_not_missed(hosts: Hosts) -> None:
     view = hosts.vault.site.test_start(GROUP)
     assert [disk.name for disk in view.disks] == ["north"]
     hosts.vault.site.test_stop(GROUP)
+    with monkeypatch.context() as patch:  # its definition cannot be written: it leaves again
+        patch.setattr("vrep.groups.GroupDirectory.store", _no_room)
+        with pytest.raises(errors.StoreFullError):
+            hosts.protect(hosts.south, beside="north")
+    assert hosts.north.site.groups.load(f"{GROUP}@0").lanes == (0,)
     # A number is given once: what the vault holds of the first lane 1 stays apart.
     hosts.protect(hosts.south, beside="north")
-    assert list(hosts.south.site.groups.names()) == [f"{GROUP}@2"]
+    assert list(hosts.south.site.groups.names()) == [f"{GROUP}@3"]
     hosts.settle()
     assert hosts.north.site.checkpoint(GROUP, "both", wait_s=60)["absent"] == []
     # One that was lost for good is forgotten where it is missed.
     hosts.south.kill()
     wait_until("it is missed", lambda: "lane-absent" in hosts.lane(hosts.north)["conditions"])
-    hosts.north.site.unprotect(f"{GROUP}@2")
+    hosts.north.site.unprotect(f"{GROUP}@3")
     assert hosts.north.site.checkpoint(GROUP, "alone-again", wait_s=60)["absent"] == []
+
+
+def _no_room(*_arguments: object) -> None:
+    raise errors.StoreFullError("no space left")
 
 
 def test_failover_of_all_hosts(hosts: Hosts) -> None:
@@ -307,6 +318,9 @@ def test_only_hosts_of_the_group_are_heard(hosts: Hosts) -> None:
             with pytest.raises(PeerRefusedError, match="no lane of a group"):
                 transport.ask(method, params)
         admit = {"group": GROUP, "count": 1, "names": [], "proof": bytes(32)}
+        with pytest.raises(PeerRefusedError, match="another site"):
+            transport.ask(m.LANES_ADMIT, {**admit, "to_site": "7" * 32})
+        admit["to_site"] = definition.to_site
         with pytest.raises(PeerRefusedError, match="tenant key"):
             transport.ask(m.LANES_ADMIT, admit)
         with pytest.raises(PeerRefusedError, match="32 bytes"):

@@ -115,6 +115,10 @@ class HostLanes:
         first = mine[0]
         if any(one.fenced or one.yielded for one in mine):
             raise FencedError(f"another site took {group!r} over")
+        if first.to_site != str(params["to_site"]):
+            raise StateError(
+                f"group {group!r} is protected to another site: all its lanes go to one"
+            )
         if first.hosts and min(first.hosts)[1] != self._site_id:
             raise StateError(f"site {min(first.hosts)[1]} has the first lane of {group!r}: ask it")
         proof = membership_proof(
@@ -149,8 +153,6 @@ class HostLanes:
             "group_id": first.group_id[:28] + "0000",
             "lanes": lanes,
             "hosts": [list(each) for each in hosts],
-            "to_site": first.to_site,
-            "key_id": first.tenant_key_id,
         }
 
     def leave(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class Protection(SiteBase):
 
         At the site that holds the history of a group that was given up, with `delete_history`:
         delete that history."""
+        from vrep.protect import leave
+
         lanes = self.lanes_of(group)
         if not lanes and is_lane(group) and self._forget_lane(group):
             return ""
@@ -113,7 +115,7 @@ class Protection(SiteBase):
         spill = self.paths.spill(group, self.config.source.spill_dir)
         shutil.rmtree(spill, ignore_errors=True)
         if definition is not None and definition.hosts:
-            problem = self._tell_hosts(definition)
+            problem = leave(self, definition, [lane_of(group)])
         # Last: a session that still ran would take the group back.
         if definition is not None and not delete_history:
             told = self._tell_target(definition, "group.unprotect", {})
@@ -127,23 +129,6 @@ class Protection(SiteBase):
             known = known or lane_of(lane) in self.groups.load(name).lanes
             self.groups.revise(name, without_lanes({lane_of(lane)}))
         return known
-
-    def _tell_hosts(self, definition: GroupDefinition) -> str:
-        """Tell the other sites of a group that a lane is given up; why one could not be told."""
-        from vrep.wire import messages as m
-        from vrep.wire.site import connect
-
-        params = {"group_id": definition.group_id, "lanes": [lane_of(definition.name)]}
-        problems = []
-        for site_id in sorted(
-            {whose for _lane, whose in definition.hosts} - {self.identity.site_id}
-        ):
-            try:
-                with connect(self.identity, self.peers.get(site_id)) as transport:
-                    transport.ask(m.LANES_LEAVE, params)
-            except errors.VrepError as error:
-                problems.append(f"a site with lanes of the group misses this one: {error}")
-        return "; ".join(problems)
 
     def keep(
         self, group: str, *, window_s: int | None = None, quota_bytes: int | None = None

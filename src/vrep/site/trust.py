@@ -72,8 +72,14 @@ class Trust(SiteBase):
         )
 
     def remove_peer(self, name: str) -> Peer:
-        """Stop trusting a site. Refused while a group is protected to it."""
+        """Stop trusting a site. Refused while a group is protected to it, or has lanes there."""
         peer = self.peers.get(name)
+        shared = [g.name for g in self.groups.readable() if peer.site_id in dict(g.hosts).values()]
+        if shared:
+            raise errors.BusyError(
+                f"{', '.join(shared)} and lanes at {peer.name!r} are one group: unprotect them "
+                "there first"
+            )
         users = [g.name for g in self.groups.readable() if g.to_site == peer.site_id]
         if users:
             raise errors.BusyError(
