@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.e2e
 
 BLOCK = 4096
 SIZE = 24 * MIB
+COPY = 256 << 10
+"""of a sync copy, at most"""
 
 
 @pytest.fixture
@@ -108,3 +111,29 @@ def test_a_target_that_lost_its_newest_history_gets_the_difference(
     pair.settle()
     assert sent(pair, before) <= len(units) * BLOCK * 1.05 + 8192
     pair.same_as_source()
+
+
+@pytest.mark.parametrize(
+    "point", ["delta.after_run:1", "delta.after_run:7", "delta.before_clear:9"]
+)
+def test_a_filter_that_is_killed_while_it_compares_loses_nothing(
+    pair: Pair, rng: random.Random, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two runs of a copy, and before its bits are cleared: what was not cleared is compared
+    again, and what was published is not sent twice but for that copy."""
+    fill(pair, rng)
+    pair.stop("filter")
+    units = change(pair, rng)
+    before = pair.status()
+    monkeypatch.setenv("VREP_FAULT", f"{point}:kill")
+    pair.start("filter")
+    monkeypatch.delenv("VREP_FAULT")
+    assert pair.processes.pop("filter").wait(60) == -signal.SIGKILL
+    pair.start("filter")
+    pair.served()
+    with pair.client() as client:
+        client.write(0, rng.randbytes(BLOCK))
+    pair.settle()
+    assert sent(pair, before) <= (units + 1) * BLOCK * 1.05 + 2 * COPY + 8192
+    pair.same_as_source()
+    assert pair.b.points(GROUP).verdict.whole
