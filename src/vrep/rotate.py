@@ -124,11 +124,14 @@ def _sealed_under(site: SiteBase, name: str) -> list[GroupDefinition]:
 
 def _unfinished(site: SiteBase, ring: TenantKeyring, name: str) -> bool:
     """Whether a group is not wrapped under the current generation yet, or its target was not
-    told. The first generation was never rotated to."""
+    told. The first generation was never rotated to; the target of a group that was given up hears
+    of keys from the site that writes it now."""
     current = ring.info(name)
     return current.generation > 1 and any(
         definition.tenant_key_id != current.key_id
-        or definition.keys_at_target not in ("", definition.keys_digest)
+        or (
+            definition.keys_at_target not in ("", definition.keys_digest) and not definition.yielded
+        )
         for definition in _sealed_under(site, name)
     )
 
@@ -148,7 +151,8 @@ def _carry_on(site: SiteBase, ring: TenantKeyring, name: str, wait_s: float) -> 
     groups = [_told(site, definition, tenant, failed) for definition in _sealed_under(site, name)]
     known = {each.group for each in groups}
     groups += [RotatedGroup(g, False, False, t) for g, t in failed.items() if g not in known]
-    done = all(each.at_target for each in groups)
+    given_up = {d.name for d in _sealed_under(site, name) if d.yielded}
+    done = all(each.at_target or (each.wrapped and each.group in given_up) for each in groups)
     return Rotation(ring.info(name), "done" if done else "unfinished", groups)
 
 
@@ -175,6 +179,8 @@ def _rewrap(
 
 def _reason(site: SiteBase, definition: GroupDefinition) -> str:
     """Why a target cannot be told now; empty when it is only a matter of time."""
+    if definition.yielded:
+        return "given up: the site that writes it now holds its keys, and rotates its own key"
     if definition.fenced:
         return "another site took the group over: its target hears nothing from here"
     if definition.paused:

@@ -253,6 +253,42 @@ def test_a_target_that_cannot_be_told_is_told_later(rig: Rig, tmp_path: Path) ->
     assert rig.recoverable(out) == {"new.key"}
 
 
+def test_a_group_that_was_given_up_stops_no_rotation(rig: Rig, tmp_path: Path) -> None:
+    """After a move or a failover another site writes it: nobody hears of keys from here, neither
+    now nor later. It is wrapped here all the same, since it may come back."""
+    rig.site.groups.update("web", fenced=True, yielded=True)
+    rig.tell = lambda name: None if name == "web" else Rig.tell(rig, name)  # type: ignore[method-assign]
+    before = rig.targets["web"]
+    for number in (2, 3):
+        out = tmp_path / f"{number}.key"
+        assert rig.site.key_rotate("acme", out=out).state == "exported"
+        rig.site.key_verify("acme", out)
+        done = rig.site.key_rotate("acme", wait_s=60.0)
+        assert (done.state, done.key.generation) == ("done", number)
+        assert [(g.group, g.wrapped, g.at_target) for g in done.groups] == [
+            ("mail", True, True),
+            ("web", True, False),
+        ]
+        assert "given up" in done.groups[1].text
+        assert targets_of(rig.site.groups.load("web")) == {done.key.key_id}
+    assert rig.targets["web"] == before
+    # It comes back: a rotation is not over before its target was told.
+    rig.site.groups.update("web", fenced=False, yielded=False)
+    assert rotate._unfinished(rig.site, rig.site.keys, "acme")
+    assert rig.site.key_rotate("acme", wait_s=0.0).state == "unfinished"
+
+
+def test_a_group_that_is_only_fenced_is_told_later(rig: Rig, tmp_path: Path) -> None:
+    """A failover that may be rolled back."""
+    rig.begin(tmp_path / "new.key")
+    rig.site.groups.update("web", fenced=True)
+    rig.tell = lambda name: None if name == "web" else Rig.tell(rig, name)  # type: ignore[method-assign]
+    assert rig.site.key_rotate("acme", wait_s=60.0).state == "unfinished"
+    del rig.tell
+    rig.site.groups.update("web", fenced=False)
+    assert rig.site.key_rotate("acme").state == "done"
+
+
 def test_without_its_source_process_a_rotation_waits_for_nobody(tmp_path: Path) -> None:
     rig = Rig(tmp_path / "site")
     rotation = rig.site.key_rotate("acme", accept_key_loss=True, wait_s=60.0)
