@@ -19,12 +19,14 @@ import pytest
 from vrep._core import layout
 from vrep._core import segment as native
 from vrep.errors import CorruptError, GapError, OmittedError, PointNotFoundError, StateError
+from vrep.objects import plaintext
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import check_history
 from vrep.recovery.export import export
 from vrep.recovery.fetch import Fetcher
 from vrep.recovery.held import find_group
 from vrep.recovery.history import History, resolve
+from vrep.recovery.object_records import objects_at
 from vrep.recovery.points import list_points
 from vrep.recovery.view import (
     ViewDirectory,
@@ -500,3 +502,34 @@ def test_a_fold_by_hand(lab: Any) -> None:
     lab.start_stream()
     compare_all(lab)
     assert [mark.label for mark in list_points(lab.paths, "web").marks] == ["keep from here"]
+
+
+def test_objects_of_every_kept_point_outlive_folds(lab: Any) -> None:
+    """Also the version of the oldest point, which was put long before it; their bytes are read, so
+    their streams are there too."""
+    names = ("domain.xml", "nvram", "notes")
+    held: dict[Position, dict[str, bytes]] = {}
+    now: dict[str, bytes] = {}
+    lab.sync()
+    for number in range(150):
+        if number % 40 == 3:
+            lab.start_stream()
+        if lab.rng.random() < 0.2:
+            name, blob = lab.rng.choice(names), lab.rng.randbytes(lab.rng.randrange(1, 3000))
+            data = plaintext(name, blob, lab.wall_ns)
+            at = lab.record(layout.KIND_OBJECT, data=data)
+            now = {**now, name: blob}
+        else:
+            at = lab.write(0, lab.rng.randrange(40) * 4096, lab.rng.randbytes(4096))
+        held[at] = now
+        lab.commit()
+    for share in (3, 2, 1):
+        points = [p for p in held if lab.store.manifest.keeps(p)]
+        horizon = points[len(points) // 4 * share // 3]
+        lab.store.fold(horizon)
+        with StoreReader(lab.paths.store, lab.group_id) as reader:
+            access = KeyAccess.open(lab.paths, lab.group_id, reader.wrapped_keys)
+            kept = [p for p in held if p >= horizon]
+            for point in (horizon, kept[-1], *lab.rng.sample(kept, 5)):
+                found = objects_at(reader, access, point)
+                assert {name: plain.data for name, (_at, plain) in found.items()} == held[point]
