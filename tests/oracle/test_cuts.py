@@ -121,6 +121,36 @@ def test_every_cut_holds_each_lane_at_its_mark(
     assert exported(group, "latest", tmp_path / "latest") == expected[-1][1]
 
 
+@pytest.mark.parametrize("gone", ["no", "given up", "silent"])
+def test_a_lane_that_a_cut_does_not_name_is_missed(
+    tmp_path: Path, rng: random.Random, gone: str
+) -> None:
+    """Two sites did not hear each other, and one made a cut without the other's lane."""
+    group = Group(tmp_path / "site", rng, lanes=3)
+    try:
+        group.cut()
+        if gone == "silent":  # its site was lost, and the others were told so, long ago
+            for lane in group.lanes[:2]:
+                lane.wall_ns += 100_000_000_000
+        for lane in group.lanes:
+            lane.wall_ns = max(each.wall_ns for each in group.lanes[:2])
+        cut_id = secrets.token_bytes(16)
+        at = [tuple(lane.cut_mark(cut_id)) for lane in group.lanes[:2]]
+        group.lanes[0].cut_mark(cut_id, at)
+        group.commit()
+        if gone == "given up":
+            group.lanes[2].store.set_unprotected(True)
+        if gone == "no":
+            with pytest.raises(errors.PointNotFoundError, match="lane 2 had no part"):
+                group.site.export("web", tmp_path / "out")
+            assert [cut.absent for cut in group.cuts()] == [(), (2,)]
+        else:
+            group.site.export("web", tmp_path / "out")
+            assert group.cuts()[-1].absent == ()
+    finally:
+        group.close()
+
+
 def test_what_is_not_completed_by_all_is_no_point(group: Group) -> None:
     group.cut(complete=False)  # void: a hold ended too early
     assert group.cuts() == []

@@ -155,3 +155,23 @@ def test_the_site_with_the_lowest_lane_leads(groups: GroupDirectory) -> None:
     assert not second._leads()
     now[0] = 13.0  # not heard for so long
     assert second._leads()
+
+
+def test_cuts_that_are_void_are_tried_ever_later(groups: GroupDirectory) -> None:
+    """Each holds guests for nothing, as where a host is too far away."""
+    played = Played()
+    played.fails["release 1"] = errors.PeerError("it is too late")
+    made = cutter(groups, played)
+    pauses = []
+    for head in range(10):
+        played.heads[0] = head
+        assert not made.tend()
+        pauses.append(made._void_pause_s(1.0))
+    assert pauses[:4] == [0.2, 0.4, 0.8, 1.6]
+    assert pauses[-1] == 30.0
+    played.fails.clear()
+    assert made.tend()
+    played.fails["release 1"] = errors.PeerError("it is too late")
+    played.heads[0] += 1
+    assert not made.tend()
+    assert made._void_pause_s(1.0) == 0.2

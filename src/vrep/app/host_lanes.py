@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hmac
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import msgspec
 
 from vrep.control import ControlClient
 from vrep.errors import (
@@ -35,6 +37,37 @@ __all__ = ["HostLanes"]
 
 ANSWER_S: Final = 2.0
 CUT_ID_BYTES: Final = 16
+
+
+_Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+_Lane = Annotated[int, msgspec.Meta(ge=0, lt=LANES_MAX)]
+_SiteId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+
+
+class _Newest(msgspec.Struct, frozen=True):
+    point: Annotated[str, msgspec.Meta(max_length=80)]
+    wall_ns: _Number
+
+
+class _Said(msgspec.Struct, frozen=True):
+    """What a peer says of itself when it looks."""
+
+    hosts: Annotated[list[tuple[_Lane, _SiteId]], msgspec.Meta(max_length=LANES_MAX)]
+    numbered: Annotated[int, msgspec.Meta(ge=0, le=LANES_MAX)]
+    leads: bool
+    whole: Annotated[list[tuple[_Number, _Lane, _Number]], msgspec.Meta(max_length=LANES_MAX)]
+    newest: _Newest | None
+
+
+def _said(params: Mapping[str, Any], at_least: int) -> _Said:
+    """InvalidError for what no site says. A number that was given once is not given again."""
+    try:
+        said = msgspec.convert(dict(params), _Said)
+    except msgspec.ValidationError as error:
+        raise InvalidError(f"lanes.look: {error}") from None
+    if len(dict(said.hosts)) != len(said.hosts):
+        raise InvalidError("lanes.look: a lane is of two sites")
+    return msgspec.structs.replace(said, numbered=max(said.numbered, at_least))
 
 
 class HostLanes:
@@ -81,22 +114,23 @@ class HostLanes:
     def _look(
         self, site_id: str, mine: list[GroupDefinition], params: Mapping[str, Any]
     ) -> dict[str, Any]:
-        hosts = tuple(sorted((int(lane), str(site)) for lane, site in params["hosts"]))
+        said = _said(params, at_least=mine[0].numbered)
+        hosts = tuple(sorted(said.hosts))
         whose = dict(hosts)
         before = min((lane for lane, site in mine[0].hosts if site == site_id), default=LANES_MAX)
         mine_stay = all(whose.get(lane_of(one.name)) == self._site_id for one in mine)
-        if params["leads"] and before < lane_of(mine[0].name) and mine_stay:
+        if said.leads and before < lane_of(mine[0].name) and mine_stay:
             # Who leads knows who came and who left.
-            lanes, numbered = tuple(whose), int(params["numbered"])
+            lanes = tuple(whose)
             for one in mine:
-                self._groups.update(one.name, hosts=hosts, lanes=lanes, numbered=numbered)
+                self._groups.update(one.name, hosts=hosts, lanes=lanes, numbered=said.numbered)
         answer = self._source.call(
             "cut_look",
             group=group_of(mine[0].name),
             site=site_id,
-            leads=bool(params["leads"]),
-            whole=[[int(n) for n in at] for at in params["whole"]],
-            newest=params["newest"],
+            leads=said.leads,
+            whole=[list(at) for at in said.whole],
+            newest=msgspec.to_builtins(said.newest),
         )
         return dict(answer)
 

@@ -9,8 +9,9 @@ in it holds its mark at that position, on the line of its accepted epoch, outsid
 folded away: of a cut that was not completed, or not by all, there is no such record, or not all
 such marks.
 
-A cut in which a lane of the group has no part (its host was gone) is a point of the other lanes'
-disks only. Who asks for `latest`, or for a time, and would get one is refused, and told of both.
+A cut in which a lane of the group has no part (its host was gone, or who made the cut had not
+heard of it) is a point of the other lanes' disks only. Who asks for `latest`, or for a time, and
+would get one is refused, and told of both.
 
 Times are nanoseconds of the clock of the host that completed the cut.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Final, Self
 
@@ -45,6 +46,8 @@ __all__ = ["Cut", "HeldLanes", "LaneSet", "find_lanes"]
 _PART_BYTES: Final = layout.MARK.itemsize + layout.CUT.itemsize
 """a mark of that length completes nothing"""
 _LISTED_MAX: Final = 16
+ALIVE_NS: Final = 60_000_000_000
+"""a lane whose last mark is older than that when others are cut had left them"""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Cut:
     cut_id: bytes
     at: tuple[Position, ...]
     """the marks, rising by lane"""
-    absent: tuple[int, ...]
+    absent: tuple[int, ...] = field(compare=False)
     """lanes of the group that had no part in it"""
     wall_ns: int
     label: str
@@ -145,6 +148,16 @@ class Lane:
         """Whether a mark stands at a position that can be recovered."""
         return position in self.marks and any(
             r.first <= position <= r.last for r in self.history.ranges
+        )
+
+    def was_there(self, wall_ns: int) -> bool:
+        """Whether it was marked before a time, and not long before it for the last time; one that
+        was given up was not."""
+        times = [event.wall_ns for event in self.marks.values()]
+        return (
+            not self.held.manifest.unprotected
+            and min(times, default=wall_ns + 1) <= wall_ns
+            and max(times) >= wall_ns - ALIVE_NS
         )
 
     def completed(self, event: Event) -> Cut | None:
@@ -237,12 +250,20 @@ class LaneSet:
                 return False
         return bool(cut.at)
 
+    def _absent(self, cut: Cut) -> tuple[int, ...]:
+        """The lanes that have no part in a cut: those that it says were gone, and those that were
+        there at its time although it does not name them, as when two sites did not hear each
+        other and each cut what it knew."""
+        named = {*cut.absent, *(position.lane for position in cut.at)}
+        unheard = (lane.number for lane in self.lanes if lane.was_there(cut.wall_ns))
+        return tuple(sorted({*cut.absent, *(set(unheard) - named)}))
+
     def _of_lane(self, lane: Lane) -> Iterator[Cut]:
         """The cuts that are completed in a lane and offered, newest first."""
         for event in lane.completing:
             cut = lane.completed(event)
             if cut is not None and self.offered(cut):
-                yield cut
+                yield replace(cut, absent=self._absent(cut))
 
     def cuts(self) -> list[Cut]:
         """Every cut that is offered, oldest first."""

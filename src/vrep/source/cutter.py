@@ -45,7 +45,11 @@ CUT_S: Final = 2.0
 TRY_S: Final = 20.0
 """for which a checkpoint is tried again while cuts are void"""
 AGAIN_S: Final = 0.05
+AGAIN_MAX_S: Final = 1.0
 VOID_PAUSE_S: Final = 0.2
+VOID_PAUSE_MAX_S: Final = 30.0
+"""Each void cut may have held the guests of some lanes for all of 10 ms. After several in a row,
+as where a host is too far away, the pauses double from the first to the second of each pair."""
 PENDING_MAX: Final = 1024
 STALE: Final = 10
 """intervals without a cut after which the status says so"""
@@ -104,6 +108,8 @@ class Cutter:
         self._newest_whole: _Made | None = None
         self._heads: dict[str, int] = {}
         self._made = self._void = 0
+        self._void_in_row = 0
+        """cuts that held guests in vain since one stood"""
         self._absent: list[int] = []
         self._error = ""
         self._wanted_since: float | None = None
@@ -138,10 +144,16 @@ class Cutter:
         pause_s = often_s
         while not self._stopping.wait(pause_s):
             try:
-                # A void cut cost the guests a moment: it is tried again soon, not at once.
-                pause_s = often_s if self.tend() else min(often_s, VOID_PAUSE_S)
+                pause_s = often_s if self.tend() else self._void_pause_s(often_s)
             except Exception:
                 log.exception("cuts failed", group=self.group)
+
+    def _void_pause_s(self, often_s: float) -> float:
+        """A void cut cost the guests a moment: it is tried again soon, not at once, and ever later
+        while none stands."""
+        if self._void_in_row <= 1:
+            return min(often_s, VOID_PAUSE_S)
+        return min(VOID_PAUSE_S * 2.0 ** (self._void_in_row - 1), VOID_PAUSE_MAX_S)
 
     # ---- what is asked ---------------------------------------------------------------
 
@@ -173,7 +185,7 @@ class Cutter:
     def cut(self, label: str, try_s: float = TRY_S) -> dict[str, Any]:
         """A checkpoint: tried again while cuts are void. AgainError when none stood, GapError in
         a gap of a lane."""
-        deadline = self._clock() + try_s
+        deadline, pause_s = self._clock() + try_s, AGAIN_S
         while True:
             try:
                 with self._lock:
@@ -186,8 +198,9 @@ class Cutter:
                     "gaps": dict(made.gaps),
                 }
             except AgainError:
-                if self._clock() > deadline or self._stopping.wait(AGAIN_S):
+                if self._clock() > deadline or self._stopping.wait(pause_s):
                     raise
+                pause_s = min(2 * pause_s, AGAIN_MAX_S)
 
     def tend(self) -> bool:
         """One turn: note what became durable, cut if something was written. Whether it need not
@@ -282,6 +295,7 @@ class Cutter:
             raise GapError(
                 f"{', '.join(in_gap)}: there is no recovery point until its sync has ended"
             )
+        self._void_in_row += 1  # unless it stands
         if own == lanes:
             answer = self._filter.call(
                 "cut", timeout=CUT_S, lanes=lanes, absent=self._absent, label=label
@@ -295,6 +309,7 @@ class Cutter:
             gaps={name: int(status[name]["gaps"]) for name in lanes},
         )
         self._made += 1
+        self._void_in_row = 0
         self._pending = [*self._pending[-PENDING_MAX:], made]
         self._heads = {lane_name(self.group, lane): seq for _e, lane, seq in made.at if seq}
         self._heads[own[0]] = made.completed[1]
