@@ -2,10 +2,11 @@
 
     python tests/conformance/run.py [--only SUITE]... [--out build/conformance.json]
 
-Each suite runs alone, with a time limit; tests about ejecting run on a second unit of each
-target, whose medium is removable. Rows are ``{target, suite, test, result}`` with the
-result ``pass``, ``fail``, ``skip`` or ``timeout``. Ends with 1 when vrep passes fewer tests than
-tgt, fails more, or fails one that docs/reference/scsi.md does not explain. tgt needs root.
+Each suite runs alone, with a time limit; tests about ejecting and write protection run on other
+units of each target, whose medium is removable, or cannot be written. Rows are
+``{target, suite, test, result}`` with the result ``pass``, ``fail``, ``skip`` or ``timeout``. Ends
+with 1 when vrep passes fewer tests than tgt, fails more, or fails one that
+docs/reference/scsi.md does not explain. tgt needs root.
 """
 
 from __future__ import annotations
@@ -32,15 +33,17 @@ from vrep._core.serve import Iscsi, Server
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference" / "scsi.md"
 NAME = "iqn.2026-01.invalid.vrep:conformance"
+GROUP_ID = bytes(range(16))
 DISK_BYTES = 256 << 20
 SUITE_S = 120
 TGT_CONTROL = "79"
-REMOVABLE = {
-    "NoMedia": "NoMedia",
-    "PreventAllow": "PreventAllow",
-    "StartStopUnit": "StartStopUnit.Simple",
+ELSEWHERE = {
+    "NoMedia": ("removable", "NoMedia"),
+    "PreventAllow": ("removable", "PreventAllow"),
+    "ReadOnly": ("protected", "ReadOnly"),
+    "StartStopUnit": ("removable", "StartStopUnit.Simple"),
 }
-"""of a suite: what is about ejecting"""
+"""of a suite: what is run on another unit than the usual one"""
 TEST = re.compile(r"^  Test: (\S+) \.\.\.", re.MULTILINE)
 
 
@@ -57,25 +60,36 @@ def make_image(path: Path) -> Path:
 
 
 @contextmanager
-def vrep_target(folder: Path) -> Iterator[tuple[str, str]]:
-    """Replicated disks, recorded as in production; the URLs of a fixed and a removable one."""
+def vrep_group(folder: Path, names: tuple[str, ...], *, writable: bool) -> Iterator[str]:
+    """Disks as in production, replicated if they can be written; the target's URL."""
     shm, state = folder / "shm", folder / "state"
-    shm.mkdir()
+    shm.mkdir(parents=True)
     state.mkdir()
-    disks = [Disk(name, f"file:{make_image(folder / name)}") for name in ("fixed", "removable")]
-    group = Group(disks, group_id=bytes(range(16)), shm_dir=shm, state_dir=state)
+    group = Group(
+        [Disk(name, f"file:{make_image(folder / name)}") for name in names],
+        group_id=GROUP_ID, shm_dir=shm, state_dir=state, tap=writable, read_only=not writable,
+    )  # fmt: skip
     iscsi = Iscsi(
-        group_id=bytes(range(16)), disks=("fixed", "removable"), host="127.0.0.1", port=0,
-        target=NAME, reservations=str(state), removable=("removable",),
+        group_id=GROUP_ID, disks=names, host="127.0.0.1", port=0, target=NAME,
+        reservations=str(state), removable=tuple(name for name in names if name == "removable"),
     )  # fmt: skip
     server = Server(group, iscsi=iscsi)
     server.start()
     try:
-        url = f"iscsi://127.0.0.1:{server.iscsi_port}/{NAME}"
-        yield f"{url}/0", f"{url}/1"
+        yield f"iscsi://127.0.0.1:{server.iscsi_port}/{NAME}"
     finally:
         server.stop()
         group.close()
+
+
+@contextmanager
+def vrep_target(folder: Path) -> Iterator[dict[str, str]]:
+    """The URLs of its units."""
+    with (
+        vrep_group(folder / "a", ("usual", "removable"), writable=True) as url,
+        vrep_group(folder / "b", ("protected",), writable=False) as protected,
+    ):
+        yield {"usual": f"{url}/0", "removable": f"{url}/1", "protected": f"{protected}/0"}
 
 
 def tgtadm(*arguments: str) -> None:
@@ -84,8 +98,8 @@ def tgtadm(*arguments: str) -> None:
 
 
 @contextmanager
-def tgt_target(folder: Path) -> Iterator[tuple[str, str]]:
-    """Debian's tgt as it is installed, over files; the URLs of a fixed and a removable one."""
+def tgt_target(folder: Path) -> Iterator[dict[str, str]]:
+    """Debian's tgt as it is installed, over files; the URLs of its units."""
     port = free_port()
     daemon = subprocess.Popen(
         ["tgtd", "-f", "-C", TGT_CONTROL, "--iscsi", f"portal=127.0.0.1:{port}"],
@@ -103,12 +117,13 @@ def tgt_target(folder: Path) -> Iterator[tuple[str, str]]:
                     raise
                 time.sleep(0.2)
         unit = ["--mode", "logicalunit", "--tid", "1", "--lun"]
-        for lun in ("1", "2"):
+        for lun in ("1", "2", "3"):
             tgtadm("--op", "new", *unit, lun, "-b", str(make_image(folder / f"tgt.{lun}")))
         tgtadm("--op", "update", *unit, "2", "--params", "removable=1")
+        tgtadm("--op", "update", *unit, "3", "--params", "readonly=1")
         tgtadm("--op", "bind", "--mode", "target", "--tid", "1", "-I", "ALL")
         url = f"iscsi://127.0.0.1:{port}/{NAME}"
-        yield f"{url}/1", f"{url}/2"
+        yield {"usual": f"{url}/1", "removable": f"{url}/2", "protected": f"{url}/3"}
     finally:
         daemon.send_signal(signal.SIGTERM)
         try:
@@ -159,11 +174,12 @@ def run_tests(url: str, which: str) -> str:
         return out if isinstance(out, str) else out.decode(errors="replace")
 
 
-def run_suite(fixed: str, removable: str, suite: str) -> tuple[dict[str, str], str]:
-    log = run_tests(fixed, suite)
+def run_suite(units: dict[str, str], suite: str) -> tuple[dict[str, str], str]:
+    log = run_tests(units["usual"], suite)
     found = verdicts(log)
-    if suite in REMOVABLE:
-        more = run_tests(removable, REMOVABLE[suite])
+    if suite in ELSEWHERE:
+        unit, which = ELSEWHERE[suite]
+        more = run_tests(units[unit], which)
         found |= verdicts(more)
         log += more
     return {test: found.get(test, "timeout") for test in tests_of(suite)}, log
@@ -217,9 +233,9 @@ def main() -> int:
         for target, serve in (("vrep", vrep_target), ("tgt", tgt_target)):
             logs = options.logs / target
             logs.mkdir(parents=True, exist_ok=True)
-            with serve(folder) as (fixed, removable):
+            with serve(folder) as units:
                 for suite in options.only or suites():
-                    found, log = run_suite(fixed, removable, suite)
+                    found, log = run_suite(units, suite)
                     (logs / f"{suite}.log").write_text(log)
                     for test, result in found.items():
                         rows.append(

@@ -526,6 +526,7 @@ static void a_read_only_group_says_so(void)
     CHECK_EQ(
         scsi_run(&rig, &answer, 0, CDB(0x93, 8, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 8), data, 512),
         CHECK_C);
+    CHECK_EQ(answer.sense, 0x072700); /* before what else is wrong with it */
     scsi_rig_free(&rig);
 }
 

@@ -446,6 +446,23 @@ static bool write_protected(const struct scsi_unit *unit)
     return vrep_disk_info(disk, &info) == VREP_OK && info.read_only;
 }
 
+/* What stands in the way: what the unit cannot do at all, then what it cannot do now, then what
+ * prepare found wrong in the CDB.  NONE: nothing. */
+static uint32_t obstacle(const struct vrep_scsi_task *task)
+{
+    const struct scsi_unit *unit = task->unit;
+    uint8_t flags = task->opcode != NULL ? task->opcode->flags : 0;
+    if (unit->absent || task->why.code == VREP_SENSE_OPCODE)
+        return task->why.code;
+    if (unit->stopped && (flags & OPCODE_MEDIUM) != 0)
+        return scsi_not_ready(unit);
+    if ((flags & OPCODE_CHANGES) != 0 && unit->software_protect)
+        return VREP_SENSE_SOFTWARE_PROTECTED;
+    if ((flags & OPCODE_CHANGES) != 0 && write_protected(unit))
+        return VREP_SENSE_WRITE_PROTECTED;
+    return task->why.code;
+}
+
 static void run(struct vrep_scsi_task *task)
 {
     struct scsi_unit *unit = task->unit;
@@ -468,17 +485,14 @@ static void run(struct vrep_scsi_task *task)
         scsi_conflict(task);
         return;
     }
-    if (task->why.code != VREP_SENSE_NONE) {
-        scsi_fail(task, task->why.code);
-    } else if (unit->stopped && (opcode->flags & OPCODE_MEDIUM) != 0) {
-        scsi_fail(task, scsi_not_ready(unit));
-    } else if ((opcode->flags & OPCODE_CHANGES) != 0 && unit->software_protect) {
-        scsi_fail(task, VREP_SENSE_SOFTWARE_PROTECTED);
-    } else if ((opcode->flags & OPCODE_CHANGES) != 0 && write_protected(unit)) {
-        scsi_fail(task, VREP_SENSE_WRITE_PROTECTED);
-    } else {
+    uint32_t code = obstacle(task);
+    if (code == VREP_SENSE_NONE) {
         opcode->run(task);
+        return;
     }
+    if (code != task->why.code)
+        task->why = (struct vrep_sense){0};
+    scsi_fail(task, code);
 }
 
 void vrep_scsi_submit(struct vrep_scsi_task *task)
