@@ -73,8 +73,16 @@ class GroupOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """who may log in, each ``NAME``, ``@ADDRESS`` or ``NAME@ADDRESS``; none: who authenticates"""
     iscsi_auth: str = ""
     """file of CHAP names and secrets; empty: none are asked for"""
+    vhost_block_bytes: Literal[512, 4096] = 512
+    """logical blocks of disks on vhost-user-blk"""
     on_fence: Literal["go-on", "pause"] = "go-on"
     """what the VM's I/O does when another site took the group over; one of `ON_FENCE`"""
+
+
+def block_bytes(options: GroupOptions, front: str) -> int:
+    """What the size of a disk must be a multiple of, beside sectors, to be served so."""
+    blocks = {"iscsi": options.iscsi_block_bytes, "vhost-user-blk": options.vhost_block_bytes}
+    return blocks.get(front, 1)
 
 
 class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -273,6 +281,7 @@ __all__ = [
     "GroupDirectory",
     "GroupOptions",
     "ParentPosition",
+    "block_bytes",
     "check_name",
     "gives_way",
     "pauses_guest",

@@ -24,6 +24,7 @@ from vrep.groups import (
     DiskDefinition,
     GroupDefinition,
     GroupOptions,
+    block_bytes,
     check_name,
 )
 from vrep.keys.datakey import DataKey
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from vrep.site.base import SiteBase
     from vrep.wire.peers import Peer
 
-__all__ = ["DISKS_MAX", "leave", "protect", "with_fronts"]
+__all__ = ["DISKS_MAX", "check_fronts", "leave", "protect", "with_fronts"]
 
 DISKS_MAX: Final = 64
 """of one lane"""
@@ -66,7 +67,7 @@ def protect(
     if site.lanes_of(group):
         raise errors.ExistsError(f"group {group!r} is protected already")
     found = with_fronts(examined(site, group, disks), fronts)
-    iscsi.check(options, [disk.front for disk in found])
+    check_fronts(options, found)
     if (lanes > 1 or beside) and any(disk.front == iscsi.FRONT for disk in found):
         raise errors.UnsupportedError("the lanes of a group are not served over iSCSI yet")
     if any(disk.uri.startswith("qcow2:") and disk.front != "nbd" for disk in found):
@@ -196,6 +197,19 @@ def examined(site: SiteBase, group: str, disks: Mapping[str, str]) -> list[DiskD
         known[disk.uri] = group
         found.append(disk)
     return found
+
+
+def check_fronts(options: GroupOptions, disks: Sequence[DiskDefinition]) -> None:
+    """That disks can be served as they are to be."""
+    iscsi.check(options, [disk.front for disk in disks])
+    if options.vhost_block_bytes not in (512, 4096):
+        raise errors.InvalidError("--vhost-block is 512 or 4096")
+    for disk in disks:
+        block = block_bytes(options, disk.front)
+        if disk.bytes % block:
+            raise errors.InvalidError(
+                f"disk {disk.name!r} has {disk.bytes} bytes, no multiple of its blocks of {block}"
+            )
 
 
 def with_fronts(disks: Sequence[DiskDefinition], fronts: Mapping[str, str]) -> list[DiskDefinition]:

@@ -71,6 +71,7 @@ class Server:
         tcp: tuple[str, int] | None = None,
         connections: int = 0,
         vhost: Mapping[str, str | PathLike[str]] | None = None,
+        vhost_block: int = 512,
         iscsi: Iscsi | None = None,
     ) -> None: ...
     @property

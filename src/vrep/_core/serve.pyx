@@ -193,6 +193,7 @@ cdef class Server:
     :param tcp: ``(host, port)``, a loopback address; port 0 takes any (see ``port``).
     :param connections: of NBD, at a time; 0 is the most, ``CONNECTIONS_MAX``.
     :param vhost: Unix sockets of disks, by their names, for vhost-user-blk; NBD does not show them.
+    :param vhost_block: what their guests see as a block: 512 or 4096 bytes.
     :param iscsi: an `Iscsi`; NBD does not show its disks either.
     """
 
@@ -207,7 +208,7 @@ cdef class Server:
     cdef bint running, counted, stuck
 
     def __cinit__(self, Group group not None, unix_path=None, mode=0o600, socket_gid=None,
-                  tcp=None, connections=0, vhost=None, iscsi=None):
+                  tcp=None, connections=0, vhost=None, uint32_t vhost_block=512, iscsi=None):
         cdef vrep_nbd_config config
         vhost = vhost or {}
         if unix_path is None and tcp is None and not vhost and iscsi is None:
@@ -247,7 +248,7 @@ cdef class Server:
         where = unix_path if tcp is None else tcp
         try:
             for name, where in vhost.items():
-                self._serve_vhost(disks.index(name), os.fsencode(where), &config)
+                self._serve_vhost(disks.index(name), os.fsencode(where), vhost_block, &config)
                 config.elsewhere |= <uint64_t>1 << disks.index(name)
             if iscsi is not None:
                 where = f"{iscsi.host}:{iscsi.port}"
@@ -263,13 +264,14 @@ cdef class Server:
         group.users += 1
         self.counted = True
 
-    cdef int _serve_vhost(self, uint32_t disk, bytes path, const vrep_nbd_config *nbd) except -1:
+    cdef int _serve_vhost(self, uint32_t disk, bytes path, uint32_t block_bytes,
+                          const vrep_nbd_config *nbd) except -1:
         cdef vrep_vhost_config_server config
         config.unix_path = path
         config.unix_mode = nbd.unix_mode
         config.unix_group = nbd.unix_group
         config.disk = disk
-        config.block_bytes = 0
+        config.block_bytes = block_bytes
         config.queues = 0
         check(vrep_vhost_create(self.loop, &config, &self.vhost[self.vhost_count]))
         self.vhost_disk[self.vhost_count] = disk

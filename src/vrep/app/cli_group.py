@@ -121,6 +121,12 @@ def protect(
         str | None,
         typer.Option("--iscsi-auth", metavar="FILE", help="CHAP: a name and a secret a line."),
     ] = None,
+    vhost_block: Annotated[
+        int | None,
+        typer.Option(
+            "--vhost-block", metavar="512|4096", help="Blocks of the disks on vhost-user-blk."
+        ),
+    ] = None,
     lanes: Annotated[
         int,
         typer.Option(
@@ -154,13 +160,14 @@ def protect(
     fronts = parse_fronts(front or [])
     window_s = None if window is None else int(parse_duration(window))
     quota_bytes = None if quota is None else parse_size(quota)
-    iscsi: dict[str, Any] = {
+    serving: dict[str, Any] = {
         "iscsi_listen": iscsi_listen,
         "iscsi_block_bytes": iscsi_block,
         "iscsi_admit": None if iscsi_admit is None else tuple(iscsi_admit),
         "iscsi_auth": None if iscsi_auth is None else str(Path(iscsi_auth).absolute()),
+        "vhost_block_bytes": vhost_block,
     }
-    served = {name: value for name, value in iscsi.items() if value is not None}
+    served = {name: value for name, value in serving.items() if value is not None}
     if not (disk or to or key) and (window_s, quota_bytes) != (None, None):
         _keep(site, group, window_s, quota_bytes, as_json)
         return

@@ -144,6 +144,7 @@ def serve(paths: SitePaths, definition: GroupDefinition, group: Group) -> Server
             socket_gid=socket_gid(options.socket_group),
             tcp=parse_address(options.tcp) if nbd and tcp else None,
             vhost=vhost,
+            vhost_block=options.vhost_block_bytes,
             iscsi=target,
         )
         server.start()

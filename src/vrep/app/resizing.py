@@ -15,7 +15,7 @@ import msgspec
 from vrep._core.filter import Disk
 from vrep.errors import InvalidError, NotFoundError
 from vrep.examine import SECTOR_BYTES, examine_disk
-from vrep.groups import GroupDefinition, GroupDirectory
+from vrep.groups import GroupDefinition, GroupDirectory, block_bytes
 
 if TYPE_CHECKING:
     from vrep._core.filter import Group
@@ -56,6 +56,9 @@ def plan_resize(
         )
     if not 0 < size <= SIZE_MAX or size % SECTOR_BYTES:
         raise InvalidError(f"a disk of {size} bytes: it has a multiple of {SECTOR_BYTES}")
+    block = block_bytes(definition.options, disk.front)
+    if size % block:
+        raise InvalidError(f"a disk of {size} bytes: its guest knows blocks of {block}")
     if size < was and not params.get("shrink"):
         raise InvalidError(
             f"disk {name!r} has {was} bytes: {was - size} at its end would be cut off. If its "

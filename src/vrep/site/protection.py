@@ -247,12 +247,12 @@ class Protection(SiteBase):
     def set_fronts(self, group: str, fronts: Mapping[str, str], **options: Any) -> GroupDefinition:
         """Change how a VM reaches disks of a protected group, and with `options` where iSCSI is
         served. Refused while a VM uses one; what cannot be served leaves all as it was."""
-        from vrep.protect import with_fronts
+        from vrep.protect import check_fronts, with_fronts
 
         definition = before = self.groups.load(group)
         disks = tuple(with_fronts(definition.disks, fronts))
         changed = msgspec.structs.replace(definition.options, **options)
-        iscsi.check(changed, [disk.front for disk in disks])
+        check_fronts(changed, disks)
         if clients := self._clients(group):
             raise errors.BusyError(f"{clients} client(s) use {group!r}: shut the VM down first")
         definition = self.groups.update(group, disks=disks, options=changed)
