@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 from cable import Cable
+from fronts import Client, DiskClient, client_of
 from packets import ADDRESSES, PacketLink
 
 from vrep import errors
 from vrep._core import layout, record
-from vrep.app.demo.nbd_client import FLUSH, NbdClient
 from vrep.groups import GroupDefinition
 from vrep.recovery.access import KeyAccess
 from vrep.settings import TargetConfig
@@ -37,29 +37,8 @@ MIB = 1 << 20
 GROUP = "web"
 KEY = "acme"
 WAIT_S = 120.0
-TRIM, WRITE_ZEROES = 4, 6
 GONE_S = TargetConfig().source_gone_s
 """silence after which the target counts the source as gone"""
-FUA, NO_HOLE, FAST_ZERO = 1, 2, 16
-
-
-class Client(NbdClient):
-    """The demonstration's client, with the commands that it has no use for."""
-
-    def zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        self._request(WRITE_ZEROES, offset, length, b"", flags)
-
-    def trim(self, offset: int, length: int) -> None:
-        self._request(TRIM, offset, length, b"", 0)
-
-    def flush(self) -> None:
-        self._request(FLUSH, 0, 0, b"", 0)
-
-    def read_all(self) -> bytes:
-        step = 4 * MIB
-        return b"".join(
-            self.read(at, min(step, self.bytes - at)) for at in range(0, self.bytes, step)
-        )
 
 
 def wait_until(
@@ -81,6 +60,11 @@ def wait_until(
         time.sleep(every_s)
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 class Pair:
     """Sites `a` and `b`. Nothing runs until `start`."""
 
@@ -96,11 +80,11 @@ class Pair:
         dead_after_s: float = 5.0,
         seed: int = 0,
         packets: PacketLink | None = None,
+        front: str = "nbd",
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="vrep-e2e-"))
         self.cable = Cable(seed)
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.cable.target = ("127.0.0.1", probe.getsockname()[1])
+        self.cable.target = ("127.0.0.1", free_port())
         listen, advertise = f"127.0.0.1:{self.cable.target[1]}", self.cable.address
         self._enter: dict[str, list[str]] = {}
         if packets is not None:
@@ -115,8 +99,12 @@ class Pair:
             f'[network]\n{quick}listen = "{listen}"\nadvertise = "{advertise}"\n'
             f"[target]\n{target_settings}\n"
         )
+        self.front = front
         self.options = self.a.group_options(
-            ring_bytes=ring_bytes, compression=compression, on_fence=on_fence
+            ring_bytes=ring_bytes,
+            compression=compression,
+            on_fence=on_fence,
+            iscsi_listen=f"127.0.0.1:{free_port()}" if front == "iscsi" else "",
         )
         self.sizes = dict(disks or {"root": 16 * MIB})
         self.images = {name: self.root / f"{name}.raw" for name in self.sizes}
@@ -192,6 +180,7 @@ class Pair:
             to="beta",
             key=KEY,
             options=self.options,
+            fronts=dict.fromkeys(self.images, self.front),
         )
 
     def up_beside(self) -> Pair:
@@ -230,8 +219,8 @@ class Pair:
         wait_until("the filter runs", lambda: self._runs("filter"))
         self.a.wait_served(GROUP, WAIT_S)
 
-    def client(self, disk: str | None = None, timeout_s: float = 60.0) -> Client:
-        return Client(self.a.disk_uri(GROUP, disk), timeout_s)
+    def client(self, disk: str | None = None, timeout_s: float = 60.0) -> DiskClient:
+        return client_of(self.a.disk_uri(GROUP, disk), timeout_s)
 
     # ---- what is seen --------------------------------------------------------------
 

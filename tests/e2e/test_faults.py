@@ -26,7 +26,7 @@ from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
 from vrep.wire import transport
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.every_front]
 
 Make = Callable[..., Pair]
 
@@ -546,6 +546,7 @@ def test_a_damaged_store_never_shows_wrong_bytes(make_pair: Make, rng: random.Ra
 # ---- QEMU --------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_front(but=("iscsi", "vhost-user-blk"))
 def test_qemu_rides_out_a_killed_filter(make_pair: Make, rng: random.Random) -> None:
     """reconnect-delay: the commands in flight are given again, and none fails."""
     pair = make_pair().up()
@@ -603,6 +604,7 @@ SMALL = DiskContent(
 )
 
 
+@pytest.mark.every_front(but=("iscsi", "vhost-user-blk"))
 def test_a_guest_rides_out_killed_filters(make_pair: Make, tmp_path: Path) -> None:
     """A Linux guest on ext4 writes numbered, fsynced lines; its filter is killed under it, and
     at last the guest itself. Every line that it said was durable is at the other site."""

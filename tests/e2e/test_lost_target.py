@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from sites import GROUP, MIB, Pair, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.every_front]
 
 
 def lose(pair: Pair) -> None:

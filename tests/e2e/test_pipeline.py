@@ -1,7 +1,7 @@
 """The whole pipeline under random load and random faults, judged by what its clients know.
 
-Real processes on real sockets; the disks of a group are written through the filter's NBD socket
-while its processes are killed. See `witness` for what is checked.
+Real processes on real sockets; the disks of a group are written through each of the filter's
+front-ends while its processes are killed. See `witness` for what is checked.
 """
 
 from __future__ import annotations
@@ -14,13 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from fronts import FAST_ZERO, FUA, NO_HOLE, DiskClient
 from sites import (
-    FAST_ZERO,
-    FUA,
     GROUP,
     MIB,
-    NO_HOLE,
-    Client,
     Entry,
     Pair,
     compare,
@@ -35,6 +32,8 @@ from vrep._core import layout
 pytestmark = pytest.mark.e2e
 
 DISKS = {"root": 40 * MIB, "data": 12 * MIB}
+ANY, BLOCK = 1, 512
+"""what offsets and lengths are a multiple of, over NBD and over the others"""
 LENGTHS = (1, 7, 512, 512, 1000, 4096, 4096, 4096, 4096, 12288, 65536, 100_000, 200_000)
 
 
@@ -84,17 +83,18 @@ class Load:
         except BaseException as error:  # noqa: BLE001 - raised by `stop`, on the test's thread
             self._failures.append(error)
 
-    def _command(self, rng: random.Random, client: Client, disk: int) -> None:
+    def _command(self, rng: random.Random, client: DiskClient, disk: int) -> None:
         size = self.witness.sizes[disk]
+        unit = ANY if self.pair.front == "nbd" else BLOCK
         length = rng.choice(LENGTHS)
         if rng.random() < self.big:
-            length = rng.choice([1, 4, 8, 32]) * MIB
-        length = min(length, size)
+            # The largest that a front-end takes at once.
+            length = rng.choice([1, 4, 8, 16 if self.pair.front == "iscsi" else 32]) * MIB
+        length = min(length + -length % unit, size)
         # Half of it falls into a narrow zone, so that commands overlap.
         span = min(size - length, 2 * MIB) if rng.random() < 0.5 else size - length
         offset = rng.randrange(span + 1)
-        if rng.random() < 0.5:
-            offset -= offset % 4096
+        offset -= offset % (4096 if rng.random() < 0.5 else unit)
         shape = rng.choices(["noise", "text", "zeroes", "trim"], [6, 3, 1, 0.5])[0]
         command = self.witness.begin(rng, disk, offset, length, shape)
         if shape == "zeroes":
@@ -109,7 +109,7 @@ class Load:
         time.sleep(self.pause_s * rng.random())
 
     @staticmethod
-    def _zeroes(rng: random.Random, client: Client, offset: int, length: int) -> None:
+    def _zeroes(rng: random.Random, client: DiskClient, offset: int, length: int) -> None:
         flags = rng.choice([0, NO_HOLE, FAST_ZERO, FUA])
         try:
             client.zeroes(offset, length, flags)
@@ -127,14 +127,16 @@ class Faults:
         self.done: list[str] = []
         self.marks = 0
 
-    def one(self) -> None:
-        kind = self.rng.choice(
+    def one(self, kind: str = "") -> None:
+        kind = kind or self.rng.choice(
             ["filter", "source", "target", "site", "both", "pause", "cut", "mark", "mark", "starve"]
         )
         self.done.append(kind)
         getattr(self, kind)()
 
     def _restart(self, *roles: str) -> None:
+        if "filter" in roles and self.pair.front == "vhost-user-blk":
+            self.witness.killed.append(time.monotonic())
         self.pair.kill(*roles)
         time.sleep(self.rng.uniform(0, 0.5))
         self.pair.start(*roles)
@@ -183,6 +185,7 @@ class Faults:
                 while time.monotonic() < end and not self.pair.status()["filter"]["gap"]:
                     length = 8 * MIB
                     offset = rng.randrange(DISKS["root"] - length)
+                    offset -= offset % (ANY if self.pair.front == "nbd" else BLOCK)
                     command = self.witness.begin(rng, 0, offset, length, "noise")
                     client.write(offset, command.data or b"")
                     command.answered = time.monotonic()
@@ -258,9 +261,10 @@ def storm(make_pair: Callable[..., Pair], seed: int, faults: int, points: int) -
     load.start([0, 0, 1, 1])
     plan = Faults(pair, witness, rng)
     try:
-        for _ in range(faults):
+        for turn in range(faults):
             time.sleep(rng.uniform(0.3, 2.0))
-            plan.one()
+            # What the front-ends do each in their own way.
+            plan.one("filter" if turn == 0 and pair.front != "nbd" else "")
             pair.alive()
         time.sleep(0.5)
     finally:
@@ -276,17 +280,20 @@ def storm(make_pair: Callable[..., Pair], seed: int, faults: int, points: int) -
     pair.stop("source", "filter", "target")
 
 
-def test_storm(make_pair: Callable[..., Pair], seed: int) -> None:
-    storm(make_pair, seed, faults=10, points=2)
+@pytest.mark.every_front(quick=("iscsi", "vhost-user-blk"))
+def test_storm(make_pair: Callable[..., Pair], front: str, seed: int) -> None:
+    storm(make_pair, seed, faults=10 if front == "nbd" else 3, points=2)
 
 
 @pytest.mark.slow
+@pytest.mark.every_front
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("turn", range(int(os.environ.get("VREP_STORMS", "10"))))
 def test_storms(make_pair: Callable[..., Pair], seed: int, turn: int) -> None:
     storm(make_pair, seed + turn, faults=25, points=4)
 
 
+@pytest.mark.every_front
 def test_overflow_makes_a_gap_that_ends(make_pair: Callable[..., Pair], seed: int) -> None:
     """A ring that overflows, where nothing is spilled, costs recovery points, and no write."""
     rng = random.Random(seed)
@@ -372,6 +379,14 @@ def test_oracle_sees_lost_torn_and_foreign_writes() -> None:
         witness.check_content(0, bytes(torn))
     with pytest.raises(AssertionError, match="twice"):
         witness.recorded([*entries, entries[0]])
+    command = witness.commands[0]
+    witness.killed = [command.answered + 1]
+    with pytest.raises(AssertionError, match="twice"):
+        witness.recorded([*entries, entries[0]])
+    witness.killed, command.answered = [command.sent + 1e-9], command.sent + 1
+    assert len(witness.recorded([*entries, entries[0]])) == 4
+    with pytest.raises(AssertionError, match="twice"):
+        witness.recorded([*entries, entries[0], entries[0]])
     entries[0].data = bytes(4096)
     with pytest.raises(AssertionError, match="no client wrote"):
         witness.recorded(entries)

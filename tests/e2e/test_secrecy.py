@@ -26,7 +26,7 @@ from vrep._core import layout, record
 from vrep.keys.datakey import DataKey, unwrap_data_key
 from vrep.target.reader import StoreReader
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.every_front]
 
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 FRAME_BYTES_MAX = 4 * MIB
