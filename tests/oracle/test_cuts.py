@@ -151,6 +151,35 @@ def test_a_lane_that_a_cut_does_not_name_is_missed(
         group.close()
 
 
+def test_a_lane_that_a_stranger_left_does_not_keep_others_from_recovering(
+    group: Group, rng: random.Random, tmp_path: Path
+) -> None:
+    """Who knows the id of a group can send a lane of it, under keys that nobody here has."""
+    group.cut()
+    group.commit()
+    strange = lab.Lab(
+        group.root, [DiskEntry("disk9", BYTES, 0)], rng, name="web@9",
+        group_id=lane_id(group.group_id, 9),
+    )  # fmt: skip
+    try:
+        strange.sync()
+        strange.commit()
+        assert strange.store is not None
+        strange.store.set_wrapped_keys([b"junk"])
+        group.site.export("web", tmp_path / "out")
+        assert group.site.points("web").newest is not None
+        # One that a cut names is of the group: what is older is not given out in its place.
+        cut_id = secrets.token_bytes(16)
+        at = [tuple(lane.cut_mark(cut_id)) for lane in (*group.lanes, strange)]
+        group.lanes[0].cut_mark(cut_id, at)
+        strange.commit()
+        group.commit()
+        with pytest.raises(errors.VrepError, match="key"):
+            group.site.export("web", tmp_path / "more")
+    finally:
+        strange.close()
+
+
 def test_what_is_not_completed_by_all_is_no_point(group: Group) -> None:
     group.cut(complete=False)  # void: a hold ended too early
     assert group.cuts() == []

@@ -31,6 +31,8 @@ from vrep.errors import (
     InvalidError,
     PointAmbiguousError,
     PointNotFoundError,
+    TenantKeyError,
+    VrepError,
 )
 from vrep.lanes import group_of, is_lane, lane_of
 from vrep.paths import SitePaths
@@ -203,11 +205,19 @@ class LaneSet:
         """TenantKeyError without the tenant's key: which marks belong together is sealed."""
         self.held = held
         self.lanes: list[Lane] = []
+        self.sealed: dict[int, VrepError] = {}
+        """lanes that cannot be opened here, and why. A cut that names one is an error; one that no
+        cut names is not of the group: whoever knows its id can leave such a lane at a target."""
         try:
             for each in held.lanes:
                 reader = StoreReader(paths.store, each.group_id)
                 try:
-                    access = KeyAccess.open(paths, each.group_id, reader.wrapped_keys)
+                    try:
+                        access = KeyAccess.open(paths, each.group_id, reader.wrapped_keys)
+                    except (TenantKeyError, IntegrityError) as error:
+                        self.sealed[lane_of(each.name)] = error
+                        reader.close()
+                        continue
                     lane = Lane(lane_of(each.name), each, reader, access, History(reader))
                 except BaseException:
                     reader.close()
@@ -218,6 +228,8 @@ class LaneSet:
                 lane.marks = {
                     event.position: event for event in lane.history.events(layout.KIND_MARK)
                 }
+            if not self.lanes:
+                raise next(iter(self.sealed.values()))
         except BaseException:
             self.close()
             raise
@@ -262,7 +274,12 @@ class LaneSet:
         """The cuts that are completed in a lane and offered, newest first."""
         for event in lane.completing:
             cut = lane.completed(event)
-            if cut is not None and self.offered(cut):
+            if cut is None:
+                continue
+            for position in cut.at:
+                if position.lane in self.sealed:
+                    raise self.sealed[position.lane]
+            if self.offered(cut):
                 yield replace(cut, absent=self._absent(cut))
 
     def cuts(self) -> list[Cut]:

@@ -75,11 +75,11 @@ def points(
     lists = [one_points.list_points(paths, lane.hex, progress=progress) for lane in held.lanes]
     verdict = _joined_verdict([found.verdict for found in lists])
     cuts: list[Cut] = []
-    if all(found.key_held for found in lists):
+    if any(found.key_held for found in lists):
         try:
             with LaneSet(paths, held) as lanes:
                 cuts = lanes.cuts()
-        except errors.IntegrityError as error:
+        except (errors.IntegrityError, errors.TenantKeyError) as error:
             if verdict.whole:
                 raise
             note = f"not every point can be listed: {error}"
