@@ -1,6 +1,6 @@
 """An overlay under random load, below forget.c; see test_overlay_crash.py.
 
-python overlay_worker.py ROOT SEED STEPS
+python overlay_worker.py ROOT SEED STEPS [onto]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vrep._core.disk import Disk, Engine
 
 BLOCK, SIZE, VIEW = 4096, 200 * 4096 + 512, b"v" * 16
 BLOCKS = -(-SIZE // BLOCK)
+ONTO = "onto.raw"
 
 
 def block_of(seed: int, number: int, block: int) -> bytes:
@@ -23,7 +24,16 @@ def block_of(seed: int, number: int, block: int) -> bytes:
 
 
 def open_overlay(engine: Engine, directory: Path) -> Disk:
-    return Disk(engine, directory / "view", view_id=VIEW, size=SIZE, block_bytes=BLOCK)
+    """One that fills another disk, where there is one."""
+    onto = directory / ONTO
+    return Disk(
+        engine,
+        directory / "view",
+        view_id=VIEW,
+        size=SIZE,
+        block_bytes=BLOCK,
+        onto=f"file:{onto}" if onto.exists() else None,
+    )
 
 
 def main() -> None:

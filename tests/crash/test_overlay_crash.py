@@ -90,11 +90,19 @@ class Promise:
                     )
 
 
-@pytest.mark.parametrize("round_", range(4))
-def test_presence_never_outlives_its_data(round_: int, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("onto", [False, True], ids=["sparse", "onto"])
+@pytest.mark.parametrize("round_", range(3))
+def test_presence_never_outlives_its_data(
+    round_: int, onto: bool, tmp_path: Path, seed: int
+) -> None:
+    """Also of an overlay that fills another disk, as ``failover --onto`` does, which holds
+    something else."""
     root = tmp_path.resolve()
     (root / "durable").mkdir()
     (root / "before").mkdir()
+    filled = root / "durable" / worker.ONTO
+    if onto:
+        filled.write_bytes(random.Random(seed).randbytes(worker.SIZE))
     environment = os.environ | {
         "LD_PRELOAD": str(forget.compile_shim(root)),
         "VREP_FORGET_DIR": str(root / "durable"),
@@ -106,6 +114,10 @@ def test_presence_never_outlives_its_data(round_: int, tmp_path: Path, seed: int
     rng = random.Random(seed ^ 1)
     storage, promise = forget.Storage(root / "before"), Promise()
     storage.directory = (root / "durable").stat().st_ino
+    if onto:
+        number = filled.stat().st_ino
+        storage.files[number] = forget.File.of(random.Random(seed).randbytes(worker.SIZE))
+        storage.names[worker.ONTO] = storage.live[worker.ONTO] = number
     entries = list(forget.read_log(root / "log"))
     moments = set(rng.sample(range(1, len(entries)), 25)) | {len(entries)}
     for number, entry in enumerate(entries, 1):

@@ -59,6 +59,7 @@ class Disk:
         view_id: bytes | None = None,
         size: int = 0,
         block_bytes: int = 65536,
+        onto: str | PathLike[str] | None = None,
     ) -> None: ...
     @property
     def engine(self) -> Engine: ...

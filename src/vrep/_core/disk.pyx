@@ -217,17 +217,20 @@ cdef class Engine:
 
 
 cdef class Disk:
-    """A file, a block device or an overlay. With ``view_id`` the path of an overlay."""
+    """A file, a block device or an overlay. With ``view_id`` the path of an overlay; with ``onto``
+    as well, the URI of the disk that it fills in place."""
 
     cdef vrep_disk *disk
     cdef readonly Engine engine
 
     def __init__(self, Engine engine not None, uri, *, direct=False, read_only=False, lock=True,
-                 bytes view_id=None, uint64_t size=0, uint32_t block_bytes=65536):
+                 bytes view_id=None, uint64_t size=0, uint32_t block_bytes=65536, onto=None):
         cdef uint32_t flags = ((VREP_DISK_DIRECT if direct else 0)
                                | (VREP_DISK_READ_ONLY if read_only else 0)
                                | (0 if lock else VREP_DISK_NO_LOCK))
         cdef bytes name = os.fsencode(uri)
+        cdef bytes filled = b"" if onto is None else os.fsencode(onto)
+        cdef const char *where = <const char *>filled if filled else NULL
         if engine.engine == NULL or self.disk != NULL:
             raise InvalidError("the engine is closed, or the disk open")
         self.engine = engine
@@ -236,7 +239,7 @@ cdef class Disk:
         elif len(view_id) != 16:
             raise InvalidError("a view id has 16 bytes")
         else:
-            check(vrep_overlay_open(engine.engine, name, NULL, view_id, size, block_bytes,
+            check(vrep_overlay_open(engine.engine, name, where, view_id, size, block_bytes,
                                     &self.disk))
         engine.disks.add(self)
 
