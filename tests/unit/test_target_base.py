@@ -57,3 +57,33 @@ def test_nobody_sends_while_a_base_is_made(world: World) -> None:
     opened = Client(world, feed=feed).open()
     assert opened.epoch.counter == 2
     assert opened.empty
+
+
+def test_ids_that_nobody_knows_are_not_remembered(world: World) -> None:
+    theirs = bytes.fromhex(world.source("a").site_id)
+    one = EpochEntry(1, EpochState.ACCEPTED, b"1" * 16, bytes.fromhex(world.b.site_id))
+    epochs = [plain(one), plain(EpochEntry(2, EpochState.ACCEPTED, b"2" * 16, theirs, FORK))]
+    judged = []
+
+    def gives_way(_site: str, told: Mapping[str, Any]) -> None:
+        judged.append(told["group_id"])
+        if len(judged) % 2:
+            raise FencedError("another site")
+
+    world.target.close()
+    world.target = Target(world.paths, world.config, gives_way=gives_way)
+    world.target.start()
+    transport = world.connect("a")
+    for number in range(8):
+        told = {"group_id": number.to_bytes(16, "big").hex(), "epochs": epochs}
+        if number % 2:
+            assert transport.ask("group.follow", told) == {}
+        else:
+            with pytest.raises(PeerRefusedError, match="another site"):
+                transport.ask("group.follow", told)
+    assert len(judged) == 8
+    for wrong in ("", "ab" * 15, "ab" * 17, "../" * 8, "AB" * 16, b"g" * 16):
+        with pytest.raises(PeerRefusedError, match="16 bytes"):
+            transport.ask("group.follow", {"group_id": wrong, "epochs": epochs})
+    assert len(judged) == 8
+    assert world.control.call("status")["groups"] == {}

@@ -356,12 +356,20 @@ class Target:
         return {}
 
     def _follow(self, site_id: bytes, params: Mapping[str, Any]) -> dict[str, Any]:
+        """A group is remembered only once somebody was found to have one: ids cost nothing."""
         epochs = [entry_of(raw) for raw in params["epochs"]]
-        host = self._host(bytes.fromhex(params["group_id"]))
-        under_way = host.bases.under_way(site_id)
+        if not _GROUP.fullmatch(str(params["group_id"])):
+            raise InvalidError("the id of a group is 16 bytes, in hexadecimal digits")
+        group_id = bytes.fromhex(params["group_id"])
+        with self._lock:
+            known = self._hosts.get(group_id)
+        under_way = known.bases.under_way(site_id) if known is not None else None
         if under_way is not None:
             return under_way  # it gave way before that began
-        return host.follow(epochs, self._gives_way(site_id.hex(), params))
+        offer = self._gives_way(site_id.hex(), params)
+        if offer is None and not (self._paths.store / group_id.hex()).is_dir():
+            return {}  # the first session of that site makes a store
+        return self._host(group_id).follow(epochs, offer)
 
     def _delete(self, transport: FrameTransport, request: m.Request, site_id: bytes) -> None:
         host = self._of(request.params)
