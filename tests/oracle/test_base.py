@@ -439,6 +439,35 @@ def test_a_target_that_is_killed_goes_on_where_it_was(old: Old) -> None:
     old.require_whole(end)
 
 
+def test_a_base_that_was_cut_off_and_is_not_offered_again(old: Old) -> None:
+    """The group was unprotected there meanwhile: nothing can be sealed any more."""
+    old.fill()
+    epochs, fork = away(100)
+    old.command = [sys.executable, "-c", CUT_OFF, str(old.root), "4", "hangs"]
+    assert "base" in old.host.follow(epochs, old.offer(fork))
+    deadline = time.monotonic() + WAIT_S
+    while old.store.received.seq < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    old.store.commit()
+    old.host.close()
+    old.open()
+    another = [epoch(2, THEM, fork)]
+    with pytest.raises(errors.StateError, match="does not go on"):
+        old.host.follow(another)
+    assert old.store.received.seq < fork.seq  # nothing was done for it
+    for _ in range(2):  # asked again
+        assert old.host.follow(epochs) == {}
+    old.host.close()  # what goes up to the fork is durable
+    old.open()
+    assert old.store.received == fork
+    old.require_no_new_point(None, fork)
+    end, _sent = Writer(old, epochs[1]).resync(bytes(old.disk))
+    old.store.commit()
+    assert old.show(end) == bytes(old.disk)
+    old.require_whole(end)
+
+
 def test_a_program_that_does_not_run_costs_only_bytes(old: Old) -> None:
     old.fill()
     epochs, fork = away(100)

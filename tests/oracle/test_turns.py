@@ -15,11 +15,10 @@ import pytest
 from vrep import errors
 from vrep._core import layout
 from vrep.recovery.history import History, resolve
-from vrep.recovery.old_site import left_at
 from vrep.recovery.points import list_points
 from vrep.recovery.view import start_test, stop_test
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
-from vrep.target.reign import followed
+from vrep.target.reign import followed, left_at
 from vrep.target.store import StoreReader
 
 

@@ -12,6 +12,7 @@ import pytest
 from vrep.control import ControlServer
 from vrep.errors import BusyError, FencedError, InvalidError, StateError
 from vrep.groups import DiskDefinition, GroupDefinition, GroupDirectory, ParentPosition
+from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.recovery.old_site import give_way
 from vrep.target.epochs import plain
@@ -117,6 +118,25 @@ def test_a_store_without_a_definition_knows_its_writers(old: Old) -> None:
     spec = StoreSpec("web", [DiskEntry("root", 4096, 0)], ONE, [b"wrapped"])
     options = StoreOptions(reserve_bytes=0, merge=False)
     GroupStore.open(old.paths.store, GROUP, create=spec, options=options).close()
+    SiteIdentity.create(old.paths.root, "old")
     with pytest.raises(FencedError):
         give_way(old.paths, THEM.hex(), told(ONE, TWO))
     give_way(old.paths, US.hex(), told(ONE))
+
+
+def test_a_store_that_a_base_made_knows_nobody_else(old: Old) -> None:
+    """The group was unprotected here while its base was made."""
+    old.groups.forget("web")
+    us = bytes.fromhex(SiteIdentity.create(old.paths.root, "old").site_id)
+    one = EpochEntry(1, EpochState.ACCEPTED, b"1" * 16, us)
+    spec = StoreSpec("web", [DiskEntry("root", 4096, 0)], one, [b"wrapped"])
+    options = StoreOptions(reserve_bytes=0, merge=False)
+    GroupStore.open(old.paths.store, GROUP, create=spec, options=options).close()
+    assert give_way(old.paths, THEM.hex(), told(one, TWO)) is None
+    another = EpochEntry(1, EpochState.ACCEPTED, b"x" * 16, us)
+    for epochs in ((another, TWO), (TWO,)):  # who was never sent the group does not know its id
+        with pytest.raises(FencedError):
+            give_way(old.paths, THEM.hex(), told(*epochs))
+    elsewhere = EpochEntry(3, EpochState.ACCEPTED, b"3" * 16, THEM, Position(2, 0, 9))
+    with pytest.raises(StateError, match="does not go on"):
+        give_way(old.paths, THEM.hex(), told(one, elsewhere))

@@ -16,30 +16,18 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition, GroupDirectory, ParentPosition
 from vrep.keys.datakey import inspect_wrapped
+from vrep.keys.identity import SiteIdentity
 from vrep.paths import SitePaths
 from vrep.recovery.untaken import note_untaken, untaken_path
 from vrep.target.base import BaseDisk, BaseOffer
 from vrep.target.epochs import entry_of
 from vrep.target.manifest import EpochEntry, Position, load_newest
+from vrep.target.reign import left_at
 
-__all__ = ["give_way", "left_at"]
+__all__ = ["give_way"]
 
 RELEASE_S = 60.0
 """the filter drains the group, and writes down that it did"""
-
-
-def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
-    """Where the line of the newest of some epochs left an older one, of which it may be that
-    nothing was written: its last position that others know. StateError when it never did."""
-    by_number = {entry.epoch: entry for entry in epochs}
-    at = epochs[-1].parent
-    seq = at.seq
-    while at.epoch > mine and at.epoch in by_number:
-        at = by_number[at.epoch].parent
-        seq = min(seq, at.seq)
-    if at.epoch != mine:
-        raise errors.StateError(f"epoch {epochs[-1].epoch} does not go on from epoch {mine}")
-    return Position(mine, at.lane, seq)
 
 
 def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> BaseOffer | None:
@@ -52,7 +40,7 @@ def give_way(paths: SitePaths, site_id: str, told: Mapping[str, Any]) -> BaseOff
     groups = GroupDirectory(paths.root)
     definition = groups.of_id(str(told["group_id"]))
     if definition is None:
-        _require_writer(paths, site_id, str(told["group_id"]))
+        _require_writer(paths, site_id, str(told["group_id"]), epochs)
         return None
     if definition.to_site != site_id:
         raise errors.FencedError(f"{definition.name!r} is not protected to the site that asks")
@@ -102,14 +90,24 @@ def _offer(
     )
 
 
-def _require_writer(paths: SitePaths, site_id: str, group_id: str) -> None:
-    """FencedError unless a store that is here, of a group without a definition, knows the site."""
+def _require_writer(
+    paths: SitePaths, site_id: str, group_id: str, epochs: Sequence[EpochEntry]
+) -> None:
+    """FencedError unless a store that is here, of a group without a definition, knows the site.
+    One that a base made knows nobody else yet: then the site must know the id of this site's own
+    epoch, which who was sent the group's history learnt, and have gone on from it."""
     try:
         manifest = load_newest(paths.store / group_id, bytes.fromhex(group_id))
     except errors.NotFoundError:
         return
-    if all(entry.writer.hex() != site_id for entry in manifest.epochs):
+    if any(entry.writer.hex() == site_id for entry in manifest.epochs):
+        return
+    own = manifest.current_epoch
+    ours = own.writer.hex() == SiteIdentity.load(paths.root).site_id
+    told = any(entry.epoch == own.epoch and entry.epoch_id == own.epoch_id for entry in epochs)
+    if not (ours and told):
         raise errors.FencedError(f"{manifest.name!r} belongs to another site")
+    left_at(epochs, own.epoch)
 
 
 def _require_unused(paths: SitePaths, definition: GroupDefinition) -> None:

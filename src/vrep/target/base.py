@@ -31,6 +31,7 @@ from vrep._core import layout, record
 from vrep.errors import CorruptError, StateError, StorageError, VrepError
 from vrep.lanes import lane_of
 from vrep.target.manifest import DiskEntry, EpochEntry, Position
+from vrep.target.reign import followed, left_at, passes
 from vrep.target.store import GroupStore, StoreSpec
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "BaseDisk",
     "BaseOffer",
     "BasePlan",
+    "end_before",
 ]
 
 BASE_FRAME: Final = struct.Struct("<QQI")
@@ -167,7 +169,7 @@ class Base:
                     self._process.returncode,
                 )
             self._store.commit(COMMIT_S)
-            _end(self._store, self._plan)
+            _end(self._store, self._plan.epoch, self._plan.last, self._plan.wall_ns)
             self._ended = True
         except VrepError as error:
             self._error = error
@@ -274,7 +276,7 @@ def _begin(store: GroupStore, epochs: Sequence[EpochEntry], offer: BaseOffer) ->
         wall_ns=epochs[-1].wall_ns,
     )
     if offer.left.seq - after < SEQS_MIN:
-        _end(store, plan)
+        _end(store, plan.epoch, plan.last, plan.wall_ns)
         return None
     return Base(store, plan, offer.command, epochs[-1].writer)
 
@@ -285,16 +287,27 @@ def _read(stream: IO[bytes], size: int) -> bytes | None:
     return data if len(data) == size else None
 
 
-def _end(store: GroupStore, plan: BasePlan) -> None:
+def end_before(store: GroupStore, epochs: Sequence[EpochEntry]) -> None:
+    """What a store needs before it follows some epochs, whatever became of a base: where its own
+    history ends short of the place where their line left it, it goes up to there. StateError when
+    they do not go on from what is here."""
+    here, epoch = store.received, store.manifest.current_epoch.epoch
+    followed(store.epochs, epochs)
+    if here.epoch != epoch or not passes(epochs, epoch):
+        return
+    _end(store, epoch, left_at(epochs, epoch).seq, epochs[-1].wall_ns)
+
+
+def _end(store: GroupStore, epoch: int, last: int, wall_ns: int) -> None:
     """The history of the epoch goes up to the fork, if it begins at all: a gap-begin that jumps
     there, which needs no key."""
     here = store.received
-    if here.epoch == plan.epoch and here.seq < plan.last:
+    if here.epoch == epoch and here.seq < last:
         headers = np.zeros(1, layout.RECORD)
         headers["magic"], headers["version"] = layout.RECORD_MAGIC, layout.RECORD_VERSION
         headers["kind"], headers["flags"] = layout.KIND_GAP_BEGIN, layout.RECORD_JUMP
-        headers["epoch"], headers["lane"] = plan.epoch, lane_of(plan.name)
-        headers["seq"], headers["wall_ns"] = plan.last, plan.wall_ns
+        headers["epoch"], headers["lane"] = epoch, lane_of(store.name)
+        headers["seq"], headers["wall_ns"] = last, wall_ns
         record.finish(headers)
         store.append(headers.tobytes())
     store.commit(COMMIT_S)

@@ -34,7 +34,7 @@ from vrep.errors import (
 from vrep.groups import check_name
 from vrep.lanes import group_of, lane_ids_agree
 from vrep.target import runs
-from vrep.target.base import BaseDesk, BaseOffer
+from vrep.target.base import BaseDesk, BaseOffer, end_before
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.halts import Halts
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
@@ -400,7 +400,8 @@ class GroupHost:
         """Another site took the group over, and protects it to here: its history goes on in the
         epochs that it raised. `offer`: what this site can seal of its old disks before; while that
         is under way the answer says how far it is, and the same is to be asked again. Else nothing
-        is to be done while there is no store: the first session of that site makes one."""
+        is to be done while there is no store: the first session of that site makes one. What an
+        earlier base left short of the fork goes up to it, offer or not."""
         with self._lock:
             if offer is not None:
                 under_way = self.bases.seal(self._store_for, epochs, offer)
@@ -409,6 +410,7 @@ class GroupHost:
             store = self.load()
             if store is not None:
                 self._drain_for_failover(store)
+                end_before(store, epochs)
                 store.follow(epochs)
                 self._fence(store)
             return {}

@@ -13,7 +13,7 @@ from typing import Final
 from vrep.errors import InvalidError, StateError
 from vrep.target.manifest import EpochEntry, EpochState, Manifest, Position
 
-__all__ = ["check_horizon", "followed", "given_back", "successor", "undecided"]
+__all__ = ["check_horizon", "followed", "given_back", "left_at", "passes", "successor", "undecided"]
 
 _ALL: Final = (1 << 64) - 1
 
@@ -109,6 +109,33 @@ def followed(known: tuple[EpochEntry, ...], told: Sequence[EpochEntry]) -> tuple
             raise InvalidError(f"epoch {entry.epoch} begins at {entry.parent}, which is no parent")
     # What was provisional here was decided there.
     return (*known[:-1], replace(newest, state=same.state), *fresh)
+
+
+def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
+    """Where the line of the newest of some epochs left an older one, of which it may be that
+    nothing was written: its last position that others know. StateError when it never did."""
+    at = _line(epochs, mine)
+    if at.epoch != mine:
+        raise StateError(f"epoch {epochs[-1].epoch} does not go on from epoch {mine}")
+    return at
+
+
+def passes(epochs: Sequence[EpochEntry], mine: int) -> bool:
+    """Whether the line of the newest of some epochs left another one of them, as `left_at` says
+    where."""
+    return _line(epochs, mine).epoch == mine
+
+
+def _line(epochs: Sequence[EpochEntry], mine: int) -> Position:
+    """The first parent on the line of the newest epoch that is not behind `mine`, with the lowest
+    seq on the way there."""
+    by_number = {entry.epoch: entry for entry in epochs}
+    at = epochs[-1].parent
+    seq = at.seq
+    while at.epoch > mine and at.epoch in by_number:
+        at = by_number[at.epoch].parent
+        seq = min(seq, at.seq)
+    return Position(at.epoch, at.lane, seq)
 
 
 def check_horizon(manifest: Manifest, horizon: Position) -> None:
