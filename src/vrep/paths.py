@@ -72,6 +72,11 @@ class SitePaths:
         return self.root / "verdicts"
 
     @property
+    def locks(self) -> Path:
+        """Of groups, for who takes them over or gives them back."""
+        return self.root / "locks"
+
+    @property
     def log(self) -> Path:
         return self.root / "log"
 

@@ -207,11 +207,11 @@ def test_a_move_that_was_torn_goes_on(
     halted = lanes.content()
     raise_moved, calls = EpochDoor.raise_moved, []
 
-    def torn(door: EpochDoor, writer: bytes) -> Any:
+    def torn(door: EpochDoor, writer: bytes, last: Any) -> Any:
         calls.append(writer)
         if len(calls) == 2:
             raise errors.UnreachableError("on purpose")
-        return raise_moved(door, writer)
+        return raise_moved(door, writer, last)
 
     with monkeypatch.context() as patch:
         patch.setattr(EpochDoor, "raise_moved", torn)

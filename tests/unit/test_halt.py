@@ -24,6 +24,8 @@ from vrep.target.manifest import Position
 from vrep.wire import messages as m
 
 OURS = b"t" * 16
+LAST = Position(1, 0, 5)
+"""of a source that sent what `sending` sends"""
 
 
 @pytest.fixture
@@ -86,23 +88,34 @@ def sending(world: World, count: int = 3) -> Client:
 def test_an_epoch_is_raised_behind_the_last_change_or_not_at_all(world: World) -> None:
     client = sending(world)
     with pytest.raises(StateError, match="not halted"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, Position(1, 0, 6))
     halted(world, client, 6)  # one change is on its way
     with pytest.raises(StateError, match="last change is 1/0/6"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, Position(1, 0, 6))
     assert [e["epoch"] for e in world.door.state()["epochs"]] == [1]
     again = Client(world, feed=client.feed).start()  # its session was ended: it goes on
     with pytest.raises(StateError, match="not halted"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, Position(1, 0, 6))
     again.send(again.feed.writes(1))
     again.wait(6)
     halted(world, again, 6)
     assert world.door.keep_halted() == Position(1, 0, 6)
-    raised = world.door.raise_moved(OURS)
+    with pytest.raises(StateError, match="last change is 1/0/6, and not 1/0/5"):
+        world.door.raise_moved(OURS, LAST)
+    raised = world.door.raise_moved(OURS, Position(1, 0, 6))
     assert raised.parent == Position(1, 0, 6)
-    assert world.door.raise_moved(OURS) == raised  # its answer was lost
+    assert world.door.raise_moved(OURS, Position(1, 0, 6)) == raised  # its answer was lost
     with pytest.raises(RefusedByTarget, match="fenced"):
         again.take()
+
+
+def test_an_epoch_at_another_point_is_not_the_moves(world: World) -> None:
+    """Another command took the group over at a point, while the move waited."""
+    client = sending(world)
+    halted(world, client, 5)
+    world.door.raise_epoch(writer=OURS, parent=Position(1, 0, 4))
+    with pytest.raises(StateError, match="not halted"):
+        world.door.raise_moved(OURS, LAST)
 
 
 def test_a_new_session_voids_a_halt(world: World) -> None:
@@ -112,7 +125,7 @@ def test_a_new_session_voids_a_halt(world: World) -> None:
     with pytest.raises(StateError, match="not halted"):
         world.door.keep_halted()
     with pytest.raises(StateError, match="not halted"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, LAST)
 
 
 def test_a_halt_that_nobody_renews_lapses(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +134,7 @@ def test_a_halt_that_nobody_renews_lapses(world: World, monkeypatch: pytest.Monk
     halted(world, client, 5)
     time.sleep(0.4)
     with pytest.raises(StateError, match="not halted"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, LAST)
     world.control.call("reload")  # its own look at the groups
     assert request(client).method == "group.go-on"
     halted(world, client, 5)
@@ -138,7 +151,7 @@ def test_what_the_source_refuses_is_told(world: World) -> None:
         client.transport.post(m.Response(id=question.id, error=code, text="because"))
         assert isinstance(asked.join(), kind)
     with pytest.raises(StateError, match="not halted"):
-        world.door.raise_moved(OURS)
+        world.door.raise_moved(OURS, LAST)
     client.transport.send(m.Bye(), CHANNEL)
     while world.status()["sessions"]:
         time.sleep(0.01)

@@ -110,10 +110,35 @@ class Failover:
 
     def provisional(self) -> EpochEntry | None:
         """The epoch that a failover of this site raised and nobody decided on."""
-        newest = [e for e in self.epochs() if e.state is not EpochState.ABANDONED][-1]
+        newest = self._standing()[-1]
         if newest.state is EpochState.PROVISIONAL and newest.writer == self.site_id:
             return newest
         return None
+
+    def _standing(self) -> list[EpochEntry]:
+        """The epochs that were not abandoned; the last one is the current one."""
+        return [entry for entry in self.epochs() if entry.state is not EpochState.ABANDONED]
+
+    def require_of_now(self, record: ViewRecord) -> None:
+        """StateError when a view is not of the group as it stands: its epoch is not the current
+        one, or, before it raised one, others went on from the epoch that it was begun in. Served,
+        it would be of a point at which nobody is refused."""
+        if record.state == "rolling-back":
+            return  # what it gave up is not current any more
+        *before, current = self._standing()
+        if record.epoch:
+            right = (current.epoch, current.epoch_id.hex()) == (record.epoch, record.epoch_id)
+        elif current.writer == self.site_id and current.state is EpochState.PROVISIONAL:
+            # Its number did not reach the record. Only `latest` is decided when it is raised.
+            right = bool(before) and before[-1].epoch == record.old_epoch
+            right &= record.asked == "latest" or current.parent == Position(*record.point)
+        else:
+            right = current.epoch == record.old_epoch
+        if not right:
+            raise errors.StateError(
+                f"the failover of {record.group!r} that was begun here does not fit the group any "
+                f"more, which is in epoch {current.epoch}: 'vrep failover rollback' ends it"
+            )
 
 
 def _require_no_writer(failover: Failover) -> None:
@@ -217,8 +242,10 @@ def claim(
     view = failover.view()
     if view is None:
         return _begin(failover, at, force=force, since=since, onto=onto)
-    _check_resumed(view.load(), at, since)
-    check_onto(view.load(), onto or {})
+    record = view.load()
+    failover.require_of_now(record)
+    _check_resumed(record, at, since)
+    check_onto(record, onto or {})
     return view
 
 

@@ -58,6 +58,12 @@ class _Lane:
     def name(self) -> str:
         return self.failover.held.name
 
+    @property
+    def point(self) -> Position:
+        """Of its view, which there is."""
+        assert self.view is not None
+        return Position(*self.view.load().point)
+
     def taken(self) -> bool:
         """Whether the old source is refused."""
         if self.view is None:
@@ -100,6 +106,9 @@ def move_all(
             if lane.view is not None:
                 discard(lane.view)  # nothing had happened yet
                 lane.view = None
+    for lane in lanes:
+        if lane.view is not None:
+            lane.failover.require_of_now(lane.view.load())
     paths.make_run()
     left = [lane for lane in lanes if not lane.taken()]
     if left:
@@ -166,9 +175,13 @@ def _take_over(
             _choose(lane, halt)
         for lane in left:
             _keep_halted(left)
-            entry = lane.failover.door.raise_moved(lane.failover.site_id)
-            assert entry.parent == lane.last
-            assert entry.state is EpochState.PROVISIONAL
+            assert lane.last is not None
+            entry = lane.failover.door.raise_moved(lane.failover.site_id, lane.last)
+            if entry.parent != lane.last or entry.state is not EpochState.PROVISIONAL:
+                raise errors.StateError(
+                    f"epoch {entry.epoch} of {lane.name!r} begins at {entry.parent}, but the "
+                    f"source's last change is {lane.last}"
+                )
             lane.last = None  # its halt is over
     except BaseException as error:
         if not _undo(lanes, left, error):
@@ -196,8 +209,9 @@ def _undo(lanes: Sequence[_Lane], left: Sequence[_Lane], error: BaseException) -
         try:
             raised = lane.failover.provisional()
             if raised is not None:
-                # An answer that was lost does not undo what the target did.
-                taken += 1
+                # An answer that was lost does not undo what the target did. One that was raised
+                # elsewhere is not this move's.
+                taken += int(lane.view is not None and raised.parent == lane.point)
             elif lane.last is not None:
                 lane.failover.door.go_on()
         except errors.VrepError:

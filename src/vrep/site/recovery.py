@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,21 @@ class Recovery(SiteBase):
         from vrep.recovery.cuts import find_lanes
 
         return find_lanes(self.paths, group)
+
+    @contextlib.contextmanager
+    def _locked(self, group: str) -> Iterator[HeldLanes | None]:
+        """The lanes of a group that is taken over or given back as a whole, as in `_lanes_held`.
+        LockedError while another command does so."""
+        from vrep.recovery.held import find_group
+        from vrep.recovery.lock import group_lock
+
+        self._require_group(group)
+        lanes = self._lanes_held(group)
+        held = lanes.lanes[0] if lanes is not None else find_group(self.paths, group)
+        if lanes is None:
+            self._require_group(held.name)  # it was named by its id
+        with group_lock(self.paths, held.group_id, group_of(held.name)):
+            yield self._lanes_held(group)
 
     def points(
         self, group: str, *, progress: Callable[[int, int], None] | None = None
@@ -108,32 +124,35 @@ class Recovery(SiteBase):
         hold, while the VM runs."""
         from vrep.recovery.failover import start
 
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                return start(self.paths, group, at, force=force, since=since, onto=onto)
             from vrep.recovery import joined_failover
 
             return joined_failover.failover_start(
                 self.paths, lanes, at, force=force, since=since, onto=onto
             )
-        return start(self.paths, group, at, force=force, since=since, onto=onto)
 
     def failover_commit(self, group: str) -> ViewInfo:
         from vrep.recovery.failover import commit
 
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                return commit(self.paths, group)
             from vrep.recovery import joined_failover
 
             return joined_failover.failover_commit(self.paths, lanes)
-        return commit(self.paths, group)
 
     def failover_rollback(self, group: str) -> None:
         from vrep.recovery.failover import rollback
 
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                rollback(self.paths, group)
+                return
             from vrep.recovery import joined_failover
 
             joined_failover.failover_rollback(self.paths, lanes)
-        else:
-            rollback(self.paths, group)
 
     def move(
         self,
@@ -150,14 +169,16 @@ class Recovery(SiteBase):
         `failover_start`."""
         from vrep.recovery.move import move
 
-        self._require_group(group)
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                return move(
+                    self.paths, group, pause=pause, wait_s=wait_s, onto=onto, progress=progress
+                )
             from vrep.recovery import joined_failover
 
             return joined_failover.move(
                 self.paths, lanes, pause=pause, wait_s=wait_s, onto=onto, progress=progress
             )
-        return move(self.paths, group, pause=pause, wait_s=wait_s, onto=onto, progress=progress)
 
     def failback(
         self,
@@ -175,18 +196,18 @@ class Recovery(SiteBase):
         disks hold writes that were not taken over and not exported, unless `discard_untaken`."""
         from vrep.recovery.failback import failback
 
-        self._require_group(group)
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                return failback(
+                    self.paths, group, self.group_options(), pause=pause, wait_s=wait_s,
+                    discard_untaken=discard_untaken, moved=moved, progress=progress,
+                )  # fmt: skip
             from vrep.recovery import joined_failover
 
             return joined_failover.failback(
                 self.paths, lanes, self.group_options(), pause=pause, wait_s=wait_s,
                 discard_untaken=discard_untaken, moved=moved, progress=progress,
             )[0]  # fmt: skip
-        return failback(
-            self.paths, group, self.group_options(), pause=pause, wait_s=wait_s,
-            discard_untaken=discard_untaken, moved=moved, progress=progress,
-        )  # fmt: skip
 
     def untaken(self, group: str) -> Untaken:
         """What this site wrote of a group that the site which took it over does not have."""
@@ -224,14 +245,14 @@ class Recovery(SiteBase):
         all: they must all be."""
         from vrep.recovery.reverse import reverse
 
-        self._require_group(group)
-        if lanes := self._lanes_held(group):
+        with self._locked(group) as lanes:
+            if lanes is None:
+                return reverse(self.paths, group, self.group_options(), progress=progress)
             from vrep.recovery import joined_failover
 
             return joined_failover.reverse(
                 self.paths, lanes, self.group_options(), progress=progress
             )[0]
-        return reverse(self.paths, group, self.group_options(), progress=progress)
 
     def export(
         self,

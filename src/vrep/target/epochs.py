@@ -180,11 +180,15 @@ class EpochDoor:
         """The move does not happen."""
         self._client.call("go_on", group_id=self._group_id.hex())
 
-    def raise_moved(self, writer: bytes) -> EpochEntry:
-        """The epoch of a move: it begins behind the last change of the halted guest, or not at
-        all."""
+    def raise_moved(self, writer: bytes, last: Position) -> EpochEntry:
+        """The epoch of a move: it begins behind the last change of the halted guest, which is
+        `last`, or not at all."""
         answer = self._client.call(
-            "epoch_raise", group_id=self._group_id.hex(), writer=writer.hex(), halted=True
+            "epoch_raise",
+            group_id=self._group_id.hex(),
+            writer=writer.hex(),
+            parent=list(last),
+            halted=True,
         )
         return entry_of(answer)
 

@@ -354,14 +354,18 @@ class GroupHost:
         halted: bool = False,
     ) -> EpochEntry:
         """Append an epoch and end the session of the writer that it fences. `halted`: of a move,
-        StateError unless that writer's guest is halted and all that it wrote is durable here."""
+        StateError unless that writer's guest is halted behind `parent` and all that it wrote is
+        durable here."""
         with self._lock:
             store = self.require()
             if halted:
                 known = store.manifest.current_epoch
-                if known.writer == writer and known.state is EpochState.PROVISIONAL:
-                    return known  # it was raised, and nobody heard the answer
-                parent = self.halts.require(self._session)
+                raised = known.writer == writer and known.state is EpochState.PROVISIONAL
+                if raised and known.parent == parent:
+                    return known  # nobody heard the answer
+                last = self.halts.require(self._session)
+                if parent != last:
+                    raise StateError(f"the source's last change is {last}, and not {parent}")
             if self._session is not None:
                 self._session.mute()
             try:
