@@ -20,6 +20,8 @@ from vrep import Site, errors
 from vrep.lanes import lane_id, lane_name
 from vrep.paths import SitePaths
 from vrep.recovery import failover as failovers
+from vrep.recovery import joined_failover
+from vrep.recovery.cuts import find_lanes
 from vrep.recovery.failover import Failover
 from vrep.recovery.lock import group_lock
 from vrep.recovery.move import move
@@ -241,3 +243,37 @@ def test_what_was_cut_off_at_the_record_goes_on(
 
 def fail(*_arguments: object, **_options: object) -> None:
     raise errors.StorageError("on purpose")
+
+
+# ---- lanes that were given up -------------------------------------------------------------
+
+
+def test_a_lane_that_was_given_up_does_not_go_home(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def failback_all(_paths: Any, lanes: list[str], *_rest: Any, **_options: Any) -> list[Any]:
+        asked.append(list(lanes))
+        return []
+
+    monkeypatch.setattr(joined_failover, "failback_all", failback_all)
+    first, second = (world.labs[lane_name("two", lane)] for lane in range(2))
+
+    def failback() -> None:
+        held = find_lanes(world.paths, "two")
+        assert held is not None
+        joined_failover.failback(world.paths, held, world.site.group_options())
+
+    failback()
+    second.open()
+    second.store.set_unprotected(True)
+    second.close()
+    failback()
+    assert asked == [[first.group_id.hex(), second.group_id.hex()], [first.group_id.hex()]]
+    first.open()
+    first.store.set_unprotected(True)
+    first.close()
+    with pytest.raises(errors.StateError, match="no lane"):
+        failback()
+    assert len(asked) == 2

@@ -212,6 +212,18 @@ def move(
 ) -> ViewInfo:
     """Take all lanes over from their sources, which live, without a loss: see `move.move`. A lane
     that was given up has no part."""
+    lanes = _movable(paths, held)
+    places = split_onto(held, onto)
+    views = one_move.move_all(
+        paths, {lane: places[lane] for lane in lanes}, pause=pause, wait_s=wait_s,
+        progress=progress,
+    )  # fmt: skip
+    return _moved(paths, held, views)
+
+
+def _movable(paths: SitePaths, held: HeldLanes) -> list[str]:
+    """The ids of the lanes that a move takes, or took: those that were not given up. StateError
+    when there is none."""
     begun = _failovers(paths, held)
     lanes = [
         lane.hex
@@ -220,12 +232,7 @@ def move(
     ]
     if not lanes:
         raise errors.StateError(f"no lane of {held.name!r} is protected to here any more")
-    places = split_onto(held, onto)
-    views = one_move.move_all(
-        paths, {lane: places[lane] for lane in lanes}, pause=pause, wait_s=wait_s,
-        progress=progress,
-    )  # fmt: skip
-    return _moved(paths, held, views)
+    return lanes
 
 
 def _moved(paths: SitePaths, held: HeldLanes, views: Sequence[ViewInfo]) -> ViewInfo:
@@ -267,13 +274,14 @@ def failback(
     moved: Callable[[ViewInfo], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[GroupDefinition]:
-    """Return all lanes to this site, which wrote them before: their definitions."""
+    """Return all lanes to this site, which wrote them before: their definitions. A lane that was
+    given up has no part."""
 
     def told(views: list[ViewInfo]) -> None:
         if moved is not None:
             moved(_moved(paths, held, views))
 
     return failback_all(
-        paths, [lane.hex for lane in held.lanes], options, pause=pause, wait_s=wait_s,
+        paths, _movable(paths, held), options, pause=pause, wait_s=wait_s,
         discard_untaken=discard_untaken, moved=told, progress=progress,
     )  # fmt: skip
