@@ -226,7 +226,7 @@ def test_no_cut_survives_a_host_that_dies_in_it(hosts: Hosts, rng: random.Random
     assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
 
 
-@pytest.mark.parametrize("name", ["south", "north"])
+@pytest.mark.parametrize("name", ["north", pytest.param("south", marks=pytest.mark.slow)])
 def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str) -> None:
     """Also the one that made the cuts: then the other makes them."""
     gone, left = hosts.places[name], hosts.south if name == "north" else hosts.north
