@@ -264,6 +264,22 @@ static void drained(void)
     rig_settle(&rig);
 }
 
+static void connect_vm(void)
+{
+    int ends[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    peer = ends[0];
+    mine = ends[1];
+    CHECK_OK(vrep_group_mirror_join(rig.group, 0, mine));
+}
+
+static void disconnect_vm(void)
+{
+    close(peer);
+    vrep_group_mirror_leave(rig.group, mine);
+    close(mine);
+}
+
 static void synced(void)
 {
     be_image();
@@ -271,11 +287,7 @@ static void synced(void)
     rig.disks[0].bytes = RIG_BYTES;
     rig.config.flags |= VREP_GROUP_MIRROR;
     rig_open(&rig);
-    int ends[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
-    peer = ends[0];
-    mine = ends[1];
-    CHECK_OK(vrep_group_mirror_join(rig.group, 0, mine));
+    connect_vm();
     CHECK_OK(vrep_group_mirror_live(rig.group));
     rig_attach(&rig);
     CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
@@ -287,9 +299,7 @@ static void synced(void)
 
 static void end(void)
 {
-    close(peer);
-    vrep_group_mirror_leave(rig.group, mine);
-    close(mine);
+    disconnect_vm();
     set_fault(NONE);
     rig_close(&rig, true);
     stop_server();
@@ -332,6 +342,32 @@ static void a_vm_does_not_wait_for_what_it_answers_itself(void)
     end();
 }
 
+/* It was read before a write that was not sent, and ends behind the VM's telling of that one. */
+static void a_copy_from_before_a_loss_clears_nothing(void)
+{
+    synced();
+    uint32_t reads = vrep_load_acquire_u32(&server.reads);
+    set_fault(HANGS);
+    vm_writes(2 * RIG_BIT, RIG_BIT, 50);
+    to_be_copied(2 * RIG_BIT, RIG_BIT);
+    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 4000; i++)
+        polls(1);
+    disconnect_vm();
+    vm_writes(2 * RIG_BIT, RIG_BIT, 51);
+    connect_vm();
+    to_be_copied(2 * RIG_BIT, RIG_BIT);
+    set_fault(NONE);
+    for (int i = 0; rig.shadow[2 * RIG_BIT] != 50 && i < 4000; i++)
+        polls(1);
+    CHECK_EQ(rig.shadow[2 * RIG_BIT], 50);
+    rig_check_dirty(&rig);
+    CHECK_OK(vrep_group_mirror_live(rig.group));
+    copied();
+    drained();
+    rig_compare(&rig);
+    end();
+}
+
 static void a_read_that_fails_is_tried_again(void)
 {
     synced();
@@ -370,6 +406,7 @@ int main(void)
 {
     RUN(a_read_gives_the_right_bytes_or_fails);
     RUN(a_vm_does_not_wait_for_what_it_answers_itself);
+    RUN(a_copy_from_before_a_loss_clears_nothing);
     RUN(a_read_that_fails_is_tried_again);
     RUN(only_a_mirror_reads_through_a_vm);
     return check_report();

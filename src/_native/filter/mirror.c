@@ -123,7 +123,7 @@ int vrep_group_mirror_mark(struct vrep_group *group, uint32_t disk,
             return VREP_E_RANGE;
     for (size_t i = 0; i < count; i++)
         if (ranges[i].length > 0)
-            vrep_map_mark_unshipped(group->map, (uint16_t)disk, ranges[i].offset, ranges[i].length);
+            vrep_sync_mark(group, (uint16_t)disk, ranges[i].offset, ranges[i].length);
     vrep_gap_enter(group);
     group->dirtied++;
     return VREP_OK;
