@@ -368,6 +368,29 @@ static void a_copy_from_before_a_loss_clears_nothing(void)
     end();
 }
 
+/* It may read, behind a drain, what was begun behind it. */
+static void a_drain_is_for_copies_that_had_ended(void)
+{
+    synced();
+    uint64_t copies = rig_status(&rig).mirror_copies;
+    uint32_t reads = vrep_load_acquire_u32(&server.reads);
+    set_fault(HANGS);
+    to_be_copied(2 * RIG_BIT, RIG_BIT);
+    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 4000; i++)
+        polls(1);
+    uint64_t ended = rig_status(&rig).mirror_copies;
+    CHECK_EQ(ended, copies);
+    CHECK_OK(vrep_group_mirror_barrier(rig.group, ended)); /* the VM has drained its writes */
+    set_fault(NONE);
+    copied();
+    polls(20);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    CHECK_EQ(rig_status(&rig).mirror_copies, copies + 1);
+    drained();
+    rig_compare(&rig);
+    end();
+}
+
 static void a_read_that_fails_is_tried_again(void)
 {
     synced();
@@ -407,6 +430,7 @@ int main(void)
     RUN(a_read_gives_the_right_bytes_or_fails);
     RUN(a_vm_does_not_wait_for_what_it_answers_itself);
     RUN(a_copy_from_before_a_loss_clears_nothing);
+    RUN(a_drain_is_for_copies_that_had_ended);
     RUN(a_read_that_fails_is_tried_again);
     RUN(only_a_mirror_reads_through_a_vm);
     return check_report();

@@ -218,7 +218,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->mirror = group->mirror.on;
     out->mirror_waits = group->mirror.on && !vrep_handover_blind(group) &&
                         vrep_map_unshipped_bits(group->map) == 0 && !vrep_mirror_settled(group);
-    out->mirror_copies = group->mirror.copies;
+    out->mirror_copies = group->mirror.on ? vrep_mirror_copied(group) : 0;
     out->mirror_losses = group->mirror.losses;
     return VREP_OK;
 }

@@ -251,7 +251,7 @@ struct vrep_group_status {
     uint32_t sizes_due;        /* disks whose size is not in the order yet */
     uint32_t mirror;           /* VREP_GROUP_MIRROR */
     uint32_t mirror_waits;     /* a gap would end behind a barrier */
-    uint64_t mirror_copies;    /* sync copies begun */
+    uint64_t mirror_copies;    /* sync copies that ended, of which none before is under way */
     uint64_t mirror_losses;    /* times that a connection of a live one closed */
     uint64_t mirror_yields;    /* copies that gave way to the VM that they read through */
 };

@@ -77,6 +77,7 @@ struct command {
     struct delta_window *window; /* copies: of a delta, or NULL */
     bool stale;                  /* copies: the range was marked again since it began */
     bool yielded;                /* copies: let go of the range, and are void */
+    uint64_t number;             /* copies: counts those that were begun */
     struct miss *miss;           /* fills */
 };
 
@@ -428,6 +429,9 @@ static inline bool vrep_handover_blind(const struct vrep_group *group)
 bool vrep_mirror_whole(struct vrep_group *group);
 /* Whether what sync copies saw of writes under way has been sent since. */
 bool vrep_mirror_settled(const struct vrep_group *group);
+/* The last copy of which, and of all before it, nothing is under way any more: what a drain that
+ * begins now comes after. */
+uint64_t vrep_mirror_copied(const struct vrep_group *group);
 
 /* past.c */
 /* Whether a disk was written in this boot of the host, and the last filter was of another. */

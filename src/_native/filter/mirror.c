@@ -12,7 +12,7 @@
  *    after one whose copy is missing was sent after the close, so the gap begins before it.
  * 3. A sync copy reads the image under its range.  It may see a write, or a part of one, whose copy
  *    has not arrived; that one comes later in the order, for its range is held.  So a gap ends only
- *    behind a barrier: the VM drained its writes after the last sync copy had begun (`copies` names
+ *    behind a barrier: the VM drained its writes after the last sync copy had ended (`copies` names
  *    that moment), and what each of them saw is published whole.
  * 4. While writes may be missing (the gap is open, nothing is copied, no gap ends) only who knows
  *    which ones can end that: the VM's own bitmap of what was written, or else every block. */
@@ -58,6 +58,15 @@ bool vrep_mirror_whole(struct vrep_group *group)
 bool vrep_mirror_settled(const struct vrep_group *group)
 {
     return !group->mirror.on || group->mirror.barrier == group->mirror.copies;
+}
+
+uint64_t vrep_mirror_copied(const struct vrep_group *group)
+{
+    uint64_t last = group->mirror.copies;
+    for (uint32_t i = 0; i < COPIES; i++)
+        if (group->copies[i].in_use && group->copies[i].number <= last)
+            last = group->copies[i].number - 1;
+    return last;
 }
 
 bool vrep_group_is_mirror(const struct vrep_group *group)

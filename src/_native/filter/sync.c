@@ -303,7 +303,7 @@ static bool start(struct vrep_group *group, uint64_t offset, uint64_t length, bo
     copy->range.length = length;
     copy->ranged = true;
     group->copies_inflight++;
-    group->mirror.copies++;
+    copy->number = ++group->mirror.copies;
     group->copies_bytes += length;
     if (!hole)
         group->resync_budget -= (int64_t)length;
