@@ -208,6 +208,7 @@ def test_what_is_unsafe_is_refused(tmp_path: Path) -> None:
         {"chap": CHAP, "mutual": ("target", CHAP[1])},
         {"rules": ((None, "10.0.0.0/99"),)},
         {"disks": ("nobody",)},
+        {"removable": ("b",)},
         {"block_bytes": 1024},
     ):
         with pytest.raises(InvalidError):

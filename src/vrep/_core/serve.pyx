@@ -288,6 +288,8 @@ cdef class Server:
             raise InvalidError(f"rules are {len(iscsi.rules)}: at most {VREP_ISCSI_RULES_MAX}")
         if not 0 <= iscsi.sessions <= VREP_ISCSI_SESSIONS_MAX:
             raise InvalidError(f"sessions is {iscsi.sessions}: 0 to {VREP_ISCSI_SESSIONS_MAX}")
+        if set(iscsi.removable) - set(iscsi.disks):
+            raise InvalidError("removable: a disk that is no unit of the target")
         kept = [  # what the pointers below point into
             None if iscsi.reservations is None
             else os.fsencode(os.path.join(iscsi.reservations, f"reservations.{disks.index(name)}"))
