@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import struct
 import tempfile
 import threading
@@ -226,15 +228,27 @@ def test_no_cut_survives_a_host_that_dies_in_it(hosts: Hosts, rng: random.Random
     assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
 
 
-@pytest.mark.parametrize("name", ["north", pytest.param("south", marks=pytest.mark.slow)])
-def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str) -> None:
-    """Also the one that made the cuts: then the other makes them."""
+@pytest.mark.parametrize(
+    ("name", "hangs"),
+    [
+        ("north", False),
+        ("south", True),
+        pytest.param("south", False, marks=pytest.mark.slow),
+        pytest.param("north", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str, hangs: bool) -> None:
+    """Also the one that made the cuts: then the other makes them. One that hangs closes nothing."""
     gone, left = hosts.places[name], hosts.south if name == "north" else hosts.north
     with hosts.client(left) as client:
         client.write(0, b"1" * 512)
     assert left.site.checkpoint(GROUP, "whole", wait_s=60)["absent"] == []
     number = {"north": 0, "south": 1}[name]
-    gone.kill()
+    stopped = gone.pids() if hangs else []
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    if not hangs:
+        gone.kill()
     with hosts.client(left) as client:
         client.write(0, b"2" * 512)
     wait_until("cuts go on", lambda: "lane-absent" in hosts.lane(left)["conditions"])
@@ -242,7 +256,10 @@ def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str) -> Non
     assert left.site.checkpoint(GROUP, "part", wait_s=60)["absent"] == [number]
     with pytest.raises(errors.PointNotFoundError, match=f"lane {number} had no part"):
         hosts.vault.site.test_start(GROUP)
-    gone.start()
+    for pid in stopped:
+        os.kill(pid, signal.SIGCONT)
+    if not hangs:
+        gone.start()
     wait_until("it is back", lambda: "lane-absent" not in hosts.lane(hosts.north)["conditions"])
     hosts.settle()
     assert hosts.north.site.checkpoint(GROUP, "again", wait_s=60)["absent"] == []
