@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+NOBODY = 65534
 
 # Test modules are imported by their path; what they share stands beside them.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -53,3 +58,36 @@ def make_pair(front: str) -> Iterator[Callable[..., Any]]:
     finally:
         for pair in made:
             pair.close()
+
+
+@pytest.fixture
+def libvirtd(tmp_path: Path) -> Iterator[str]:
+    """A libvirt daemon in session mode; its URI."""
+    if os.geteuid() != 0:
+        pytest.skip("to run the daemon as another user needs root")
+    root = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
+    root.chmod(0o755)
+    for name in ("run", "home"):
+        (root / name).mkdir()
+        os.chown(root / name, NOBODY, NOBODY)
+    with (tmp_path / "libvirtd.log").open("wb") as log:
+        daemon = subprocess.Popen(
+            [
+                "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
+                "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", f"HOME={root}/home",
+                f"XDG_RUNTIME_DIR={root}/run", "libvirtd",
+            ],
+            stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        socket = root / "run" / "libvirt" / "libvirt-sock"
+        deadline = time.monotonic() + 30
+        while not socket.exists():
+            assert daemon.poll() is None, (tmp_path / "libvirtd.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield f"qemu+unix:///session?socket={socket}"
+    finally:
+        daemon.terminate()
+        daemon.wait(30)
+        subprocess.run(["rm", "-rf", root], check=True)

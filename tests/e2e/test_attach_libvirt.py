@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ from test_mirror import kept, replicates
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
-NOBODY = 65534
 SIZE = 16 * MIB
 DOMAIN = """
 <domain type="qemu">
@@ -42,39 +39,6 @@ DOMAIN = """
 </domain>
 """
 DEVICE = "/machine/peripheral/virtio-disk0/virtio-backend"
-
-
-@pytest.fixture
-def libvirtd(tmp_path: Path) -> Iterator[str]:
-    """A libvirt daemon in session mode; its URI."""
-    if os.geteuid() != 0:
-        pytest.skip("to run the daemon as another user needs root")
-    root = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())
-    root.chmod(0o755)
-    for name in ("run", "home"):
-        (root / name).mkdir()
-        os.chown(root / name, NOBODY, NOBODY)
-    with (tmp_path / "libvirtd.log").open("wb") as log:
-        daemon = subprocess.Popen(
-            [
-                "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups",
-                "env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", f"HOME={root}/home",
-                f"XDG_RUNTIME_DIR={root}/run", "libvirtd",
-            ],
-            stdout=log, stderr=log,
-        )  # fmt: skip
-    try:
-        socket = root / "run" / "libvirt" / "libvirt-sock"
-        deadline = time.monotonic() + 30
-        while not socket.exists():
-            assert daemon.poll() is None, (tmp_path / "libvirtd.log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield f"qemu+unix:///session?socket={socket}"
-    finally:
-        daemon.terminate()
-        daemon.wait(30)
-        subprocess.run(["rm", "-rf", root], check=True)
 
 
 class Domain:
