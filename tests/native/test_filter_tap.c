@@ -67,8 +67,7 @@ static void overlapping_commands_take_turns(void)
         for (int i = 0; i < N; i++)
             vrep_command_submit(commands[i]);
         for (int i = 0; i < N; i++) {
-            while (!done[i])
-                vrep_group_poll(rig.group);
+            rig_wait(&rig, &done[i]);
             CHECK_OK(commands[i]->status);
             vrep_command_put(commands[i]);
         }
@@ -165,8 +164,8 @@ static void small_write_does_not_overtake_a_large_one(void)
         vrep_command_submit(large);
         usleep(3000);
         vrep_command_submit(small);
-        while (!large_done || !small_done)
-            vrep_group_poll(rig.group);
+        rig_wait(&rig, &large_done);
+        rig_wait(&rig, &small_done);
         vrep_command_put(large);
         vrep_command_put(small);
         rig_apply(&rig, true);
