@@ -159,3 +159,7 @@ def test_where_a_line_left_an_epoch() -> None:
     assert left_at([one, two, low], 1) == Position(1, 0, 5)
     with pytest.raises(errors.StateError):
         left_at([one, epoch(3, OURS, Position(1, 0, 4))], 2)
+    # After a failover that was rolled back, another one to a point before that.
+    back = epoch(3, b"a" * 16, Position(1, 0, 9))
+    assert left_at([one, two, back, epoch(4, OURS, Position(1, 0, 6))], 3) == Position(1, 0, 6)
+    assert left_at([one, two, back, epoch(4, OURS, Position(3, 0, 12))], 3) == Position(3, 0, 12)

@@ -112,17 +112,37 @@ def followed(known: tuple[EpochEntry, ...], told: Sequence[EpochEntry]) -> tuple
 
 
 def left_at(epochs: Sequence[EpochEntry], mine: int) -> Position:
-    """Where the line of the newest of some epochs left an older one, of which it may be that
-    nothing was written: its last position that others know. StateError when it never did."""
-    at = _line(epochs, mine)
-    if at.epoch != mine:
+    """Where the line of the newest of some epochs left that of an older one, of which it may be
+    that nothing was written: the last position that both have. It lies before the older one's begin
+    when a point of what stood before was taken, as after a failover that was rolled back.
+    StateError when they have none."""
+    newest, older = _positions(epochs, epochs[-1].epoch), _positions(epochs, mine)
+    shared = newest.keys() & older.keys()
+    if not shared:
         raise StateError(f"epoch {epochs[-1].epoch} does not go on from epoch {mine}")
-    return at
+    last = max(shared)
+    return min(newest[last], older[last])
+
+
+def _positions(epochs: Sequence[EpochEntry], number: int) -> dict[int, Position]:
+    """The line of an epoch: the last position of each that it goes on from, and its own. Empty for
+    one that is not among them."""
+    by_number = {entry.epoch: entry for entry in epochs}
+    if number not in by_number:
+        return {}
+    seq, at = _ALL, by_number[number].parent
+    line = {number: Position(number, at.lane, seq)}
+    while at.epoch:
+        seq = min(seq, at.seq)
+        line[at.epoch] = Position(at.epoch, at.lane, seq)
+        if at.epoch not in by_number:
+            break
+        at = by_number[at.epoch].parent
+    return line
 
 
 def passes(epochs: Sequence[EpochEntry], mine: int) -> bool:
-    """Whether the line of the newest of some epochs left another one of them, as `left_at` says
-    where."""
+    """Whether the line of the newest of some epochs goes through another one of them."""
     return _line(epochs, mine).epoch == mine
 
 
