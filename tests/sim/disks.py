@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from kernel import Process
+from kernel import Process, Task
 
 from vrep.target.files import Buffer
 
@@ -75,6 +75,8 @@ class StoreFiles(forgetting.ForgettingFiles):  # type: ignore[misc]
         self._process = process
         self._kernel = process.kernel
         self._descriptors = Descriptors(process)
+        self.dirty: list[Task] = []
+        """who waits until something is not synced"""
         for path in sorted(directory.glob("*")) if directory.is_dir() else []:
             if path.is_file() and path.name != "lock":
                 number = len(self.memory.contents)
@@ -97,6 +99,7 @@ class StoreFiles(forgetting.ForgettingFiles):  # type: ignore[misc]
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         self._operation("write")
         super().write(fd, buffers, offset)
+        self._kernel.wake_all(self.dirty)
 
     def sync(self, fd: int) -> None:
         self._operation("sync")

@@ -11,12 +11,15 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from facts import DISK_BYTES_MAX
 from guest import GUEST_S
+from hosts import EAST, GROUP, GROUP_ID
 from kernel import NS, Kernel, Violation
 from net import Network
-from oracle import DISK_BYTES_MAX, Oracle
+from oracle import Oracle
 from plan import AT_SOURCE, Plan
-from sites import EAST, GROUP, GROUP_ID, SourceSite, TargetSite
+from sites import SourceSite, TargetSite
+from uses import Uses
 
 from vrep.errors import StateError, VrepError
 from vrep.target.manifest import Position
@@ -34,6 +37,7 @@ class Faults:
         west: SourceSite,
         east: TargetSite,
         verify: Callable[[], None],
+        uses: Uses,
     ) -> None:
         self._kernel = kernel
         self._rng = kernel.rng
@@ -43,6 +47,7 @@ class Faults:
         self._west = west
         self._east = east
         self._verify_store = verify
+        self._uses = uses
         self.over = False
         """all that was to break has"""
         self.failed_over = False
@@ -71,6 +76,10 @@ class Faults:
         if self._plan.failover_kept:
             self._failover(keep=True)
         self.over = True
+
+    def again(self, faults: list[str]) -> None:
+        """Some more, one after the other."""
+        self._break(faults)
 
     def _break(self, faults: list[str]) -> None:
         pause_s = 0.2 + self._plan.writes * self._plan.write_s / 8
@@ -133,7 +142,9 @@ class Faults:
         self._restart_target()
 
     def _power_target(self) -> None:
-        self._kernel.wait_until(self._target_is_busy, 1.0, look_s=0.001)
+        files = self._east.files
+        if files is not None:
+            self._kernel.wait_until(self._target_is_busy, 1.0, files.dirty, look_s=0.2)
         if self._east.lose_power():
             self._kernel.event("torn write")
         self._kernel.event("crash")
@@ -203,8 +214,10 @@ class Faults:
         if not directory.is_dir():
             self._restart_target()
             return
-        kept = directory.with_name("kept")
+        kept, checked = directory.with_name("kept"), self._east.paths.root / "checked"
         shutil.copytree(directory, kept)
+        if checked.is_dir():  # what was found of the history is of that day, too
+            shutil.copytree(checked, kept.with_name("kept.checked"))
         taken, epochs = list(self._oracle.ledger.taken), len(self._oracle.epochs)
         self._restart_target()
         kernel.sleep(self._rng.random() * 3)
@@ -212,12 +225,26 @@ class Faults:
         kernel.kill(self._east.process)
         shutil.rmtree(directory)
         kept.rename(directory)
+        shutil.rmtree(checked, ignore_errors=True)
+        if kept.with_name("kept.checked").is_dir():
+            kept.with_name("kept.checked").rename(checked)
         self._oracle.target_is_old(taken)
         kernel.event("old target")
         self._restart_target()
 
     def _verify(self) -> None:
         self._verify_store()
+
+    def _export(self) -> None:
+        if not self.failed_over:
+            self._uses.export()
+
+    def _test(self) -> None:
+        if not self.failed_over:
+            self._uses.test()
+
+    def _rotate(self) -> None:
+        self._uses.rotate()
 
     def _mark(self) -> None:
         try:

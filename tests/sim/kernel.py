@@ -66,6 +66,9 @@ class Process:
         """what the system does when a process ends: descriptors and connections are closed"""
         self.fuse = -1
         """after so many more operations it is killed; -1: never"""
+        self.pid = 0
+        self.names: dict[str, Any] = {}
+        """what modules of vrep call by a name, in this process: see `hosts`"""
 
     def check(self) -> None:
         if self.dead:
@@ -107,7 +110,7 @@ class Kernel:
         self.trace: Callable[[str], None] | None = None
         self._runnable: list[Task] = []
         self._timers: list[tuple[int, int, Task, int]] = []
-        self._order = 0
+        self._order = self._ordered = 0
         self._hub: greenlet.greenlet = greenlet.getcurrent()
         self._calls: list[Callable[[], None]] = []
         self._failure: BaseException | None = None
@@ -121,6 +124,11 @@ class Kernel:
     def event(self, what: str) -> None:
         """Count something that happened in the world."""
         self.events[what] += 1
+
+    def next_order(self) -> int:
+        """A number for what happens now: later ones are larger."""
+        self._ordered += 1
+        return self._ordered
 
     def note(self, text: str) -> None:
         if self.trace is not None:
@@ -361,6 +369,9 @@ class Time:
         return self._kernel.now_ns / NS
 
     perf_counter = monotonic
+
+    def monotonic_ns(self) -> int:
+        return self._kernel.now_ns
 
     def time_ns(self) -> int:
         return self._kernel.now_ns + self._kernel.wall_ahead_ns

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kernel import NS, Kernel, Killed, Process, Task, Violation
 
 from vrep import errors
 from vrep.control import Reply
 from vrep.errors import ProtocolError, TimeLimitError, UnreachableError, VrepError
+from vrep.wire import messages as m
 from vrep.wire.protocol import Connection, Role
 from vrep.wire.stream import ConnectionLostError
 from vrep.wire.transport import FrameTransport, Timeouts
+
+if TYPE_CHECKING:
+    from plan import Plan
 
 
 class Pipe:
@@ -145,24 +149,24 @@ class Stream:
 class Network:
     """Between the sites: who listens, and all connections."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: Kernel, plan: Plan) -> None:
         self.kernel = kernel
         self.hung_until_ns = 0
         self.down_until_ns = 0
-        self.slow_ns = 2_000_000
+        self.slow_ns = plan.slow_ns
         self.capacity = 1 << 16
-        self.features: Sequence[str] = ()
+        self.features: Sequence[str] = m.FEATURES if plan.delta else ()
         """that both sites say they have"""
-        self._serve: tuple[Process, Callable[[Stream], None]] | None = None
+        self._serve: dict[str, tuple[Process, Callable[[Stream], None]]] = {}
         self._open: list[tuple[Pipe, Pipe]] = []
 
     def latency_ns(self) -> int:
         return 50_000 + self.kernel.rng.randrange(self.slow_ns)
 
-    def listen(self, process: Process, serve: Callable[[Stream], None]) -> None:
-        self._serve = (process, serve)
+    def listen(self, site_id: str, process: Process, serve: Callable[[Stream], None]) -> None:
+        self._serve[site_id] = (process, serve)
 
-    def dial(self, process: Process, timeout_s: float) -> Stream:
+    def dial(self, site_id: str, process: Process, timeout_s: float) -> Stream:
         kernel = self.kernel
         process.burn()
         if kernel.now_ns < self.hung_until_ns:
@@ -171,9 +175,9 @@ class Network:
             if wait_s >= timeout_s:
                 raise UnreachableError("timed out")
         kernel.sleep(self.latency_ns() / NS)
-        if kernel.now_ns < self.down_until_ns or self._serve is None or self._serve[0].dead:
+        server, serve = self._serve.get(site_id, (None, None))
+        if kernel.now_ns < self.down_until_ns or server is None or serve is None or server.dead:
             raise UnreachableError("connection refused")
-        server, serve = self._serve
         there, back = Pipe(kernel, self), Pipe(kernel, self)
         self._open = [pair for pair in self._open if not (pair[0].ended and pair[1].ended)]
         self._open.append((there, back))
@@ -220,10 +224,12 @@ class Wires:
         self._process = process
         self._identity = identity
 
-    def connect(self, identity: Any, peer: Any, *, timeouts: Any, clock: Any) -> FrameTransport:
+    def connect(
+        self, identity: Any, peer: Any, *, timeouts: Any = None, clock: Any = None
+    ) -> FrameTransport:
         """In the place of `connect`."""
         timeouts = timeouts or Timeouts()
-        stream = self._network.dial(self._process, timeouts.connect_s)
+        stream = self._network.dial(peer.site_id, self._process, timeouts.connect_s)
         connection = Connection(Role.CLIENT)
         transport = FrameTransport(stream, connection, peer=peer, timeouts=timeouts, clock=clock)
         try:
@@ -262,10 +268,11 @@ class Listener:
         self._options = options
 
     def start(self) -> None:
-        self._network.listen(self._process, self._serve)
+        self._network.listen(self._identity.site_id, self._process, self._serve)
 
     def close(self) -> None:
-        self._network.listen(self._process, lambda stream: stream.close())
+        site_id = self._identity.site_id
+        self._network.listen(site_id, self._process, lambda stream: stream.close())
 
     def _serve(self, stream: Stream) -> None:
         connection = Connection(Role.SERVER, known=True, allocate=self._options["allocate"])
@@ -304,6 +311,12 @@ class Controls:
 
             def close(self) -> None:
                 controls._servers.pop(self._path, None)
+
+            def __enter__(self) -> ControlServer:
+                return self
+
+            def __exit__(self, *_exc: object) -> None:
+                self.close()
 
         return ControlServer
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from facts import WRITES, Epoch, Flight, Image, Ledger, Record, Reign
 from kernel import Kernel, Violation
 
 from vrep._core import layout, record
@@ -27,108 +27,66 @@ from vrep.wire import messages as m
 if TYPE_CHECKING:
     from plan import Plan
 
-WRITES: Final = (layout.KIND_WRITE, layout.KIND_SYNC)
 ZEROES: Final = (layout.KIND_ZEROES, layout.KIND_SYNC_ZEROES)
 ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
 WEST: Final = b"\xaa" * 16
 SECTOR: Final = 512
-DISK_BYTES_MAX: Final = 512 << 10
 HASH_PIECE: Final = 0x80000000
 _HEADER: Final = layout.RECORD.itemsize
 
 
-@dataclass
-class Record:
-    """One record as it stood in the ring."""
-
-    seq: int
-    kind: int
-    flags: int
-    disk: int
-    offset: int
-    length: int
-    data: bytes
-
-
-@dataclass
-class Flight:
-    """A command of the guest that was not answered yet."""
-
-    op: str
-    disk: int
-    offset: int
-    length: int
-    data: bytes
-    fua: bool
-    pending: Any
-    after: int
-    """head when it was sent: its record comes later"""
-    stamp: int
-    seq: int = 0
-    """of its record; 0: none seen"""
-    lost: bool = False
-    unsure: bool = False
-    sent_ns: int = 0
-
-
-@dataclass
-class Epoch:
-    """A reign, as this world decided it."""
-
-    number: int
-    writer: bytes
-    parent: Position
-    given_up: bool = False
-
-
-@dataclass
-class Ledger:
-    """What a target took, in order, and how much of it must be there after anything."""
-
-    taken: list[tuple[int, int, int]] = field(default_factory=list)
-    """(epoch, seq, kind)"""
-    told: int = 0
-    """the highest seq that it said was durable"""
-
-
-class Image:
-    """Disks: what is in front of their end, and what lies behind it, which a larger size shows."""
-
-    def __init__(self, sizes: list[int]) -> None:
-        self.sizes = sizes
-        self._bytes = [bytearray(DISK_BYTES_MAX) for _ in sizes]
-
-    def put(self, disk: int, offset: int, data: bytes) -> None:
-        self._bytes[disk][offset : offset + len(data)] = data
-
-    def read(self, disk: int, size: int | None = None) -> bytearray:
-        """A disk, or as much of it as another one of this size has."""
-        return self._bytes[disk][: self.sizes[disk] if size is None else size]
-
-
 class Oracle:
-    """The truth of one simulated world."""
+    """The truth of the disks that one site writes, and of the store of the other one."""
 
-    def __init__(self, kernel: Kernel, plan: Plan, key: DataKey) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        plan: Plan,
+        key: DataKey,
+        *,
+        epochs: list[Epoch] | None = None,
+        disks: list[bytes] | None = None,
+        base: Callable[[int], bytes] | None = None,
+        lane: int = 0,
+    ) -> None:
+        """The last of `epochs` is that in which the writer begins, `disks` is what they hold then;
+        `base` are those of the store's site."""
         self.kernel = kernel
         self.plan = plan
         self.key = key
+        self.epochs = epochs or [Epoch(1, WEST, Position())]
+        first = self.epochs[-1]
+        held = [bytes(size) for size in plan.disk_bytes] if disks is None else disks
+        self.writer = first.writer
+        self.fork = first.parent.seq
+        """of the reign that is now: it goes on behind what the other site holds up to here"""
         self.records: dict[int, Record] = {}
+        """of the reign that is now, by seq"""
+        self.reigns: list[Reign] = []
+        if base is not None:
+            self.reigns.append(Reign(1, {}, base))
+        self.reigns.append(Reign(first.number, self.records))
+        """of those who put something into the store, oldest first"""
+        self.recorded = True
+        """whether changes become records"""
+        self.lane = lane
         self.head = 0
         self.flights: list[Flight] = []
-        self.sizes = list(plan.disk_bytes)
+        self.sizes_first = [len(data) for data in held]
+        self.sizes = list(self.sizes_first)
         """of the disks, now"""
-        self.model = [bytearray(size) for size in plan.disk_bytes]
-        self.touched = [np.zeros(-(-size // SECTOR), np.int64) for size in plan.disk_bytes]
+        self.model = [bytearray(data) for data in held]
+        self.touched = [np.zeros(-(-len(data) // SECTOR), np.int64) for data in held]
         """when a sector was last written, as the guest knows it"""
         self.stamp = 0
-        self.flushed = [0 for _ in plan.disk_bytes]
+        self.flushed = [0 for _ in held]
         """writes that were answered before this stamp survive a power loss"""
         self.gap = True
         self.ledger = Ledger()
         self.store: Any = None
-        self.epochs = [Epoch(1, WEST, Position())]
-        self.fenced = 1
+        self.epochs_seen = 0
+        """so many of the epochs stood in the store's manifest"""
+        self.fenced = 0
         """records of an older epoch are not written any more"""
         self.acks = 0
         self.may_fail = False
@@ -140,6 +98,10 @@ class Oracle:
         self.deciding = False
         """somebody asked for another epoch"""
         self.horizon = Position()
+        self.orders: dict[int, int] = {}
+        """of records: when their commands were sent"""
+        self.answers: dict[int, int] = {}
+        """and answered, if they were"""
         self.streams: set[bytes] = set()
         self.seals: dict[tuple[bytes, int, int], int] = {}
         self._ciphers: dict[bytes, AESGCM] = {}
@@ -148,11 +110,38 @@ class Oracle:
         self._image = self._empty()
 
     def _empty(self) -> Image:
-        return Image(list(self.plan.disk_bytes))
+        return Image(list(self.sizes_first))
+
+    def reigns_again(
+        self, epoch: Epoch, disks: list[bytes], base: Callable[[int], bytes], since: int
+    ) -> None:
+        """The writer is it once more, in an epoch of which others know already; its disks hold what
+        the other site wrote, from the epoch `since` on. The store goes on behind what it has, and
+        what that site's disks, `base`, hold."""
+        self.records = {}
+        self.reigns.append(Reign(since, {}, base))
+        self.reigns.append(Reign(epoch.number, self.records))
+        self.fork = epoch.parent.seq
+        self.head, self.gap, self.recorded = 0, True, True
+        self.sizes = [len(data) for data in disks]
+        self.model = [bytearray(data) for data in disks]
+        self.touched = [np.zeros(-(-len(data) // SECTOR), np.int64) for data in disks]
+        self.flushed = [self.stamp for _ in disks]
+        self.flights.clear()
+        self.ledger.told = 0
+        self.amnesia = False
+
+    def record_of(self, epoch: int, seq: int) -> Record:
+        """A record, by its position."""
+        return self.reign_of(epoch).records[seq]
+
+    def reign_of(self, epoch: int) -> Reign:
+        return next(reign for reign in reversed(self.reigns) if epoch >= reign.first)
 
     # ---- the guest ----------------------------------------------------------------------
 
     def sent(self, flight: Flight) -> None:
+        flight.order = self.kernel.next_order()
         self.flights.append(flight)
         self._touch(flight)
 
@@ -178,10 +167,13 @@ class Oracle:
             if got != self.model[flight.disk][at:end] and not flight.unsure:
                 raise Violation(f"4: a read of disk {flight.disk} at {at} shows other bytes")
             return
-        if flight.op in ("write", "zero") and not flight.seq and not group.status()["gap"]:
+        changes = self.recorded and flight.op in ("write", "zero")
+        if changes and not flight.seq and not group.status()["gap"]:
             raise Violation(
                 f"1: the {flight.op} of disk {flight.disk} at {at} was answered without a record"
             )
+        if flight.seq:
+            self.answers[flight.seq] = self.kernel.next_order()
         if flight.op == "discard" or flight.unsure:
             self.model[flight.disk][at:end] = source(flight.disk)[at:end]
         else:
@@ -291,6 +283,7 @@ class Oracle:
             for flight in self.flights:
                 if flight.op == "zero" and not flight.seq and self._same_range(flight, one):
                     flight.seq = one.seq
+                    self.orders[one.seq] = flight.order
                     break
 
     @staticmethod
@@ -307,8 +300,23 @@ class Oracle:
                 if one.seq <= flight.after:
                     raise Violation(f"4: the record {one.seq} stands before what was answered")
                 flight.seq = one.seq
+                self.orders[one.seq] = flight.order
                 return
         raise Violation(f"3: record {one.seq} holds what nobody wrote")
+
+    @property
+    def newest_write(self) -> int:
+        """Seq of the last record of a command."""
+        return max(self.orders, default=0)
+
+    def last_sent(self, seq: int) -> int:
+        """When the last command was sent of those whose records stand up to here."""
+        return max((order for at, order in self.orders.items() if at <= seq), default=0)
+
+    def answered_before(self, order: int, *, after: int) -> int:
+        """A record behind a seq whose command was answered before a moment; 0: none."""
+        found = (seq for seq, at in self.answers.items() if seq > after and at < order)
+        return min(found, default=0)
 
     # ---- what the source's disks hold -------------------------------------------------------
 
@@ -343,8 +351,11 @@ class Oracle:
         """What a manifest says, once it is durable: epochs only come, and only when somebody asked
         for them; the writer before goes on from where the last one ended."""
         known = {epoch.number: epoch for epoch in self.epochs}
-        if [entry.epoch for entry in entries][: len(known)] != list(known):
+        numbers = [entry.epoch for entry in entries]
+        both = min(len(numbers), len(known))
+        if numbers[:both] != list(known)[:both] or len(numbers) < self.epochs_seen:
             raise Violation("11: an epoch is gone")
+        self.epochs_seen = len(numbers)
         for entry in entries:
             given_up = entry.state == EpochState.ABANDONED
             if entry.epoch not in known:
@@ -355,7 +366,11 @@ class Oracle:
                 known[entry.epoch].given_up = True
             elif known[entry.epoch].given_up and not given_up:
                 raise Violation(f"11: epoch {entry.epoch} is back")
-        self.fenced = self.current.number
+        self.fenced = next(
+            epoch.number
+            for epoch in reversed(self.epochs)
+            if not epoch.given_up and epoch.number in numbers
+        )
 
     def taking(self, buffer: Any) -> Callable[[], None]:
         """Records go into the store; what is returned takes them out again."""
@@ -373,6 +388,9 @@ class Oracle:
             if epoch < self.fenced:
                 continue  # it must be refused: see `writing`
             self.ledger.taken.append((epoch, seq, kind))
+            base = self.reign_of(epoch)
+            if base.disks is not None:
+                base.records[seq] = base.record(headers[headers["seq"] == seq][0])
 
         def undo() -> None:
             del self.ledger.taken[begun:]
@@ -395,7 +413,7 @@ class Oracle:
         kept = [entry for entry in self.ledger.taken if (entry[0], entry[1]) <= durable[::2]]
         self.ledger.taken = kept
         line = self.history(durable)
-        if durable.seq and (not line or line[-1][1] != durable.seq):
+        if durable.seq not in (0, self.fork) and (not line or line[-1][1] != durable.seq):
             raise Violation(f"7: {durable} came back, which is not what was taken")
 
     def target_is_old(self, taken: list[tuple[int, int, int]]) -> None:
@@ -405,7 +423,8 @@ class Oracle:
         self.amnesia, self.store = True, None
 
     def told(self, seq: int) -> None:
-        self.ledger.told = max(self.ledger.told, seq)
+        if seq > self.fork:
+            self.ledger.told = max(self.ledger.told, seq)
 
     def said(self, message: Any) -> None:
         """A message leaves one of the sites."""
@@ -418,7 +437,7 @@ class Oracle:
             self._told_points(message)
         elif isinstance(message, m.GroupOpened):
             self.told(message.lanes[0].durable.seq)
-            if self.current.writer != WEST:
+            if self.current.writer != self.writer:
                 raise Violation("11: a source was heard whose group another site writes")
             if message.epoch.counter != self.current.number:
                 raise Violation(f"11: epoch {message.epoch.counter} was accepted")
@@ -438,7 +457,8 @@ class Oracle:
                 raise Violation(f"8: a source is told of a point at {at}, which is none")
 
     def _durable_seq(self) -> int:
-        return int(self.store.durable.seq) if self.store is not None else 0
+        """What the target may say that it holds."""
+        return max(self.fork, int(self.store.durable.seq) if self.store is not None else 0)
 
     # ---- seals ---------------------------------------------------------------------------------
 
@@ -500,7 +520,10 @@ class Oracle:
         while epoch.parent.epoch:
             seq = min(epoch.parent.seq, *limits.values())
             limits[epoch.parent.epoch] = seq
-            epoch = next(e for e in self.epochs if e.number == epoch.parent.epoch)
+            parent = next((e for e in self.epochs if e.number == epoch.parent.epoch), None)
+            if parent is None:
+                break  # the other site has that part of the history
+            epoch = parent
         return limits
 
     def history(self, point: Position) -> list[tuple[int, int, int]]:
@@ -514,9 +537,14 @@ class Oracle:
         """Positions of the line of a point that lie in no gap, invariant 8; and that the order has
         no hole."""
         found, whole, before = [], False, 0
+        reigns = [reign.first for reign in self.reigns]
+        begins = {e.number: e.parent.seq for e in self.epochs}
         for epoch, seq, kind in self.history(point):
+            if not before or epoch in reigns:  # it begins behind what the other site wrote
+                before = max(before, begins[epoch])
+                reigns = [first for first in reigns if first > epoch]
             jump = kind == layout.KIND_GAP_BEGIN and (
-                self.records[seq].flags & layout.RECORD_JUMP if seq in self.records else 0
+                self.record_of(epoch, seq).flags & layout.RECORD_JUMP
             )
             if seq != before + 1 and not jump:
                 raise Violation(f"8: the target's history goes from {before} to {seq}")
@@ -526,11 +554,11 @@ class Oracle:
             elif kind == layout.KIND_GAP_END:
                 whole = True
             if whole:
-                found.append(Position(epoch, 0, seq))
+                found.append(Position(epoch, self.lane, seq))
         return found
 
-    def apply(self, image: Image, seq: int) -> None:
-        one = self.records[seq]
+    def apply(self, image: Image, epoch: int, seq: int) -> None:
+        one = self.record_of(epoch, seq)
         if one.kind in WRITES:
             image.put(one.disk, one.offset, one.data)
         elif one.kind in ZEROES:
@@ -541,8 +569,8 @@ class Oracle:
     def image(self, point: Position) -> Image:
         """What every disk holds at a point."""
         image = self._empty()
-        for _epoch, seq, _kind in self.history(point):
-            self.apply(image, seq)
+        for epoch, seq, _kind in self.history(point):
+            self.apply(image, epoch, seq)
         return image
 
     def durable_image(self) -> Image:
@@ -552,8 +580,8 @@ class Oracle:
         known = self._image_of
         if wanted[: len(known)] != known:
             self._image, known = self._empty(), []
-        for _epoch, seq, _kind in wanted[len(known) :]:
-            self.apply(self._image, seq)
+        for epoch, seq, _kind in wanted[len(known) :]:
+            self.apply(self._image, epoch, seq)
         self._image_of = wanted
         return self._image
 

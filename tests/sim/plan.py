@@ -37,13 +37,35 @@ FAULTS: Final = {
     "bad disk": 2,
     "clock": 1,
     "resize": 3,
+    "export": 1,
+    "test": 2,
+    "rotate": 2,
 }
 """and how often each is drawn"""
+LANES: Final = 0.1
+"""of the worlds have a group of two lanes"""
 AT_SOURCE: Final = (
     *("kill source", "kill filter", "power source", "close filter"),
-    *("mark", "pause", "failed spill", "bad disk", "resize"),
+    *("mark", "pause", "failed spill", "bad disk", "resize", "rotate"),
 )
 """these break while others do at the target and between the sites"""
+AGAIN: Final = {
+    fault: FAULTS[fault]
+    for fault in (
+        *("kill source", "kill filter", "kill target", "power source", "power target"),
+        *("cut", "hang", "down", "mark", "failed sync", "verify"),
+    )
+}
+"""what may break once more, after a takeover"""
+LIVES: Final = {
+    (): 84,
+    ("failover", "rollback"): 4,
+    ("failover", "reverse"): 2,
+    ("failover", "reverse", "failback"): 4,
+    ("move", "reverse"): 2,
+    ("move", "reverse", "failback"): 4,
+}
+"""and how often each is drawn"""
 CRASHES: Final = ("kill source", "kill filter", "kill target")
 
 
@@ -69,6 +91,10 @@ class Plan:
     write_s: float = 0.0
     faults: list[str] = field(default_factory=list)
     failover_kept: bool = False
+    lanes: bool = False
+    """whether the group has two, and nothing of what follows"""
+    life: tuple[str, ...] = ()
+    """what comes after it all: see `LIVES`"""
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     @classmethod
@@ -96,4 +122,6 @@ class Plan:
             faults=faults,
             failover_kept=rng.random() < 0.1,
             timeouts=Timeouts(dead_after_s=rng.choice((4.0, 20.0)), ping_after_s=1.0),
+            life=rng.choices(list(LIVES), list(LIVES.values()))[0],
+            lanes=rng.random() < LANES,
         )

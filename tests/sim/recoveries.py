@@ -7,9 +7,11 @@ happens meanwhile: a recovery is another process, and reads what is there.
 
 from __future__ import annotations
 
+from facts import Image
+from hosts import GROUP_ID
 from kernel import Kernel, Violation
 from oracle import Oracle
-from sites import GROUP_ID, TargetSite
+from sites import TargetSite
 
 from vrep.errors import GapError, PointNotFoundError
 from vrep.recovery.access import KeyAccess
@@ -71,23 +73,9 @@ class Recoveries:
             chosen = {wanted[-1], wanted[0]}
             chosen |= {rng.choice(wanted) for _ in range(count)}
             for point in sorted(chosen):
-                self._compare(reader, access, point)
+                self._kernel.event("recovery")
+                compare(reader, access, point, oracle.image(point))
             self._refuses_gaps(reader, access, wanted, horizon)
-
-    def _compare(self, reader: StoreReader, access: KeyAccess, point: Position) -> None:
-        self._kernel.event("recovery")
-        found = resolve(reader, f"pos:{point}", access, 0)
-        fetcher = Fetcher(reader, reader.extent_map(found.position), access)
-        image = self._oracle.image(point)
-        sizes = [disk.bytes for disk in reader.disks_at(point)]
-        if sizes != image.sizes:
-            raise Violation(f"8: the disks have {sizes} bytes at {point}, not {image.sizes}")
-        for disk in range(len(sizes)):
-            truth = image.read(disk)
-            got = fetcher.read(disk, 0, len(truth)) or bytes(len(truth))
-            if got != truth:
-                at = next(i for i in range(len(truth)) if got[i] != truth[i])
-                raise Violation(f"8: disk {disk} at {point} differs from byte {at} on")
 
     def _refuses_gaps(
         self, reader: StoreReader, access: KeyAccess, wanted: list[Position], horizon: Position
@@ -105,3 +93,18 @@ class Recoveries:
         except (GapError, PointNotFoundError):
             return
         raise Violation("8: a point in a gap is recovered")
+
+
+def compare(reader: StoreReader, access: KeyAccess, point: Position, image: Image) -> None:
+    """The disks at a point, every byte of them, with what they must hold."""
+    found = resolve(reader, f"pos:{point}", access, 0)
+    fetcher = Fetcher(reader, reader.extent_map(found.position), access)
+    sizes = [disk.bytes for disk in reader.disks_at(point)]
+    if sizes != image.sizes:
+        raise Violation(f"8: the disks have {sizes} bytes at {point}, not {image.sizes}")
+    for disk in range(len(sizes)):
+        truth = image.read(disk)
+        got = fetcher.read(disk, 0, len(truth)) or bytes(len(truth))
+        if got != truth:
+            at = next(i for i in range(len(truth)) if got[i] != truth[i])
+            raise Violation(f"8: disk {disk} at {point} differs from byte {at} on")

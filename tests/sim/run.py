@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,8 @@ from pathlib import Path
 from typing import Final
 
 import structlog
+from hosts import make_keys
 from plan import EVENTS_MIN
-from sites import make_keys
 from world import play
 
 from vrep._core import log as native_log
@@ -56,6 +57,9 @@ EVER: Final = (
     ),
     *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
     *("resize", "opened new", "opened clean", "opened killed", "opened power-loss"),
+    *("cut of lanes", "recovery at a cut", "base"),
+    *("view", "killed view", "export", "rotation", "cut off command"),
+    *("move", "failover start", "failover rollback", "failover commit", "reverse", "failback"),
 )
 """what every run has at least once"""
 COLLECT_EVERY: Final = 10
@@ -183,10 +187,12 @@ def run(seeds: list[int], jobs: int) -> int:
     totals, failed, played = results.totals, results.failed, results.played
     print(", ".join(f"{what} {count}" for what, count in sorted(totals.items())))
     events = sum(count for what, count in totals.items() if what not in NOTHING)
-    rate = 60 * len(played) / passed_s
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    each_s = (used.ru_utime + used.ru_stime) / max(1, len(played))
     print(
-        f"{len(played)} seeds, {events} events, {len(failed)} failed, {passed_s:.1f} s: "
-        f"{rate:.0f} seeds a minute"
+        f"{len(played)} seeds, {events} events, {len(failed)} failed, {passed_s:.1f} s, "
+        f"{each_s:.3f} s of a processor each: {60 * len(played) / passed_s:.0f} seeds a minute, "
+        f"{120 / each_s:.0f} if 2 cores had nothing else to do"
     )
     if failed:
         return 1

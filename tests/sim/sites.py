@@ -2,71 +2,46 @@
 
 `SourceSite` has a filter process (`FilterHost` over a native group that is stepped) and a source
 process (`Source`: session, shipper, spiller); `TargetSite` has a target process (`Target`: hosts,
-sessions, stores, upkeep). What they ask of the system is answered here: control sockets, the
-network, disks, clocks and threads. Everything else is the code that ships.
+sessions, stores, upkeep). One host may have both. What they ask of the system is answered here and
+in `hosts`: control sockets, the network, disks, clocks and threads. Everything else is the code
+that ships.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import functools
 import shutil
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from disks import Descriptors, SpillDisk, SpillOs, StoreFiles, lose_sectors
-from kernel import NS, Kernel, Process, Task, Violation, patched
-from net import Controls, Network, Peers, Wires
+from disks import SpillDisk, SpillOs, StoreFiles, lose_sectors
+from hosts import EPOCH_ID, GROUP, GROUP_ID, KEY, Host, SimStore
+from kernel import Process, Task, Violation
 
 from vrep._core.filter_driver import GroupDriver
 from vrep._core.ring import RingReader
-from vrep._core.seal import Sealer
-from vrep.app import filterd, hosted
-from vrep.errors import VrepError
-from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
-from vrep.keys.datakey import DataKey
-from vrep.keys.tenant import TenantKeyring
-from vrep.paths import SitePaths
-from vrep.settings import Config, FilterConfig, NetworkConfig, SourceConfig, TargetConfig
-from vrep.source import attach as source_attach
+from vrep.app import filterd
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupOptions
+from vrep.lanes import lane_id, lane_name
+from vrep.recovery.old_site import give_way
+from vrep.recovery.view import clients_here, points_in_use
 from vrep.source import daemon as source_daemon
-from vrep.source import feed, session, ship, spill, spiller
+from vrep.source import session, spill
 from vrep.target import daemon as target_daemon
-from vrep.target import epochs as target_epochs
-from vrep.target import lease as target_lease
-from vrep.target import receive, upkeep
-from vrep.target import session as target_session
+from vrep.target import receive
 from vrep.target.aging import Steady
-from vrep.target.manifest import EpochEntry
 from vrep.target.store import GroupStore
-from vrep.wire import protocol
 
 if TYPE_CHECKING:
     from oracle import Oracle
     from plan import Plan
 
-GROUP: Final = "web"
-GROUP_ID: Final = bytes.fromhex("11" * 16)
-EPOCH_ID: Final = "33" * 16
-WEST: Final = types.SimpleNamespace(site_id="aa" * 16, name="west")
-EAST: Final = types.SimpleNamespace(site_id="bb" * 16, name="east")
-DATA_KEY: Final = DataKey(GROUP_ID, 1, bytes(range(32)))
 FLUSH, ZERO = 3, 4
 DRAIN_S: Final = 30.0
 FUA: Final = 1
-RECORD_ROOM: Final = 512 << 10
-"""the largest record here, sealed: a copy of 256 KiB"""
-
-
-def make_keys(root: Path) -> bytes:
-    """A tenant's key in a directory; the group's data key wrapped by it."""
-    ring = TenantKeyring(root)
-    ring.create("acme")
-    return DATA_KEY.wrap(ring.get("acme"))
 
 
 class Gate:
@@ -88,22 +63,38 @@ class Gate:
             raise Violation("5: a command of the guest is never answered")
 
     def clients(self) -> list[Any]:
-        return [self] if self.open else []
+        return [self] if self.open and self._site.attached else []
+
+
+def options_of(plan: Plan) -> GroupOptions:
+    """How a world's group is protected."""
+    return GroupOptions(
+        ring_bytes=1 << 20,
+        descriptors=plan.descriptors,
+        slots=16,
+        threads=1,
+        compression=plan.compression,
+        bit_bytes=plan.bit_bytes,
+        window_s=plan.window_s,
+        quota_bytes=plan.quota_bytes,
+    )
 
 
 class SourceSite:
     """The site whose VM writes."""
 
     def __init__(
-        self, kernel: Kernel, root: Path, network: Network, oracle: Oracle, plan: Plan
+        self, host: Host, oracle: Oracle, plan: Plan, disks: list[Path], lane: int | None = None
     ) -> None:
-        self.kernel = kernel
-        self.paths = SitePaths(root)
-        self.network = network
+        """`lane`: of a group that has several."""
+        self.name = GROUP if lane is None else lane_name(GROUP, lane)
+        self.lane = lane or 0
+        self.host = host
+        self.kernel = kernel = host.kernel
+        self.paths = host.paths
+        self.groups = host.groups
         self.oracle = oracle
         self.plan = plan
-        self.controls = Controls(kernel)
-        self.groups = GroupDirectory(root)
         self.filter: Process = kernel.outside
         self.source: Process = kernel.outside
         self.group: GroupDriver | None = None
@@ -113,49 +104,46 @@ class SourceSite:
         """how often a request to the guest's disks fails"""
         self.kicks: list[Task] = []
         self.ring_waiters: list[Task] = []
-        self.disks = [root / f"disk{number}" for number in range(len(plan.disk_bytes))]
-        self.stable = [bytes(size) for size in plan.disk_bytes]
+        self.disks = disks
+        self.stable = [b"" for _path in disks]
         """what a power loss leaves for sure"""
-        self.host: Any = None
+        self.daemon: Any = None
+        """the filter process's"""
+        self.attached = True
+        """a VM uses the disks"""
         self.after_turn: Callable[[], None] = lambda: None
         self.check_map: Callable[[], None] = lambda: None
+        self.completed: list[tuple[bytes, list[tuple[int, int, int]], int]] = []
+        """cuts: id, marks and the seq of the record that completes each"""
         self._readers: list[RingReader] = []
         self._observer: RingReader | None = None
 
-    def prepare(self, wrapped: bytes) -> None:
-        """The disks and the definition of the group."""
-        (self.paths.root / "shm").mkdir()
+    def prepare(self, wrapped: bytes, lanes: tuple[int, ...] = ()) -> None:
+        """The disks and the definition of the group, or of a lane among those of one."""
+        self.stable = [bytes(size) for size in self.plan.disk_bytes]
         for path, size in zip(self.disks, self.plan.disk_bytes, strict=True):
             with path.open("wb") as file:
                 file.truncate(size)
         self.groups.store(
             GroupDefinition(
                 version=VERSION,
-                group_id=GROUP_ID.hex(),
-                name=GROUP,
+                group_id=(lane_id(GROUP_ID, self.lane) if lanes else GROUP_ID).hex(),
+                name=self.name,
+                lanes=lanes,
                 disks=tuple(
                     DiskDefinition(f"d{number}", f"file:{path}", size, number)
                     for number, (path, size) in enumerate(
                         zip(self.disks, self.plan.disk_bytes, strict=True)
                     )
                 ),
-                to_site=EAST.site_id,
-                key="acme",
-                tenant_key_id=TenantKeyring(self.paths.root).get("acme").key_id,
+                to_site=self.host.peer.site_id,
+                key=KEY,
+                tenant_key_id=self.host.keys.get(KEY).key_id,
                 epoch=1,
                 epoch_id=EPOCH_ID,
                 wrapped_keys=(base64.b64encode(wrapped).decode(),),
                 created=0.0,
-                options=GroupOptions(
-                    ring_bytes=1 << 20,
-                    descriptors=self.plan.descriptors,
-                    slots=16,
-                    threads=1,
-                    compression=self.plan.compression,
-                    bit_bytes=self.plan.bit_bytes,
-                    window_s=self.plan.window_s,
-                    quota_bytes=self.plan.quota_bytes,
-                ),
+                options=options_of(self.plan),
             )
         )
 
@@ -165,36 +153,25 @@ class SourceSite:
     # ---- the filter -----------------------------------------------------------------
 
     def start_filter(self) -> None:
-        self.filter = process = self.kernel.process("filter")
-        process.at_kill.append(self._filter_killed)
-        self.kernel.spawn(process, self._run_filter, "filter")
+        start_filter([self])
 
-    def _run_filter(self) -> None:
-        process = self.filter
-        hosted.Group = self._open_group  # type: ignore
-        hosted.Server = self._open_gate  # type: ignore
-        filterd.ControlServer = self.controls.server(process)  # type: ignore
-        config = Config(filter=FilterConfig(shm_dir=str(self.paths.root / "shm")))
-        self.host = filterd.FilterHost(self.paths, config)
-        self.host.start()
-        self.kernel.spawn(process, self._keep_filter, "filter:run")
+    def turns(self) -> None:
+        """The filter's loop."""
         pause_s = 0.0
         while True:
             self.kernel.block(self.kicks, pause_s)
             pause_s = self.turn()
 
-    def _keep_filter(self) -> None:
-        while True:
-            self.kernel.sleep(filterd.SCAN_EVERY_S)
-            self.host._scan()
-
-    def _open_group(self, disks: Any, **options: Any) -> GroupDriver:
+    def open_group(self, disks: Any, **options: Any) -> GroupDriver:
         assert self.group is None
         now = (self.kernel.now_ns, self.kernel.now_ns + self.kernel.wall_ahead_ns)
         period_ms = self.kernel.rng.choice((200, 1000, 5000))
         group = SimGroup(disks, **options, stepped=now, checkpoint_ms=period_ms)
         group.site = self
         self.group = group
+        self.disks = [Path(disk.uri.partition(":")[2]) for disk in disks]
+        if group.status()["opened_as"] == "new":  # of a view, which was synced before
+            self.stable = [path.read_bytes() for path in self.disks]
         self.kernel.event(f"opened {group.status()['opened_as']}")
         if self._observer is not None:
             self._observer.close()
@@ -207,12 +184,12 @@ class SourceSite:
         self.oracle.filter_opened(self._observer, group.status())
         return group
 
-    def _open_gate(self, group: Any, **options: Any) -> Gate:
+    def open_gate(self, group: Any, **options: Any) -> Gate:
         self.gate = Gate(self, group)
         return self.gate
 
     def _ring_path(self) -> Path:
-        return self.paths.shm(str(self.paths.root / "shm")) / GROUP / "ring"
+        return self.paths.shm(str(self.host.shm)) / self.name / "ring"
 
     def kick(self) -> None:
         self.kernel.wake_all(self.kicks)
@@ -225,7 +202,7 @@ class SourceSite:
             return 1.0
         kernel.event("turn")
         steps = group.steps()
-        for _ in range(min(len(steps), kernel.rng.randrange(4))):
+        for _ in range(min(len(steps), 1 + kernel.rng.randrange(4))):
             if self.filter.fuse == 0:
                 break
             self.filter.burn()
@@ -277,7 +254,7 @@ class SourceSite:
             lose_sectors(path, self.stable[step.disk], self.kernel.rng, 512)
             self.oracle.flush_failed(step.disk, self.content)
 
-    def _filter_killed(self) -> None:
+    def filter_killed(self) -> None:
         """What the kernel had of the process's I/O ends, or never began."""
         group, self.gate = self.group, None
         if group is None:
@@ -307,7 +284,7 @@ class SourceSite:
 
     def close_filter(self) -> None:
         """A clean stop."""
-        self.host.close()
+        self.daemon.close()
         self.gate = None
         self.stable = [path.read_bytes() for path in self.disks]
 
@@ -321,7 +298,7 @@ class SourceSite:
     def _lose_power(self) -> None:
         kernel, rng = self.kernel, self.kernel.rng
         kernel._kill(self.source)
-        state = self.groups.path(GROUP)
+        state = self.groups.path(self.name)
         files = [path for path in sorted(state.iterdir()) if path.is_file()]
         files = [path for path in files if path.suffix not in (".json", ".lock")]
         before = {path: path.read_bytes() for path in files}
@@ -344,39 +321,16 @@ class SourceSite:
         for path, stable in zip(self.disks, self.stable, strict=True):
             self.torn |= lose_sectors(path, stable, rng, 512)
         self.torn |= self.spill_disk.lose_power()
-        shutil.rmtree(self.paths.root / "shm")
-        (self.paths.root / "shm").mkdir()
+        shutil.rmtree(self.host.shm)
+        self.host.shm.mkdir()
         self.stable = [path.read_bytes() for path in self.disks]
 
     # ---- the source -------------------------------------------------------------------
 
     def start_source(self) -> None:
-        self.source = process = self.kernel.process("source")
-        process.at_kill.append(self._source_killed)
-        self.kernel.spawn(process, self._run_source, "source")
+        start_source([self])
 
-    def _run_source(self) -> None:
-        process, plan = self.source, self.plan
-        wires = Wires(self.network, process, WEST)
-        client = self.controls.client(process)
-        source_daemon.ControlServer = self.controls.server(process)  # type: ignore[misc]
-        source_daemon.ControlClient = client  # type: ignore[misc]
-        source_daemon.SiteIdentity = types.SimpleNamespace(load=lambda _root: WEST)  # type: ignore
-        source_daemon.PeerRegistry = lambda _root: Peers(EAST)  # type: ignore
-        source_daemon.GroupSession = functools.partial(  # type: ignore
-            session.GroupSession, connect_peer=wires.connect
-        )
-        source_daemon.Spill = functools.partial(  # type: ignore
-            spill.Spill, segment_bytes=plan.spill_segment_bytes
-        )
-        source_attach.RingReader = functools.partial(SimReader, self, process)  # type: ignore
-        spill.os = SpillOs(process, self.spill_disk)  # type: ignore
-        config = SourceConfig(spill_bytes=plan.spill_bytes, spill_reserve_bytes=0)
-        host = source_daemon.Source(self.paths, config, timeouts=plan.timeouts)
-        host.start()
-        host.run()
-
-    def _source_killed(self) -> None:
+    def source_killed(self) -> None:
         for reader in self._readers:
             reader.close()
         self._readers.clear()
@@ -386,7 +340,67 @@ class SourceSite:
 
     def ask(self, process: str, method: str, **params: Any) -> Any:
         """What the command line asks of this site's processes."""
-        return self.controls.ask(str(self.paths.socket(process)), method, params, 30.0).result
+        path = str(self.paths.socket(process))
+        return self.host.controls.ask(path, method, params, 30.0).result
+
+
+def start_filter(sites: list[SourceSite]) -> None:
+    """The filter process of a host, which serves the group, or all its lanes."""
+    one = sites[0]
+    kernel, process = one.kernel, one.host.process("filter", one.oracle)
+
+    def open_group(disks: Any, **options: Any) -> GroupDriver:
+        site = next(site for site in sites if site.lane == options["lane"])
+        return site.open_group(disks, **options)
+
+    def open_gate(group: Any, **options: Any) -> Gate:
+        return next(site for site in sites if site.group is group).open_gate(group, **options)
+
+    def run() -> None:
+        daemon = filterd.FilterHost(one.paths, one.host.config)
+        daemon.start()
+        for site in sites:
+            site.daemon = daemon
+            kernel.spawn(process, site.turns, f"filter{site.lane}")
+        while True:
+            kernel.sleep(filterd.SCAN_EVERY_S)
+            daemon._scan()
+
+    process.names |= {"Group": open_group, "Server": open_gate}
+    for site in sites:
+        site.filter = process
+        process.at_kill.append(site.filter_killed)
+    kernel.spawn(process, run, "filter")
+
+
+def start_source(sites: list[SourceSite]) -> None:
+    """The source process of a host, which ships the group, or all its lanes."""
+    one = sites[0]
+    process, plan = one.host.process("source", one.oracle), one.plan
+
+    def read(path: Path, *fds: int) -> SimReader:
+        site = next(site for site in sites if site.name == path.parent.name)
+        return SimReader(site, process, path, *fds)
+
+    def run() -> None:
+        config, timeouts = one.host.config.source, plan.timeouts
+        daemon = source_daemon.Source(one.paths, config, timeouts=timeouts)
+        daemon.start()
+        daemon.run()
+
+    process.names |= {
+        "GroupSession": functools.partial(
+            session.GroupSession, connect_peer=process.names["connect"]
+        ),
+        "Spill": functools.partial(spill.Spill, segment_bytes=plan.spill_segment_bytes),
+        "RingReader": read,
+        "spill_os": SpillOs(process, one.spill_disk),
+        "oracles": {site.lane: site.oracle for site in sites},
+    }
+    for site in sites:
+        site.source = process
+        process.at_kill.append(site.source_killed)
+    one.kernel.spawn(process, run, "source")
 
 
 class SimGroup(GroupDriver):
@@ -397,6 +411,13 @@ class SimGroup(GroupDriver):
     def lose_ring(self) -> None:
         self.site.look()
         super().lose_ring()
+
+    def cut_complete(self, cut_id: bytes, lanes: Any, label: str = "") -> int:
+        seq = super().cut_complete(cut_id, lanes, label)
+        self.site.completed.append((cut_id, list(lanes), seq))
+        self.site.look()  # before it can be shipped and leave the ring
+        self.site.kernel.event("cut of lanes")
+        return seq
 
     def close(self, clean: bool = True) -> None:
         self.site.close_group(self)
@@ -427,15 +448,13 @@ class SimReader(RingReader):
 class TargetSite:
     """The site that stores."""
 
-    def __init__(
-        self, kernel: Kernel, root: Path, network: Network, oracle: Oracle, plan: Plan
-    ) -> None:
-        self.kernel = kernel
-        self.paths = SitePaths(root)
-        self.network = network
+    def __init__(self, host: Host, oracle: Oracle, plan: Plan, group_id: bytes = GROUP_ID) -> None:
+        self.group_id = group_id
+        self.host = host
+        self.kernel = kernel = host.kernel
+        self.paths = host.paths
         self.oracle = oracle
         self.plan = plan
-        self.controls = Controls(kernel)
         self.process: Process = kernel.outside
         self.files: StoreFiles | None = None
         self.store: GroupStore | None = None
@@ -443,41 +462,16 @@ class TargetSite:
 
     @property
     def directory(self) -> Path:
-        return self.paths.store / GROUP_ID.hex()
+        return self.paths.store / self.group_id.hex()
 
     def start(self) -> None:
-        self.process = process = self.kernel.process("target")
-        self.store = None
-        self.kernel.spawn(process, self._run, "target")
+        start_target([self])
 
-    def _run(self) -> None:
-        process, plan = self.process, self.plan
-        wires = Wires(self.network, process, EAST)
-        descriptors = Descriptors(process)
-        take_lock = TAKE_LOCK
-        target_lease._take_lock = lambda path: descriptors.add(take_lock(path))
-        target_daemon.Listener = wires.listener  # type: ignore
-        target_daemon.ControlServer = self.controls.server(process)  # type: ignore
-        target_daemon.SiteIdentity = types.SimpleNamespace(load=lambda _root: EAST)  # type: ignore
-        target_daemon.PeerRegistry = lambda _root: Peers(WEST)  # type: ignore
-        target_daemon.InviteBook = lambda _root: None  # type: ignore
-        target_daemon.GroupHost = functools.partial(  # type: ignore
-            receive.GroupHost, open_store=functools.partial(self._open_store, process)
-        )
-        config = Config(
-            network=NetworkConfig(listen="simulated:1"),
-            target=TargetConfig(
-                segment_bytes=plan.segment_bytes,
-                window_bytes=plan.window_bytes,
-                reserve_bytes=0,
-                fold_rate=0,
-            ),
-        )
-        host = target_daemon.Target(self.paths, config, timeouts=plan.timeouts)
-        host.start()
-        host.run()
+    def opens_store(self, process: Process) -> None:
+        """Let a process of this host open the store."""
+        process.names["open_store"] = functools.partial(self.open_store, process)
 
-    def _open_store(self, process: Process, *args: Any, **options: Any) -> GroupStore:
+    def open_store(self, process: Process, *args: Any, **options: Any) -> GroupStore:
         files = StoreFiles(process, self.directory)
         files.room = self._room_bytes
         steady = lambda: Steady(1, self.kernel.now_ns)  # noqa: E731
@@ -501,134 +495,38 @@ class TargetSite:
     def ask(self, method: str, **params: Any) -> Any:
         """What the command line asks of the target's process."""
         path = str(self.paths.socket("target"))
-        return self.controls.ask(path, method, params, 60.0).result
+        return self.host.controls.ask(path, method, params, 60.0).result
 
 
-TAKE_LOCK: Final = target_lease._take_lock
+def start_target(targets: list[TargetSite]) -> None:
+    """The target process of a host, which stores the group, or all its lanes."""
+    one = targets[0]
+    process, paths = one.host.process("target", one.oracle), one.paths
+
+    def open_store(stores: Any, group_id: bytes, **options: Any) -> GroupStore:
+        target = next(target for target in targets if target.group_id == group_id)
+        return target.open_store(process, stores, group_id, **options)
+
+    def run() -> None:
+        daemon = target_daemon.Target(
+            paths,
+            one.host.config,
+            timeouts=one.plan.timeouts,
+            held=lambda group_id: points_in_use(paths, group_id),
+            gives_way=lambda site_id, told: give_way(paths, site_id, told),
+            clients=lambda group_id: clients_here(paths, group_id),
+        )
+        daemon.start()
+        daemon.run()
+
+    process.names |= {
+        "open_store": open_store,
+        "GroupHost": functools.partial(receive.GroupHost, open_store=open_store),
+        "oracles": dict(enumerate(target.oracle for target in targets)),
+    }
+    for target in targets:
+        target.process, target.store = process, None
+    one.kernel.spawn(process, run, "target")
 
 
-class SimStore(GroupStore):
-    """A store that tells the oracle what it takes, and what it writes."""
-
-    oracle: Oracle
-
-    def append(self, buffer: Any, *, check: Any = None) -> int:
-        undo = self.oracle.taking(buffer)
-        try:
-            return super().append(buffer, check=check)
-        except BaseException:
-            undo()
-            raise
-
-    def raise_epoch(self, **options: Any) -> EpochEntry:
-        return self._decided(super().raise_epoch(**options))
-
-    def accept_epoch(self, epoch: int) -> EpochEntry:
-        return self._decided(super().accept_epoch(epoch))
-
-    def roll_back_epoch(self, epoch: int) -> EpochEntry:
-        return self._decided(super().roll_back_epoch(epoch))
-
-    def _decided(self, entry: EpochEntry) -> EpochEntry:
-        self.oracle.epochs_are(self.manifest.epochs)
-        return entry
-
-    def _write(self, batches: Any) -> int:
-        self.oracle.writing(batches)
-        return super()._write(batches)
-
-
-class SimSealer(Sealer):
-    """Tells the oracle every record that is sealed."""
-
-    oracle: Oracle
-
-    def __init__(self, key: Any, stream_id: bytes, **_options: Any) -> None:
-        self.oracle.stream(bytes(stream_id))
-
-    def seal(self, records: Any, payloads: Any, out: Any) -> tuple[int, int]:
-        written, done = super().seal(records, payloads, out)
-        self.oracle.sealed(self.stream_id, memoryview(out)[:written])
-        return written, done
-
-    def seal_ring(self, reader: Any, from_seq: int, to_seq: int, out: Any) -> tuple[int, int]:
-        written, done = super().seal_ring(reader, from_seq, to_seq, out)
-        self.oracle.sealed(self.stream_id, memoryview(out)[:written])
-        return written, done
-
-    def stream(self, stream: Any, out: Any) -> int:
-        written = super().stream(stream, out)
-        self.oracle.sealed(self.stream_id, memoryview(out)[:written])
-        return written
-
-    def tally(self, out: Any, **times: int) -> int:
-        written = super().tally(out, **times)
-        self.oracle.sealed(self.stream_id, memoryview(out)[:written])
-        return written
-
-
-@contextlib.contextmanager
-def small_world(oracle: Oracle) -> Iterator[None]:
-    """Buffers that fit a small world, and eyes on what leaves each process."""
-    SimSealer.oracle = oracle
-    send = protocol.Connection.send
-
-    def watched(self: protocol.Connection, message: Any, channel: int = 0) -> bytes:
-        data = send(self, message, channel)
-        oracle.said(message)
-        return data
-
-    real_fold, real_merge = upkeep.fold_segments, upkeep.runs.merge_units
-
-    def fold(*args: Any, **options: Any) -> Any:
-        oracle.kernel.event("fold")
-        return real_fold(*args, **options)
-
-    def merge(*args: Any, **options: Any) -> Any:
-        oracle.kernel.event("merge")
-        return real_merge(*args, **options)
-
-    append = spill.Spill.append
-
-    def spilled(self: spill.Spill, sealed: memoryview) -> None:
-        append(self, sealed)
-        oracle.kernel.event("spill")
-
-    priority = types.SimpleNamespace(PRIO_PROCESS=0, setpriority=lambda *_args: None)
-    keep: list[Any] = []
-    for module in (filterd, source_daemon, target_daemon, source_attach, spill, target_lease):
-        keep.append((module, dict(vars(module))))
-    try:
-        with (
-            patched(protocol.Connection, send=watched),
-            patched(session, Sealer=SimSealer),
-            patched(spill, Sealer=SimSealer),
-            patched(spill.Spill, append=spilled),
-            patched(ship, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM),
-            patched(spiller, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM),
-            patched(feed, ROOM_BYTES=RECORD_ROOM),
-            patched(receive, WINDOW_BYTES_MIN=RECORD_ROOM),
-            patched(upkeep, os=priority, fold_segments=fold, SPARE_BYTES=0),
-            patched(upkeep.runs, merge_units=merge),
-        ):
-            yield
-    finally:
-        for module, names in keep:
-            for name, value in names.items():
-                setattr(module, name, value)
-
-
-__all__ = [
-    "EAST",
-    "GROUP",
-    "GROUP_ID",
-    "NS",
-    "WEST",
-    "SourceSite",
-    "TargetSite",
-    "VrepError",
-    "make_keys",
-    "small_world",
-    "target_epochs",
-    "target_session",
-]
+__all__ = ["SourceSite", "TargetSite", "start_filter", "start_source", "start_target"]

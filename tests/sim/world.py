@@ -16,14 +16,17 @@ from typing import Final
 
 from faults import Faults
 from guest import Guest
+from hosts import DATA_KEY, EAST, WEST, Host, small_world
 from kernel import Kernel, Killed, Violation
+from lanes import LaneWorld
+from lives import Life
 from net import Network
 from oracle import Oracle
-from plan import Plan
+from plan import AGAIN, Plan
 from recoveries import Recoveries
-from sites import DATA_KEY, SourceSite, TargetSite, small_world
-
-from vrep.wire import messages as m
+from sites import SourceSite, TargetSite
+from uses import Uses
+from views import Views
 
 HEAL_S: Final = 900.0
 """simulated seconds in which everything must be whole again"""
@@ -45,42 +48,65 @@ class World:
         self.plan = plan
         self.kernel = kernel = Kernel(plan.seed)
         self.oracle = oracle = Oracle(kernel, plan, DATA_KEY)
-        self.network = network = Network(kernel)
-        network.slow_ns = plan.slow_ns
-        network.features = m.FEATURES if plan.delta else ()
+        self.network = network = Network(kernel, plan)
         for name in ("west", "east"):
             (root / name).mkdir()
             shutil.copytree(keys, root / name / "keys")
-        self.west = west = SourceSite(kernel, root / "west", network, oracle, plan)
-        self.east = east = TargetSite(kernel, root / "east", network, oracle, plan)
+        self.west_host = Host(kernel, root / "west", network, WEST, EAST, plan)
+        self.east_host = Host(kernel, root / "east", network, EAST, WEST, plan)
+        disks = [root / "west" / f"disk{number}" for number in range(len(plan.disk_bytes))]
+        self.west = west = SourceSite(self.west_host, oracle, plan, disks)
+        self.east = east = TargetSite(self.east_host, oracle, plan)
+        self.views = views = Views(self.east_host, oracle, east.opens_store)
         self.recoveries = recoveries = Recoveries(kernel, oracle, east)
-        self.faults = Faults(kernel, plan, oracle, network, west, east, recoveries.verify)
+        self.uses = Uses(kernel, oracle, west, east, views)
+        self.faults = self.faults_of(oracle, west, east, recoveries.verify)
         self.guest = Guest(kernel, plan, oracle, west, lambda: self.faults.over)
         west.after_turn = self.guest.answers
         west.check_map = self.guest.check_map = self._check_map
         west.prepare(wrapped)
+
+    def faults_of(
+        self, oracle: Oracle, source: SourceSite, target: TargetSite, verify: Callable[[], None]
+    ) -> Faults:
+        """What may break at two sites."""
+        return Faults(
+            self.kernel, self.plan, oracle, self.network, source, target, verify, self.uses
+        )
 
     def _check_map(self) -> None:
         if self.west.group is not None and not self.faults.failed_over:
             self.kernel.event("map check")
             self.oracle.check_map(self.west.group, self.west.content)
 
-    def _healed(self) -> bool:
+    def play_on(self, site: SourceSite, oracle: Oracle, faults: Faults | None = None) -> None:
+        """The guest works on, at a site, while a few things break."""
+        kernel, rng = self.kernel, self.kernel.rng
+        faults = faults or self.faults
+        over: list[int] = []
+        guest = Guest(kernel, self.plan, oracle, site, lambda: bool(over))
+        site.after_turn = guest.answers
+        task = kernel.spawn(kernel.outside, lambda: guest.run(20), "guest")
+        faults.again(rng.choices(list(AGAIN), list(AGAIN.values()), k=rng.randrange(1, 4)))
+        over.append(1)
+        kernel.wait_until(lambda: task.done, 1e6, look_s=0.1)
+
+    def _healed(self, source: SourceSite, target: TargetSite, oracle: Oracle) -> bool:
         """Whether all is whole again."""
-        group, store = self.west.group, self.east.store
-        if group is None or store is None or self.east.process.dead:
+        group, store = source.group, target.store
+        if group is None or store is None or target.process.dead:
             return False
         status = group.status()
         return (
-            not self.oracle.flights
+            not oracle.flights
             and not status["gap"]
             and status["durable"] == status["head"] == store.durable.seq
             and status["dirty_bytes"] == 0
         )
 
-    def _end(self) -> None:
-        """Everything heals; the target catches up; what it holds is what the guest wrote."""
-        kernel, west, east = self.kernel, self.west, self.east
+    def _restart(self) -> None:
+        """What broke is repaired, what died is started."""
+        west, east = self.west, self.east
         self.network.hung_until_ns = self.network.down_until_ns = 0
         west.spill_disk.fail_syncs = west.bad_disk = 0.0
         for process, start in (
@@ -91,54 +117,55 @@ class World:
             process.fuse = -1
             if process.dead:
                 start()
-        if self.faults.failed_over:
-            kernel.sleep(30.0)
-            self.recoveries.verify()
-            return
-        if not kernel.wait_until(self._healed, HEAL_S, look_s=0.2):
-            status = west.group.status() if west.group else None
-            durable = east.store.durable if east.store else None
+
+    def compare(
+        self, source: SourceSite, target: TargetSite, oracle: Oracle, recoveries: Recoveries
+    ) -> None:
+        """The target catches up; what it holds is what the guest wrote."""
+        self.network.hung_until_ns = self.network.down_until_ns = 0
+        if not self.kernel.wait_until(
+            lambda: self._healed(source, target, oracle), HEAL_S, look_s=0.2
+        ):
+            status = source.group.status() if source.group else None
+            durable = target.store.durable if target.store else None
             raise Violation(f"9: it does not become whole again: {status}, {durable}")
-        self._check_map()
-        image = self.oracle.durable_image()
-        if image.sizes != self.oracle.sizes:
+        assert source.group is not None
+        oracle.check_map(source.group, source.content)
+        image = oracle.durable_image()
+        if image.sizes != oracle.sizes:
             raise Violation(f"8: the target's disks have {image.sizes} bytes")
         for disk in range(len(image.sizes)):
-            here, there = west.content(disk), image.read(disk)
-            if here != self.oracle.model[disk]:
+            here, there = source.content(disk), image.read(disk)
+            if here != oracle.model[disk]:
                 raise Violation(f"4: disk {disk} is not what the guest wrote")
             if here != there:
                 raise Violation(f"2: disk {disk} differs at the target though nothing is dirty")
-        self.recoveries.verify(4, whole=True)
+        recoveries.verify(4, whole=True)
+
+    def end(self) -> None:
+        """Everything heals, and is compared; some go on."""
+        self._restart()
+        if self.faults.failed_over:
+            self.kernel.sleep(30.0)
+            self.recoveries.verify()
+            return
+        self.compare(self.west, self.east, self.oracle, self.recoveries)
+        if self.plan.life:
+            Life(self).run()
 
     # ---- running ---------------------------------------------------------------------------------
 
-    def run(self, trace: Callable[[str], None] | None = None) -> Outcome:
+    def start(self) -> None:
+        """Begin: what runs, who writes, what breaks."""
+        self.west.start_filter()
+        self.west.start_source()
+        self.east.start()
         kernel = self.kernel
-        kernel.trace = trace
-        over: list[bool] = []
-        with small_world(self.oracle):
-            undo = kernel.patch()
-            try:
-                self.west.start_filter()
-                self.west.start_source()
-                self.east.start()
-                kernel.spawn(kernel.outside, self.guest.run, "guest")
-                kernel.spawn(kernel.outside, self.faults.run, "chaos")
+        kernel.spawn(kernel.outside, lambda: self.guest.run(self.plan.writes), "guest")
+        kernel.spawn(kernel.outside, self.faults.run, "chaos")
 
-                def judge() -> None:
-                    kernel.wait_until(lambda: self.guest.finished, 1e6, look_s=0.2)
-                    self._end()
-                    over.append(True)
-
-                kernel.spawn(kernel.outside, judge, "judge")
-                kernel.run(lambda: bool(over))
-            finally:
-                try:
-                    kernel.close()
-                finally:
-                    undo()
-        return Outcome(self.plan.seed, kernel.events)
+    def finished(self) -> bool:
+        return self.guest.finished
 
 
 def play(
@@ -146,15 +173,42 @@ def play(
 ) -> Outcome:
     """One seed, in a temporary directory, which is best in memory."""
     root = Path(tempfile.mkdtemp(prefix="vrep-sim-"))
-    world = World(Plan.draw(seed), root, keys, wrapped)
+    plan = Plan.draw(seed)
+    world = (LaneWorld if plan.lanes else World)(plan, root, keys, wrapped)
+    kernel = world.kernel
+    kernel.trace = trace
     try:
-        return world.run(trace)
+        run(world)
+        return Outcome(seed, kernel.events)
     except Violation as error:
-        return Outcome(seed, world.kernel.events, str(error))
+        return Outcome(seed, kernel.events, str(error))
     except Killed:
-        return Outcome(seed, world.kernel.events, "a thread outlived its process")
+        return Outcome(seed, kernel.events, "a thread outlived its process")
     finally:
-        for run in root.glob("*/run"):  # of a site whose path is too long for a socket
-            if run.is_symlink():
-                shutil.rmtree(run.resolve(), ignore_errors=True)
+        for directory in root.glob("*/run"):  # of a site whose path is too long for a socket
+            if directory.is_symlink():
+                shutil.rmtree(directory.resolve(), ignore_errors=True)
         shutil.rmtree(root, ignore_errors=True)
+
+
+def run(world: World | LaneWorld) -> None:
+    """Play a world to its end. Raises what is wrong."""
+    kernel = world.kernel
+    over: list[bool] = []
+
+    def judge() -> None:
+        kernel.wait_until(world.finished, 1e6, look_s=0.2)
+        world.end()
+        over.append(True)
+
+    with small_world(kernel):
+        undo = kernel.patch()
+        try:
+            world.start()
+            kernel.spawn(kernel.outside, judge, "judge")
+            kernel.run(lambda: bool(over))
+        finally:
+            try:
+                kernel.close()
+            finally:
+                undo()
