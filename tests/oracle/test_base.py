@@ -449,6 +449,8 @@ def test_a_base_that_was_cut_off_and_is_not_offered_again(old: Old) -> None:
     while old.store.received.seq < 3:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    assert "base" in old.host.follow(epochs)  # it is under way: nothing is followed under it
+    assert old.store.manifest.current_epoch == ONE
     old.store.commit()
     old.host.close()
     old.open()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import random
@@ -184,6 +185,24 @@ def test_a_lock_ends_with_its_holder(tmp_path: Path) -> None:
         raised = pytest.raises(errors.StateError, match="on purpose")
         with raised, group_lock(paths, one_id, "web"):
             raise errors.StateError("on purpose")
+
+
+def test_a_full_disk_keeps_nobody_from_recovering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = SitePaths(tmp_path)
+
+    def full(*_arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with group_lock(paths, b"g" * 16, "web"):
+            pass
+        patch.setattr(os, "open", full)
+        refused = pytest.raises(errors.StorageError, match="No space left")
+        with refused, group_lock(paths, b"g" * 16, "web"):
+            raise AssertionError("it was not taken")
 
 
 # ---- a view of what is over --------------------------------------------------------------

@@ -15,25 +15,27 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterator
+from typing import Final
 
 from vrep.durable import make_private_directory
-from vrep.errors import LockedError
+from vrep.errors import LockedError, StorageError
 from vrep.paths import SitePaths
 
 __all__ = ["group_lock"]
 
-_NUMBER_BYTES = 20
+_NUMBER_BYTES: Final = 20
 
 
 @contextlib.contextmanager
 def group_lock(paths: SitePaths, group_id: bytes, name: str) -> Iterator[None]:
     """Hold the lock of a group, which is called `name`. LockedError, at once, while another
-    command holds it, of this process or of another."""
-    fd = os.open(
-        make_private_directory(paths.locks) / group_id[:14].hex(),
-        os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC,
-        0o600,
-    )
+    command holds it, of this process or of another; StorageError when its file cannot be made."""
+    path = paths.locks / group_id[:14].hex()
+    try:
+        make_private_directory(paths.locks)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror or error}") from None
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,8 +45,9 @@ def group_lock(paths: SitePaths, group_id: bytes, name: str) -> Iterator[None]:
                 f"another command takes {name!r} over or gives it back (process {holder}): wait "
                 "until it has ended"
             ) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk keeps nobody from recovering
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, str(os.getpid()).encode(), 0)
         yield
     finally:
         os.close(fd)

@@ -228,6 +228,10 @@ class BaseDesk:
             return None
         return {"base": base.progress()}
 
+    def told(self) -> dict[str, Any]:
+        """What to tell any other site meanwhile."""
+        return {"base": {"done": 0, "total": 1}}
+
     def seal(
         self,
         store_of: Callable[[StoreSpec], GroupStore],
@@ -240,7 +244,7 @@ class BaseDesk:
         if self.now is None:
             self.now = _begin(store_of(offer.spec(offer.own(epochs)[0])), epochs, offer)
         if self.busy:
-            return self.under_way(epochs[-1].writer) or {"base": {"done": 0, "total": 1}}
+            return self.under_way(epochs[-1].writer) or self.told()
         base, self.now = self.now, None
         if base is not None:
             base.check()
@@ -295,7 +299,9 @@ def end_before(store: GroupStore, epochs: Sequence[EpochEntry]) -> None:
     followed(store.epochs, epochs)
     if here.epoch != epoch or not passes(epochs, epoch):
         return
-    _end(store, epoch, left_at(epochs, epoch).seq, epochs[-1].wall_ns)
+    left = left_at(epochs, epoch)
+    if here.seq < left.seq:
+        _end(store, epoch, left.seq, epochs[-1].wall_ns)
 
 
 def _end(store: GroupStore, epoch: int, last: int, wall_ns: int) -> None:

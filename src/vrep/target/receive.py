@@ -411,6 +411,8 @@ class GroupHost:
                 under_way = self.bases.seal(self._store_for, epochs, offer)
                 if under_way is not None:
                     return under_way
+            elif self.bases.busy:
+                return self.bases.told()  # of an offer that was made before
             store = self.load()
             if store is not None:
                 self._drain_for_failover(store)
