@@ -161,7 +161,7 @@ CHECK_UNUSED static struct vrep_command *rig_prepare(struct rig *rig, uint8_t op
  * from the very threads that it waits for, a time slice for each command. */
 CHECK_UNUSED static void rig_wait(struct rig *rig, const bool *done)
 {
-    time_t until = time(NULL) + 120;
+    time_t until = time(NULL) + 60;
     while (!*done && time(NULL) < until) {
         struct pollfd work = {.fd = vrep_group_fd(rig->group), .events = POLLIN};
         int most = vrep_group_timeout_ms(rig->group);

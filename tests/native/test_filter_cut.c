@@ -66,8 +66,9 @@ static bool show_that_answers_wait(void)
         CHECK_EQ(desc.length, sizeof(struct vrep_mark) + sizeof(struct vrep_cut) +
                                   2 * sizeof(struct vrep_position) + 3);
     }
-    while (!written || !read || !flushed)
-        vrep_group_poll(rig.group);
+    rig_wait(&rig, &written);
+    rig_wait(&rig, &read);
+    rig_wait(&rig, &flushed);
     vrep_command_put(write);
     vrep_command_put(reads);
     vrep_command_put(flush);
