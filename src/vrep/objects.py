@@ -1,7 +1,8 @@
 """Objects of a protected group at its source: the VM's definition, its NVRAM, other small blobs.
 
 ``groups/<name>/objects/`` holds the newest version of each: ``<id>.object`` is the plaintext of
-its OBJECT record (struct, name, blob), ``<id>.due`` says that no durable record of it is known. The
+its OBJECT record (struct, name, blob), ``<id>.tag`` a random number by which a target sees that two
+records are versions of one object, ``<id>.due`` says that no durable record of it is known. The
 mark is made first and taken away last, so an object is put into the order of the writes until a
 target holds it: in a gap, before a first sync, and again when the records that carried it may be
 lost. What is put twice is the same version. Sizes are bytes.
@@ -9,6 +10,7 @@ lost. What is put twice is the same version. Sizes are bytes.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import secrets
@@ -26,6 +28,7 @@ OBJECT_BYTES_MAX: Final = 4 << 20
 """of a blob: it is copied into the ring in one step, beside the guest's commands"""
 VERSION: Final = 1
 _HEADER: Final = struct.Struct("<QHHI")
+_TAGS: Final = 1 << 63
 _ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
@@ -98,6 +101,20 @@ class ObjectDirectory:
             return (self._root / f"{one}.object").read_bytes()
         except OSError as error:
             raise StorageError(f"{self._root}: {error.strerror or error}") from None
+
+    def tag(self, one: str) -> int:
+        """The number that all versions of an object have; it says nothing of its name."""
+        path = self._root / f"{one}.tag"
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                found = int.from_bytes(path.read_bytes(), "little")
+                if 0 < found < _TAGS:
+                    return found
+            made = 1 + secrets.randbelow(_TAGS - 1)
+            write_atomic(path, made.to_bytes(8, "little"))
+        except OSError as error:
+            raise StorageError(f"{self._root}: {error.strerror or error}") from None
+        return made
 
     def due(self) -> dict[str, bytes]:
         """Ids of those that no target is known to hold, each with the token of its mark."""

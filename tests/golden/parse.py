@@ -253,7 +253,7 @@ def parse_header(data: bytes, at: int) -> Fields:
     if kind in ("write", "sync", "zeroes", "sync-zeroes", "resize"):
         expect(header["disk"] < 64 and offset + length < 1 << 63, "record: range")
     else:
-        expect(header["disk"] == 0 and offset == 0, "record: range")
+        expect(header["disk"] == 0 and (offset == 0 or kind == "object"), "record: range")
     if kind == "resize":
         expect(offset > 0 and offset % 512 == 0, "record: size of the disk")
     pieces = 0

@@ -311,13 +311,13 @@ static void an_object_is_a_record(void)
     rig_init(&rig);
     rig_open(&rig);
     uint64_t seq = 0;
-    CHECK_STATUS(vrep_group_object(rig.group, data, 16, &seq), VREP_E_INVALID);
-    CHECK_STATUS(vrep_group_object(rig.group, data, VREP_OBJECT_BYTES_MAX + 1, &seq),
+    CHECK_STATUS(vrep_group_object(rig.group, 7, data, 16, &seq), VREP_E_INVALID);
+    CHECK_STATUS(vrep_group_object(rig.group, 7, data, VREP_OBJECT_BYTES_MAX + 1, &seq),
                  VREP_E_INVALID);
     CHECK_EQ(rig_status(&rig).gap, 1);
     for (int i = 0; i < 5; i++) /* holes among the chunks */
         CHECK_OK(rig_run(&rig, VREP_OP_WRITE, 0, (uint64_t)i * 9000, 5000, i));
-    CHECK_OK(vrep_group_object(rig.group, data, sizeof data, &seq));
+    CHECK_OK(vrep_group_object(rig.group, 7, data, sizeof data, &seq));
     CHECK_EQ(seq, rig_status(&rig).head);
     rig_attach(&rig);
     struct vrep_ring_desc desc;
@@ -325,6 +325,7 @@ static void an_object_is_a_record(void)
     int count;
     CHECK_OK(vrep_ring_reader_desc(rig.reader, seq, &desc));
     CHECK_EQ(desc.kind, VREP_KIND_OBJECT);
+    CHECK_EQ(desc.offset, 7);
     CHECK_EQ(desc.length, sizeof data);
     CHECK_OK(vrep_ring_reader_iov(rig.reader, &desc, iov, 8200, &count));
     size_t at = 0;
@@ -334,7 +335,7 @@ static void an_object_is_a_record(void)
     CHECK_MEM(back, data, sizeof data);
     int status = VREP_OK; /* never the last half of the ring: it is the guest's */
     for (int i = 0; i < 20 && status == VREP_OK; i++)
-        status = vrep_group_object(rig.group, data, sizeof data, &seq);
+        status = vrep_group_object(rig.group, 7, data, sizeof data, &seq);
     CHECK_EQ(status, VREP_E_FULL);
     CHECK(rig_status(&rig).ring_free_bytes > rig_status(&rig).ring_bytes / 4);
     rig_sync(&rig);

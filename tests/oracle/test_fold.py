@@ -504,10 +504,14 @@ def test_a_fold_by_hand(lab: Any) -> None:
     assert [mark.label for mark in list_points(lab.paths, "web").marks] == ["keep from here"]
 
 
-def test_objects_of_every_kept_point_outlive_folds(lab: Any) -> None:
+@pytest.mark.parametrize("tagged", [True, False])
+def test_objects_of_every_kept_point_outlive_folds(lab: Any, tagged: bool) -> None:
     """Also the version of the oldest point, which was put long before it; their bytes are read, so
     their streams are there too."""
     names = ("domain.xml", "nvram", "notes")
+    tags = [lab.rng.randrange(1, 1 << 63) if tagged else 0 for _ in names]
+    put: dict[Position, str] = {}
+    sizes: dict[Position, int] = {}
     held: dict[Position, dict[str, bytes]] = {}
     now: dict[str, bytes] = {}
     lab.sync()
@@ -517,7 +521,8 @@ def test_objects_of_every_kept_point_outlive_folds(lab: Any) -> None:
         if lab.rng.random() < 0.2:
             name, blob = lab.rng.choice(names), lab.rng.randbytes(lab.rng.randrange(1, 3000))
             data = plaintext(name, blob, lab.wall_ns)
-            at = lab.record(layout.KIND_OBJECT, data=data)
+            at = lab.record(layout.KIND_OBJECT, 0, tags[names.index(name)], data)
+            put[at], sizes[at] = name, len(data)
             now = {**now, name: blob}
         else:
             at = lab.write(0, lab.rng.randrange(40) * 4096, lab.rng.randbytes(4096))
@@ -533,3 +538,19 @@ def test_objects_of_every_kept_point_outlive_folds(lab: Any) -> None:
             for point in (horizon, kept[-1], *lab.rng.sample(kept, 5)):
                 found = objects_at(reader, access, point)
                 assert {name: plain.data for name, (_at, plain) in found.items()} == held[point]
+            there = {e.position for e in reader.events() if e.kind == layout.KIND_OBJECT}
+        # What no kept point can reach is let go of, where a version is known by its tag, and counts
+        # as dead until it is: a fold leaves less than a quarter of that.
+        reached = {p for p in put if p > horizon}
+        for name in held[horizon]:
+            reached.add(max(p for p, each in put.items() if each == name and p <= horizon))
+        assert reached <= there
+        if tagged:
+            rows = [row for row in lab.store.manifest.segments if row["generation"]]
+            there = {p for p in there if p <= max(Position.of(row["last"]) for row in rows)}
+            old = sum(sizes[p] for p in there - reached)
+            total = sum(int(row["data_bytes"]) for row in rows) + sum(sizes[p] for p in there)
+            assert old < 0.25 * total
+            assert len(there) < sum(p <= horizon for p in put)
+        else:
+            assert there == set(put)

@@ -24,7 +24,8 @@ class Order:
         self.durable = 0
         self.full = False
 
-    def put_object(self, data: bytes) -> int:
+    def put_object(self, data: bytes, tag: int) -> int:
+        assert 0 < tag < 1 << 63
         if self.full:
             raise FullError
         self.records.append(data)

@@ -94,7 +94,8 @@ int vrep_mark_put(struct vrep_group *group, const struct vrep_cut *cut,
     return VREP_OK;
 }
 
-int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes, uint64_t *seq)
+int vrep_group_object(struct vrep_group *group, uint64_t tag, const void *data, uint32_t bytes,
+                      uint64_t *seq)
 {
     if (!group->tap)
         return VREP_E_UNSUPPORTED;
@@ -127,7 +128,7 @@ int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes
     slot->kind = VREP_KIND_OBJECT;
     slot->generation = NO_GENERATION;
     slot->disk = 0;
-    slot->offset = 0;
+    slot->offset = tag;
     slot->length = bytes;
     slot->flags = 0;
     *seq = vrep_tap_publish(group, slot);

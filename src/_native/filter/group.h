@@ -113,9 +113,11 @@ int vrep_group_consumer_detach(struct vrep_group *group, uint32_t role);
  * its position. FULL when there is no room, GONE in a gap. */
 int vrep_group_mark(struct vrep_group *group, const char *label, uint16_t label_bytes,
                     uint64_t *seq);
-/* Inserts an OBJECT record: `data` is its plaintext (struct vrep_object, name, blob), copied. In a
- * gap, too. FULL when more than half of the ring is used, or it has no room; INVALID. */
-int vrep_group_object(struct vrep_group *group, const void *data, uint32_t bytes, uint64_t *seq);
+/* Inserts an OBJECT record: `tag` is the same for all versions of an object, `data` is its
+ * plaintext (struct vrep_object, name, blob), copied. In a gap, too. FULL when more than half of
+ * the ring is used, or it has no room; INVALID. */
+int vrep_group_object(struct vrep_group *group, uint64_t tag, const void *data, uint32_t bytes,
+                      uint64_t *seq);
 
 /* ---- a cut over the lanes of a group (cut.c), each on its own thread ---------
  * Holds all answers, at most VREP_CUT_HOLD_NS_MAX: what is longer ends by itself and voids the cut.

@@ -196,7 +196,9 @@ _Static_assert(VREP_MARK_BYTES_MAX == sizeof(struct vrep_mark) + sizeof(struct v
                "a cut over all lanes with the longest label");
 
 /* Plaintext of an OBJECT: this struct, then name_bytes of UTF-8, then the
- * blob, up to the length of the record. */
+ * blob, up to the length of the record. The record's offset is a random number
+ * that all versions of the object have, so that a fold can let old ones go
+ * though their name is sealed; 0: none. */
 struct vrep_object {
     uint64_t wall_ns;
     uint16_t version;    /* 1 */

@@ -116,7 +116,9 @@ static int check_range(const struct vrep_record *record, const struct rule *rule
     if (record->length < rule->length_min || record->length > rule->length_max)
         return VREP_E_CORRUPT;
     if (!rule->on_disk)
-        return record->disk == 0 && record->offset == 0 ? VREP_OK : VREP_E_CORRUPT;
+        return record->disk == 0 && (record->offset == 0 || record->kind == VREP_KIND_OBJECT)
+                   ? VREP_OK
+                   : VREP_E_CORRUPT;
     if (record->disk >= VREP_DISKS_MAX || record->offset > (uint64_t)INT64_MAX - record->length)
         return VREP_E_CORRUPT;
     if (record->kind == VREP_KIND_RESIZE &&

@@ -171,7 +171,8 @@ cdef extern from "filter/group.h" nogil:
                                    uint64_t durable, int *fds)
     int vrep_group_consumer_detach(vrep_group *group, uint32_t role)
     int vrep_group_mark(vrep_group *group, const char *label, uint16_t label_bytes, uint64_t *seq)
-    int vrep_group_object(vrep_group *group, const void *data, uint32_t length, uint64_t *seq)
+    int vrep_group_object(vrep_group *group, uint64_t tag, const void *data, uint32_t length,
+                          uint64_t *seq)
     int vrep_group_cut_hold(vrep_group *group, const uint8_t *cut_id, uint64_t limit_ns)
     int vrep_group_cut_mark(vrep_group *group, const uint8_t *cut_id, uint64_t *seq)
     int vrep_group_cut_release(vrep_group *group, const uint8_t *cut_id)

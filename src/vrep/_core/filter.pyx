@@ -78,6 +78,7 @@ cdef struct mark_request:
     uint64_t seq
 
 cdef struct object_request:
+    uint64_t tag
     const void *data
     uint32_t length
     uint64_t seq
@@ -141,7 +142,7 @@ cdef int run_mark(vrep_group *group, void *argument) noexcept nogil:
 
 cdef int run_object(vrep_group *group, void *argument) noexcept nogil:
     cdef object_request *request = <object_request *>argument
-    return vrep_group_object(group, request.data, request.length, &request.seq)
+    return vrep_group_object(group, request.tag, request.data, request.length, &request.seq)
 
 
 cdef int run_cut_hold(vrep_group *group, void *argument) noexcept nogil:
@@ -392,8 +393,10 @@ cdef class Group:
         self.call(run_mark, &request)
         return request.seq
 
-    def put_object(self, data):
+    def put_object(self, data, uint64_t tag=0):
         """Put an object (its plaintext: struct, name, blob) into the order; return its seq.
+
+        ``tag`` is the same for all its versions, and says no more; 0: none.
 
         FullError when the ring has no room for it now.
         """
@@ -403,6 +406,7 @@ cdef class Group:
         try:
             if view.len > 0xffffffff:
                 raise InvalidError(f"an object of {view.len} bytes")
+            request.tag = tag
             request.data = view.buf
             request.length = <uint32_t>view.len
             self.call(run_object, &request)

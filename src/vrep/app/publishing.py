@@ -60,7 +60,8 @@ class Publisher:
             for one, token in due.items():
                 mine, seq = self.published.get(one, (b"", 0))
                 if mine != token:
-                    self.published[one] = (token, group.put_object(objects.load(one)))
+                    seq = group.put_object(objects.load(one), objects.tag(one))
+                    self.published[one] = (token, seq)
                 elif durable >= seq:
                     objects.settle(one, token)
         except (FullError, BusyError):

@@ -49,7 +49,7 @@ _STREAM_RECORD: Final = _HEADER + layout.STREAM.itemsize
 _DATA: Final = (layout.KIND_WRITE, layout.KIND_SYNC)
 _ZEROES: Final = (layout.KIND_ZEROES, layout.KIND_SYNC_ZEROES)
 _LASTING: Final = (layout.KIND_RESIZE, layout.KIND_OBJECT)
-"""kinds of which any may be the one that counts"""
+"""kinds of which any may be the one that counts, but for versions of an object that has a newer"""
 
 
 def foldable(manifest: Manifest) -> Structs:
@@ -74,6 +74,35 @@ class Judge:
         self._indexes = [Index.open(unit.path(directory)) for unit in runs.units(manifest)]
         self._line = manifest.ancestry(manifest.horizon)
         self._map = ExtentMap(self._indexes, self._line, group_id=manifest.group_id)
+        self._objects = self._find_objects()
+
+    def _find_objects(self) -> dict[int, list[tuple[int, int, bool]]]:
+        """By segment: place and size of each object of the line, and whether it is the newest
+        version at the horizon. Names are sealed; versions of one object have one tag."""
+        rows = []
+        for index in self._indexes:
+            events = index.events[index.events["kind"] == layout.KIND_OBJECT]
+            rows += list(events[self.visible(events["at"]["epoch"], events["at"]["seq"])])
+        rows.sort(key=lambda row: Position.of(row["at"]))
+        found: dict[int, list[tuple[int, int, bool]]] = {}
+        seen: set[int] = set()
+        for row in reversed(rows):
+            number, at = int(row["segment"]), int(row["position"])
+            header = self._header(number, at)
+            tag, size = int(header["offset"]), int(header["length"])
+            found.setdefault(number, []).append((at, size, not tag or tag not in seen))
+            seen.add(tag)
+        return found
+
+    def _header(self, number: int, at: int) -> Any:
+        """Of a record of a closed segment, checked."""
+        rows = self._manifest.segments
+        path = entry_path(self._directory, rows[int(np.searchsorted(rows["segment"], number))])
+        with path.open("rb") as file:
+            file.seek(at)
+            data = file.read(_HEADER)
+        record.check_header(data)
+        return np.frombuffer(data, layout.RECORD)[0]
 
     def _map_to(self, end: Position) -> ExtentMap:
         """The disks as the line of the horizon had them at an earlier position."""
@@ -122,7 +151,16 @@ class Judge:
         size = chosen[np.isin(chosen["kind"], _DATA)]["length"].astype(np.uint64)
         total = rows[np.isin(rows["kind"], _DATA)]["length"].astype(np.uint64)
         records = len(np.unique(rows["position"]))
-        return Live(positions, int(size.sum()), int(total.sum()), shown, records)
+        objects = self._objects.get(number, [])
+        newest = sum(length for _at, length, is_newest in objects if is_newest)
+        return Live(
+            positions,
+            int(size.sum()) + newest,
+            int(total.sum()) + sum(length for _at, length, _is_newest in objects),
+            shown + newest,
+            records,
+            np.array([at for at, _length, is_newest in objects if not is_newest], np.int64),
+        )
 
     def _covers(self, row: Any) -> bool:
         """Whether the store has a record of the line older than some zeroes, in their range."""
@@ -138,7 +176,7 @@ class Judge:
         kept: NDArray[np.bool_] = np.isin(starts, live.positions)
         kept &= np.isin(kinds, _DATA + _ZEROES)
         visible = self.visible(headers["epoch"], headers["seq"])
-        kept |= visible & np.isin(kinds, _LASTING)
+        kept |= visible & np.isin(kinds, _LASTING) & ~np.isin(starts, live.old_objects)
         here = (headers["epoch"] == horizon.epoch) & (headers["seq"] == horizon.seq)
         aside = (kinds == layout.KIND_STREAM) | (kinds == layout.KIND_TALLY)
         stays: NDArray[np.bool_] = (kept | here) & ~aside
@@ -152,13 +190,15 @@ class Live:
     positions: NDArray[np.uint32]
     """of its records, sorted"""
     data_bytes: int
-    """plaintext of live records"""
+    """plaintext of live records, objects among them"""
     total_bytes: int
     """plaintext of all its records"""
     shown_bytes: int
     """of that, what the disks show at the horizon"""
     records: int
     """writes and zeroes, live or not"""
+    old_objects: NDArray[np.int64]
+    """where versions of objects stand that have a newer one at the horizon"""
 
     @property
     def dead_share(self) -> float:
