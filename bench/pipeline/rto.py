@@ -78,7 +78,8 @@ def build(where: Path, records: int, disk_gib: int, record_bytes: int) -> None:
     body = np.zeros((), layout.STREAM)
     body["epoch_id"], body["key_generation"] = np.frombuffer(epoch.epoch_id, np.uint8), 1
     places = blocks_of(records, disk_gib).astype(np.uint64)
-    options = StoreOptions(commit_s=0.05)
+    # Merged here, at the end: the store's own thread must not do it at the same time.
+    options = StoreOptions(commit_s=0.05, merge=False)
     with GroupStore.open(where / "store", group_id, create=spec, options=options) as store:
         room = bytearray(BATCH * (record_bytes + 256) + 65536)
         count = sealer.stream(body, room)
