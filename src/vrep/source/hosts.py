@@ -80,8 +80,10 @@ class Host:
                 if str(error) != self.error:
                     log.info("a host is out of touch", site=self.site_id, error=str(error))
                 self.error = str(error)
-            except Exception:
-                log.exception("a host cannot be asked", site=self.site_id)
+            except Exception as error:
+                if (text := f"{type(error).__name__}: {error}") != self.error:
+                    log.exception("a host cannot be asked", site=self.site_id)
+                self.error = text
             if self._stopping.wait(LOOK_S):
                 break
         with self._lock:
