@@ -340,6 +340,36 @@ def test_a_state_that_differs_from_what_was_checked_is_noticed(lab: Any) -> None
         checked(lab)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_a_segment_of_a_stream_alone_ends_where_the_one_before_did(lab: Any, known: bool) -> None:
+    """A source came, sent nothing and went, and a fold ends behind its stream: two states of one
+    position, of which an earlier check knows the first (the second stood in the open segment), or
+    both."""
+    lab.sync()
+    small_write(lab)
+    horizon = lab.commit()
+    for _ in range(2):
+        lab.close()
+        lab.open()
+        lab.start_stream()  # restarts close segments
+        lab.commit()
+    rows = lab.store.manifest.segments
+    alone = [row for row in rows if Position.of(row["last"]) == horizon]
+    assert len(alone) >= 2, rows
+    if not known:
+        assert checked(lab).folded_to == ""
+    for _ in range(2):
+        lab.close()
+        lab.open()
+        lab.start_stream()
+        small_write(lab)
+        lab.commit()
+    if known:
+        assert checked(lab).folded_to == ""
+    assert lab.store.fold(horizon)
+    assert checked(lab).folded_to == f"pos:{horizon}"
+
+
 def test_what_was_checked_before_a_fold_is_not_read_again(lab: Any, monkeypatch: Any) -> None:
     lab.sync()
     for _ in range(60):

@@ -468,8 +468,9 @@ class _CacheFile:
         self.segments: dict[int, _Checked] = {}
         self._before: dict[int, _State] = {}
         """where the check stood before a segment"""
-        self._after: dict[tuple[int, int, int], _State] = {}
-        """by where a segment ends"""
+        self._tallies: dict[tuple[tuple[int, int, int], str], str] = {}
+        """where segments end, by position and stream: a segment that holds a STREAM alone ends
+        where the one before it did"""
         self.newest = (0, 0, 0)
         try:
             stored = msgspec.json.decode(self._path.read_bytes(), type=_File)
@@ -483,7 +484,8 @@ class _CacheFile:
             before = _State()
             for each in cache.segments:
                 self._before[each.segment] = before
-                self._after[each.after.position] = before = each.after
+                before = each.after
+                self._tallies[before.position, before.stream] = before.tally
             self.newest = cache.newest
 
     def goes_on(
@@ -498,10 +500,9 @@ class _CacheFile:
 
     def compare(self, here: _State) -> None:
         """OmittedError when a fold ends in another way than what was checked there before."""
-        before = self._after.get(here.position)
-        if here.folded != here.position or before is None or not here.stream:
+        if here.folded != here.position or not here.stream:
             return
-        if before.stream and before.place() != here.place():
+        if self._tallies.get((here.position, here.stream), here.tally) != here.tally:
             raise OmittedError(
                 f"the fold up to {Position(*here.folded)} does not lead to what was checked there "
                 "before"
