@@ -28,6 +28,7 @@ class Played:
         self.fails: dict[str, errors.VrepError] = {}
         self.heads = {0: 7, 1: 8, 2: 9}
         self.gap = False
+        self.completed = 101
 
     def _note(self, what: str) -> None:
         self.asked.append(what)
@@ -40,7 +41,7 @@ class Played:
         self._note(method)
         if method == "cut_mark":
             return {"at": [[1, 0, 100]]}
-        return {"at": params["at"], "seq": 101, "wall_ns": 5}
+        return {"at": params["at"], "seq": self.completed, "wall_ns": 5}
 
     def like(self, lane: int) -> dict[str, Any]:
         head = self.heads[lane]
@@ -155,6 +156,22 @@ def test_the_site_with_the_lowest_lane_leads(groups: GroupDirectory) -> None:
     assert not second._leads()
     now[0] = 13.0  # not heard for so long
     assert second._leads()
+
+
+@pytest.mark.parametrize(("completed", "more"), [(101, False), (102, True)])
+def test_what_was_written_before_the_completion_is_cut_again(
+    groups: GroupDirectory, completed: int, more: bool
+) -> None:
+    """The completion stands behind a write that came after the mark: that write is in no cut, and
+    a guest that writes no more must not leave it so."""
+    played = Played()
+    played.completed = completed
+    made = cutter(groups, played)
+    assert made.tend()
+    played.heads = {0: completed, 1: 101, 2: 102}
+    played.asked.clear()
+    assert made.tend()
+    assert ("cut_mark" in played.asked) is more
 
 
 def test_cuts_that_are_void_are_tried_ever_later(groups: GroupDirectory) -> None:

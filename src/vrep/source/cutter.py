@@ -312,7 +312,9 @@ class Cutter:
         self._void_in_row = 0
         self._pending = [*self._pending[-PENDING_MAX:], made]
         self._heads = {lane_name(self.group, lane): seq for _e, lane, seq in made.at if seq}
-        self._heads[own[0]] = made.completed[1]
+        lane, seq = made.completed
+        if seq == self._heads.get(lane, 0) + 1:  # else what was written meanwhile is in no cut
+            self._heads[lane] = seq
         return made, answer
 
     def _cut_hosts(self, own: list[str], lanes: list[str], label: str) -> dict[str, Any]:
