@@ -203,9 +203,7 @@ class SourceSite:
         kernel.event("turn")
         steps = group.steps()
         for _ in range(min(len(steps), 1 + kernel.rng.randrange(4))):
-            if self.filter.fuse == 0:
-                break
-            self.filter.burn()
+            self.filter.burn()  # not a stop before it: a resize waits for turns that are done
             index = kernel.rng.randrange(len(steps))
             if steps[index].kind == "disk" and kernel.rng.random() < self.bad_disk:
                 self._fail(index, steps[index])
