@@ -7,9 +7,10 @@ turn red (``test_map`` is a native test, ``tests/unit/test_x.py::test_y`` one of
 may say what it breaks. A line ``# also: ID`` names a test that must turn red as well, whatever
 the others say. A mutant that makes its test hang says so by ``# timeout: kills``; any other
 test that does not end in time proves nothing. The patches are applied one after another to a copy
-of the work tree in ``build/mutants``, which is kept and built incrementally; a test that is red
-without any patch, with any of the seeds, proves nothing and is an error, and so are a patch that
-does not apply, one that does not build and one that survives. Results: ``build/mutants.json``.
+of the work tree in ``build/mutants``, which is kept and built incrementally. In the end each test
+that turned red runs once more without any patch, with the seed that it turned red with: one that
+is red then as well proves nothing and is an error, and so are a patch that does not apply, one
+that does not build and one that survives. Results: ``build/mutants.json``.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ TEST_S = 240
 SEEDS = ("1", "2", "3")  # a random test may miss once
 
 
+Run = tuple[str, str]
+"""a test and a seed"""
+
+
 @dataclass
 class Mutant:
     path: Path
@@ -56,7 +61,11 @@ class Mutant:
 
 
 class Red(Exception):
-    """A test failed, or the mutant was noticed in another way."""
+    """A test failed."""
+
+    def __init__(self, test: str, seed: str, said: str = "") -> None:
+        super().__init__(f"{test} (seed {seed})\n{said}")
+        self.run = (test, seed)
 
 
 class Late(Exception):
@@ -188,65 +197,68 @@ def test_once(test: str, seed: str) -> None:
         return
     if not is_native(test) and done.returncode != 1:
         raise Broken(f"pytest ended with {done.returncode}:\n{done.stdout[-2000:]}")
-    raise Red(f"{test} (seed {seed})\n{done.stdout[-2000:]}")
+    raise Red(test, seed, done.stdout[-2000:])
 
 
-def turns_red(tests: list[str], *, sure: bool = False) -> bool:
-    """Whether one of some tests does with any of the seeds; `sure`: Red says so, with what it
-    said."""
+def turns_red(tests: list[str]) -> Red | None:
+    """What the first of some tests said that is red with any of the seeds."""
     try:
         for seed in SEEDS:
             for test in tests:
                 test_once(test, seed)
-    except Red:
-        if sure:
-            raise
-        return True
-    return False
+    except Red as red:
+        return red
+    return None
 
 
-def judge(mutant: Mutant, good: dict[str, str]) -> tuple[str, str]:
-    """The verdict on one mutant, and what speaks for it."""
+@dataclass
+class Verdict:
+    what: str
+    evidence: str = ""
+    """what speaks for it"""
+    runs: list[Run] = field(default_factory=list)
+    """that turned red"""
+
+
+def judge(mutant: Mutant) -> Verdict:
+    """The verdict on one mutant, if what turned red is green without it."""
     saved = {name: (TREE / name).read_bytes() for name in mutant.files if (TREE / name).exists()}
     try:
         applied = run(["git", "apply", "--whitespace=nowarn", str(mutant.path)])
         if applied.returncode != 0:
-            return "does not apply", applied.stdout
+            return Verdict("does not apply", applied.stdout)
         if all((TREE / name).read_bytes() == data for name, data in saved.items()):
-            return "does not apply", "it changes nothing"
-        for test in [*mutant.tests, *mutant.also]:
-            if good[test]:
-                return "red without it", good[test]
+            return Verdict("does not apply", "it changes nothing")
         build([*mutant.tests, *mutant.also])
-        for test in mutant.also:
-            if not turns_red([test]):
-                return "survived", test
-        turns_red(mutant.tests, sure=True)
-        return "survived", ""
+        runs = []
+        for tests in [[test] for test in mutant.also] + [mutant.tests]:
+            red = turns_red(tests)
+            if red is None:
+                return Verdict("survived", ", ".join(tests))
+            runs.append(red.run)
+        return Verdict("killed", str(red), runs)
     except Broken as error:
-        return "error", str(error)
+        return Verdict("error", str(error))
     except Late as error:
-        return "killed" if mutant.hangs else "timeout", str(error)
-    except Red as error:
-        return "killed", str(error)
+        late = [(test, SEEDS[0]) for test in mutant.tests]
+        return (
+            Verdict("killed", str(error), late) if mutant.hangs else Verdict("timeout", str(error))
+        )
     finally:
         for name, data in saved.items():
             (TREE / name).write_bytes(data)
 
 
-def without_mutants(tests: list[str]) -> dict[str, str]:
-    """What each test says about the code as it is: nothing when it is green with every seed
-    that mutants are judged with."""
-    build(tests)
+def without_mutants(runs: list[Run]) -> dict[Run, str]:
+    """What tests say about the code as it is: nothing when they are green."""
+    build([test for test, _seed in runs])
     said = {}
-    for test in tests:
+    for test, seed in runs:
         try:
-            for seed in SEEDS:
-                test_once(test, seed)
-            said[test] = ""
+            test_once(test, seed)
+            said[test, seed] = ""
         except (Red, Late, Broken) as error:
-            said[test] = str(error) or "red"
-            print(f"red without a mutant: {said[test]}", flush=True)
+            said[test, seed] = str(error) or "red"
     return said
 
 
@@ -272,12 +284,11 @@ def main() -> int:
     for number in bare:
         print(f"invariant {number} has fewer than two mutants")
     prepare()
-    named = {test for mutant in mutants for test in [*mutant.tests, *mutant.also]}
-    good = without_mutants(sorted(named))
-    rows = []
+    verdicts, rows = [], []
     for mutant in mutants:
         begun = time.monotonic()
-        verdict, evidence = judge(mutant, good)
+        verdict = judge(mutant)
+        verdicts.append(verdict)
         seconds = round(time.monotonic() - begun, 1)
         rows.append(
             {
@@ -285,14 +296,20 @@ def main() -> int:
                 "invariant": mutant.invariant,
                 "breaks": mutant.breaks,
                 "test": ", ".join([*mutant.tests, *mutant.also]),
-                "verdict": verdict,
+                "verdict": verdict.what,
                 "seconds": seconds,
             }
         )
-        print(f"{verdict:<15} {seconds:>6.1f} s  {mutant.name}: {mutant.breaks}", flush=True)
-        if verdict != "killed":
-            print(evidence, flush=True)
+        print(f"{verdict.what:<15} {seconds:>6.1f} s  {mutant.name}: {mutant.breaks}", flush=True)
+        if verdict.what != "killed":
+            print(verdict.evidence, flush=True)
         RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    good = without_mutants(sorted({run for verdict in verdicts for run in verdict.runs}))
+    for verdict, row in zip(verdicts, rows, strict=True):
+        for red in [good[run] for run in verdict.runs if good[run]]:
+            row["verdict"] = "red without it"
+            print(f"{row['patch']}: red without it: {red}", flush=True)
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     killed = sum(row["verdict"] == "killed" for row in rows)
     late = sum(row["verdict"] == "timeout" for row in rows)
     print(f"{killed} of {len(rows)} mutants killed" + (f", {late} timed out" if late else ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,17 +44,18 @@ def mutant(runner: ModuleType, where: Path, *lines: str) -> Any:
     return runner.read(path)
 
 
-def test_the_baseline_is_run_with_every_seed_that_judges(
+def test_what_is_red_without_a_mutant_as_well_proves_nothing(
     runner: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def red_with_the_last(test: str, seed: str) -> None:
         if seed == runner.SEEDS[-1]:
-            raise runner.Red(f"{test} {seed}")
+            raise runner.Red(test, seed)
 
     monkeypatch.setattr(runner, "test_once", red_with_the_last)
-    assert runner.without_mutants([TEST])[TEST]
-    monkeypatch.setattr(runner, "test_once", lambda _test, _seed: None)
-    assert runner.without_mutants([TEST]) == {TEST: ""}
+    first, last = (TEST, runner.SEEDS[0]), (TEST, runner.SEEDS[-1])
+    said = runner.without_mutants([first, last])
+    assert said[first] == ""
+    assert TEST in said[last]
 
 
 @pytest.mark.parametrize(
@@ -71,22 +73,25 @@ def test_a_timeout_kills_only_where_that_is_said(
         raise runner.Late(test)
 
     monkeypatch.setattr(runner, "test_once", late)
-    assert runner.judge(mutant(runner, tmp_path, *lines), {TEST: ""})[0] == verdict
+    judged = runner.judge(mutant(runner, tmp_path, *lines))
+    assert judged.what == verdict
+    assert judged.runs == ([(TEST, runner.SEEDS[0])] if verdict == "killed" else [])
     assert (tmp_path / "code.py").read_text() == "right\n"
 
 
 def test_red_kills_and_green_survives(
     runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def red(test: str, _seed: str) -> None:
-        raise runner.Red(test)
+    def red(test: str, seed: str) -> None:
+        if seed != runner.SEEDS[0]:
+            raise runner.Red(test, seed)
 
     one = mutant(runner, tmp_path, "it is wrong")
     monkeypatch.setattr(runner, "test_once", red)
-    assert runner.judge(one, {TEST: ""})[0] == "killed"
-    assert runner.judge(one, {TEST: "red before"})[0] == "red without it"
+    judged = runner.judge(one)
+    assert (judged.what, judged.runs) == ("killed", [(TEST, runner.SEEDS[1])])
     monkeypatch.setattr(runner, "test_once", lambda _test, _seed: None)
-    assert runner.judge(one, {TEST: ""})[0] == "survived"
+    assert runner.judge(one).what == "survived"
 
 
 def test_what_must_turn_red_as_well_does(
@@ -95,19 +100,34 @@ def test_what_must_turn_red_as_well_does(
     other = "tests/sim/test_x.py::test_z"
     one = mutant(runner, tmp_path, f"also: {other}", "it is wrong")
     assert (one.tests, one.also, one.breaks) == ([TEST], [other], "it is wrong")
-    good = {TEST: "", other: ""}
 
     def red(*names: str) -> None:
         def test_once(test: str, seed: str) -> None:
             if test in names:
-                raise runner.Red(test)
+                raise runner.Red(test, seed)
 
         monkeypatch.setattr(runner, "test_once", test_once)
 
     red(TEST, other)
-    assert runner.judge(one, good)[0] == "killed"
+    judged, seed = runner.judge(one), runner.SEEDS[0]
+    assert (judged.what, set(judged.runs)) == ("killed", {(TEST, seed), (other, seed)})
     red(TEST)
-    assert runner.judge(one, good) == ("survived", other)
+    assert runner.judge(one) == runner.Verdict("survived", other)
     red(other)
-    assert runner.judge(one, good)[0] == "survived"
-    assert runner.judge(one, {TEST: "", other: "red before"})[0] == "red without it"
+    assert runner.judge(one).what == "survived"
+
+
+def test_the_end_takes_back_what_was_red_anyway(
+    runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def red(test: str, seed: str) -> None:
+        raise runner.Red(test, seed)
+
+    mutant(runner, tmp_path, "it is wrong")
+    monkeypatch.setattr(runner, "test_once", red)
+    monkeypatch.setattr(runner, "prepare", lambda: None)
+    monkeypatch.setattr(runner, "HERE", tmp_path)
+    monkeypatch.setattr(runner, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "1-*"])
+    assert runner.main() == 1
+    assert json.loads((tmp_path / "results.json").read_text())[0]["verdict"] == "red without it"
