@@ -36,6 +36,8 @@ _LANE: Final = re.compile(r"(.+)@(0|[1-9][0-9]?)")
 
 def is_lane(name: str) -> bool:
     """Whether a name is that of a lane, and not of a whole group."""
+    if "@" not in name:
+        return False
     match = _LANE.fullmatch(name)
     return match is not None and int(match[2]) < LANES_MAX
 

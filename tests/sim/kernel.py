@@ -111,6 +111,8 @@ class Kernel:
         self._runnable: list[Task] = []
         self._timers: list[tuple[int, int, Task, int]] = []
         self._order = self._ordered = 0
+        self._calm = int(self.rng.expovariate(PREEMPT))
+        """so many more times nobody is preempted"""
         self._hub: greenlet.greenlet = greenlet.getcurrent()
         self._calls: list[Callable[[], None]] = []
         self._failure: BaseException | None = None
@@ -215,7 +217,12 @@ class Kernel:
         task.process.check()
 
     def maybe(self) -> None:
-        if self.current is not None and self.rng.random() < PREEMPT:
+        """Let others go on first, once in 1 / PREEMPT times."""
+        if self.current is None:
+            return
+        self._calm -= 1
+        if self._calm < 0:
+            self._calm = int(self.rng.expovariate(PREEMPT))
             self.give_way()
 
     def deadline(self, timeout_s: float) -> int:
@@ -227,22 +234,27 @@ class Kernel:
         """Wait until somebody wakes this task, or the time is over; whether it was woken."""
         task = self.current
         assert task is not None, "the world outside cannot wait"
-        task.process.check()
-        if timeout_s is not None and timeout_s <= 0:
-            self.give_way()
-            return False
-        task.turn += 1
+        process = task.process
+        if process.dead:
+            raise Killed
+        if timeout_s is not None:
+            if timeout_s <= 0:
+                self.give_way()
+                return False
+            self._order += 1
+            task.turn += 1
+            deadline = self.now_ns + max(1000, int(timeout_s * NS))
+            heapq.heappush(self._timers, (deadline, self._order, task, task.turn))
+        else:
+            task.turn += 1
         task.waiting, task.notified = True, False
         if queue is not None:
             queue.append(task)
-        if timeout_s is not None:
-            self._order += 1
-            deadline = self.deadline(timeout_s)
-            heapq.heappush(self._timers, (deadline, self._order, task, task.turn))
         self._hub.switch()
-        if queue is not None and task in queue:
+        if queue is not None and not task.notified and task in queue:
             queue.remove(task)
-        task.process.check()
+        if process.dead:
+            raise Killed
         return task.notified
 
     def wake(self, task: Task) -> None:
@@ -437,8 +449,10 @@ class Lock:
         if not self._taken:
             self._taken = True
             return True
-        if not blocking:
-            return False
+        return blocking and self._wait(timeout)
+
+    def _wait(self, timeout: float) -> bool:
+        kernel = self._kernel
         deadline = None if timeout < 0 else kernel.deadline(timeout)
         while self._taken:
             left_s = None if deadline is None else (deadline - kernel.now_ns) / NS
@@ -459,10 +473,19 @@ class Lock:
         return self._taken
 
     def __enter__(self) -> bool:
-        return self.acquire()
+        kernel = self._kernel
+        kernel.maybe()
+        if self._taken:
+            return self._wait(-1)
+        self._taken = True
+        return True
 
     def __exit__(self, *_exc: object) -> None:
-        self.release()
+        if not self._taken:
+            raise RuntimeError("release unlocked lock")
+        self._taken = False
+        if self._waiters:
+            self._kernel.wake(self._waiters.pop(0))
 
 
 class RLock:

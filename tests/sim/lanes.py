@@ -30,7 +30,7 @@ from vrep.recovery.cuts import Cut, LaneSet, find_lanes
 
 LANES: Final = 2
 HEAL_S: Final = 900.0
-CUT_EVERY_S: Final = 0.02
+CUT_EVERY_S: Final = 0.04
 WRITE_S: Final = 0.003
 """between two writes of a guest: some stand beside each cut"""
 FAULTS: Final = {

@@ -44,7 +44,8 @@ cdef extern from "ring/ring.h" nogil:
         uint64_t first_seq
         uint32_t mode
     struct vrep_ring_header:
-        pass
+        uint32_t descriptors
+        uint64_t incarnation
     struct vrep_ring_slot:
         uint32_t state
         uint8_t kind
@@ -230,6 +231,16 @@ cdef class RingReader(Mapped):
     def header(self):
         """The ring's header as it is now, reserved fields left out."""
         return header_dict(vrep_ring_reader_header(self.get()))
+
+    @property
+    def capacity(self):
+        """How many descriptors the ring has."""
+        return vrep_ring_reader_header(self.get()).descriptors
+
+    @property
+    def incarnation(self):
+        """Starts of a producer."""
+        return vrep_ring_reader_header(self.get()).incarnation
 
     @property
     def head(self):

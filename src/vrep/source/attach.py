@@ -41,8 +41,7 @@ class RingHold:
         finally:
             for fd in fds:
                 os.close(fd)
-        header = self.reader.header
-        self._incarnation = int(header["incarnation"])
+        self._incarnation = self.reader.incarnation
         self._inode = self.path.stat().st_ino
 
     def alive(self) -> bool:
@@ -51,7 +50,7 @@ class RingHold:
             same = self.path.stat().st_ino == self._inode
         except FileNotFoundError:
             return False
-        return same and int(self.reader.header["incarnation"]) == self._incarnation
+        return same and self.reader.incarnation == self._incarnation
 
     def status(self) -> Mapping[str, Any]:
         result = self._control.call("status", group=self.group)

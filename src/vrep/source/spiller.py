@@ -201,7 +201,7 @@ class Spiller:
             return 0.0
         status = work.hold.status()
         memory = 1 - int(status["ring_free_bytes"]) / int(status["ring_bytes"])
-        return max(memory, kept / int(ring.header["descriptors"]))
+        return max(memory, kept / ring.capacity)
 
     def _broken(self, work: Work) -> bool:
         """Whether records between the spill and the ring are lost: the session makes that a gap
