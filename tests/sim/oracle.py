@@ -339,6 +339,9 @@ class Oracle:
             model[:] = now
             if power_lost:
                 self.flushed[disk] = self.stamp
+        if not power_lost:
+            for flight in self.flights:
+                self._touch(flight)  # the system did some of it after the last flush
         self.flights.clear()
 
     # ---- the target: what it took ---------------------------------------------------------------
