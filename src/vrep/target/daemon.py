@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import structlog
@@ -25,6 +25,7 @@ from vrep.settings import Config
 from vrep.target.base import BaseOffer
 from vrep.target.delta import error_code
 from vrep.target.epochs import entry_of, plain, wire_epoch
+from vrep.target.hosts import GROUP_ID, GroupHosts
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
 from vrep.target.reserve import Reserve
@@ -41,7 +42,6 @@ __all__ = ["Target"]
 
 SCAN_EVERY_S: Final = 1.0
 RECEIVE_S: Final = 1.0
-_GROUP: Final = re.compile(r"[0-9a-f]{32}")
 
 log = structlog.get_logger("vrep.target")
 
@@ -92,8 +92,7 @@ class Target:
             fold_rate=settings.fold_rate,
             held=held,
         )
-        self._hosts: dict[bytes, GroupHost] = {}
-        self._lock = threading.Lock()
+        self._hosts = GroupHosts(self._new_host)
         self._stopping = threading.Event()
         self._listener: Listener | None = None
         self._control: ControlServer | None = None
@@ -127,14 +126,14 @@ class Target:
                 "reload": self._reload,
                 "delete_unprotected": self._delete_unprotected,
                 "stop": self._stop_requested,
-                "fold": lambda p: self._of(p).fold(Position(*(int(n) for n in p["horizon"]))),
-                "epoch_state": lambda p: self._of(p).epoch_state(),
-                "epoch_raise": lambda p: plain(self._of(p).open_fenced(p)),
-                "halt": lambda p: list(self._of(p).halt(pause=bool(p["pause"]))),
-                "halted": lambda p: self._of(p).keep_halted(),
-                "go_on": lambda p: self._of(p).go_on(),
-                "epoch_accept": lambda p: plain(self._of(p).accept_epoch(int(p["epoch"]))),
-                "epoch_roll_back": lambda p: plain(self._of(p).roll_back_epoch(int(p["epoch"]))),
+                "fold": self._by(lambda h, p: h.fold(Position(*(int(n) for n in p["horizon"])))),
+                "epoch_state": self._by(lambda h, _p: h.epoch_state()),
+                "epoch_raise": self._by(lambda h, p: plain(h.open_fenced(p))),
+                "halt": self._by(lambda h, p: list(h.halt(pause=bool(p["pause"])))),
+                "halted": self._by(lambda h, _p: h.keep_halted()),
+                "go_on": self._by(lambda h, _p: h.go_on()),
+                "epoch_accept": self._by(lambda h, p: plain(h.accept_epoch(int(p["epoch"])))),
+                "epoch_roll_back": self._by(lambda h, p: plain(h.roll_back_epoch(int(p["epoch"])))),
             },
         )
 
@@ -160,10 +159,7 @@ class Target:
         self._stopping.set()
         if self._listener is not None:
             self._listener.close()
-        with self._lock:
-            hosts = list(self._hosts.values())
-            self._hosts.clear()
-        for host in hosts:
+        for host in self._hosts.clear():
             host.close()
         if self._control is not None:
             self._control.close()
@@ -174,51 +170,47 @@ class Target:
         if not self._paths.store.is_dir():
             return []
         names = sorted(entry.name for entry in self._paths.store.iterdir())
-        return [bytes.fromhex(name) for name in names if _GROUP.fullmatch(name)]
+        return [bytes.fromhex(name) for name in names if GROUP_ID.fullmatch(name)]
 
-    def _host(self, group_id: bytes) -> GroupHost:
-        with self._lock:
-            host = self._hosts.get(group_id)
-            if host is None:
-                host = self._hosts[group_id] = GroupHost(
-                    self._paths.store,
-                    group_id,
-                    self._options,
-                    self._config.target.window_bytes,
-                    gone_s=self._config.target.source_gone_s,
-                    site=bytes.fromhex(self._identity.site_id),
-                )
-            return host
+    def _new_host(self, group_id: bytes) -> GroupHost:
+        return GroupHost(
+            self._paths.store,
+            group_id,
+            self._options,
+            self._config.target.window_bytes,
+            gone_s=self._config.target.source_gone_s,
+            site=bytes.fromhex(self._identity.site_id),
+        )
 
     def _load(self, group_id: bytes) -> None:
         try:
-            self._host(group_id).load()
+            with self._hosts.use(group_id) as host:
+                host.load()
         except VrepError as error:
             log.error("a store cannot be used", group_id=group_id.hex(), error=str(error))
 
     def _scan(self, *, again: bool = False) -> None:
         for group_id in self._stored():
-            with self._lock:
-                known = self._hosts.get(group_id)
+            known = self._hosts.get(group_id)
             if known is not None:
                 known.end_late_halt()
             if known is None or again or (known.failed and known.retry_due()):
                 self._load(group_id)
 
-    def _of(self, params: Mapping[str, Any]) -> GroupHost:
-        """The host of a group named by its id, or by its name if that is unique."""
-        wanted = str(params.get("group_id") or params.get("group") or "")
-        if _GROUP.fullmatch(wanted):
-            group_id = bytes.fromhex(wanted)
-            if group_id in self._hosts:
-                return self._hosts[group_id]
-        with self._lock:
-            found = [host for host in self._hosts.values() if host.name == wanted]
-        if len(found) > 1:
-            raise InvalidError(f"several groups are named {wanted!r}: use the group's id")
-        if not found:
-            raise NotFoundError(f"no group {wanted!r} is stored here")
-        return found[0]
+    def _of(self, params: Mapping[str, Any]) -> AbstractContextManager[GroupHost]:
+        """The host of the group that is asked for, while it is used."""
+        return self._hosts.find(str(params.get("group_id") or params.get("group") or ""))
+
+    def _by(
+        self, answer: Callable[[GroupHost, Mapping[str, Any]], Any]
+    ) -> Callable[[Mapping[str, Any]], Any]:
+        """A method of the control socket that a group's host answers."""
+
+        def call(params: Mapping[str, Any]) -> Any:
+            with self._of(params) as host:
+                return answer(host, params)
+
+        return call
 
     # ---- connections -------------------------------------------------------------------
 
@@ -288,8 +280,8 @@ class Target:
     ) -> None:
         peer = transport.name
         try:
-            host = self._host(message.group_id)
-            session = host.open_session(transport, channel, message)
+            with self._hosts.use(message.group_id) as host:
+                session = host.open_session(transport, channel, message)
         except RefusedError as error:
             log.warning("a group is refused", group=message.name, peer=peer, reason=str(error))
             transport.send(error.message, channel)
@@ -335,16 +327,18 @@ class Target:
         match request.method:
             case "group.report":
                 status = _report_of(request.params)
-                host = self._of(request.params)
-                host.report(site_id, transport.name, status)
-                if host.written_by(site_id):
-                    return {}
-                return {"clients": self._clients(host.group_id.hex())}
+                with self._of(request.params) as host:
+                    host.report(site_id, transport.name, status)
+                    if host.written_by(site_id):
+                        return {}
+                    return {"clients": self._clients(host.group_id.hex())}
             case "group.keep":
                 window_s, quota = int(request.params["window_s"]), int(request.params["quota"])
-                self._of(request.params).keep(site_id, window_s, quota)
+                with self._of(request.params) as host:
+                    host.keep(site_id, window_s, quota)
             case "group.unprotect":
-                self._of(request.params).unprotect(site_id)
+                with self._of(request.params) as host:
+                    host.unprotect(site_id)
             case "group.follow":
                 return self._follow(site_id, request.params)
             case "group.delete":
@@ -356,54 +350,45 @@ class Target:
         return {}
 
     def _follow(self, site_id: bytes, params: Mapping[str, Any]) -> dict[str, Any]:
-        """A group is remembered only once somebody was found to have one: ids cost nothing."""
+        """`vrep.target.hosts` forgets an id of which nobody is found to have anything."""
         epochs = [entry_of(raw) for raw in params["epochs"]]
-        if not _GROUP.fullmatch(str(params["group_id"])):
+        if not GROUP_ID.fullmatch(str(params["group_id"])):
             raise InvalidError("the id of a group is 16 bytes, in hexadecimal digits")
         group_id = bytes.fromhex(params["group_id"])
-        with self._lock:
-            known = self._hosts.get(group_id)
+        known = self._hosts.get(group_id)
         under_way = known.bases.under_way(site_id) if known is not None else None
         if under_way is not None:
             return under_way  # it gave way before that began
         offer = self._gives_way(site_id.hex(), params)
-        if offer is None and not (self._paths.store / group_id.hex()).is_dir():
-            return {}  # the first session of that site makes a store
-        return self._host(group_id).follow(epochs, offer)
+        with self._hosts.use(group_id) as host:
+            return host.follow(epochs, offer)
 
     def _delete(self, transport: FrameTransport, request: m.Request, site_id: bytes) -> None:
-        host = self._of(request.params)
-        host.delete(site_id)
-        self._forget(host)
+        with self._of(request.params) as host:
+            host.delete(site_id)
+            self._hosts.forget(host)
         log.warning("a group was deleted", group_id=host.group_id.hex(), peer=transport.name)
-
-    def _forget(self, host: GroupHost) -> None:
-        with self._lock:
-            self._hosts.pop(host.group_id, None)
 
     # ---- control -----------------------------------------------------------------------
 
     def _delete_unprotected(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        host = self._of(params)
-        host.delete_unprotected()
-        self._forget(host)
+        with self._of(params) as host:
+            host.delete_unprotected()
+            self._hosts.forget(host)
         log.warning("a group that was given up was deleted", group_id=host.group_id.hex())
         return {}
 
     def _status(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        with self._lock:
-            hosts = dict(self._hosts)
+        hosts = self._hosts.all()
         if params.get("group") or params.get("group_id"):
-            host = self._of(params)
-            hosts = {host.group_id: host}
+            with self._of(params) as host:
+                hosts = [host]
         return {
             "address": self.address,
-            "groups": {group_id.hex(): host.status() for group_id, host in hosts.items()},
+            "groups": {host.group_id.hex(): host.status() for host in hosts},
         }
 
     def _sessions(self, _params: Mapping[str, Any]) -> list[dict[str, Any]]:
-        with self._lock:
-            hosts = list(self._hosts.values())
         return [
             {
                 "group": host.name,
@@ -414,7 +399,7 @@ class Target:
                 "records_dropped": session.records_dropped,
                 "round_trip_s": session.transport.round_trip_s,
             }
-            for host in hosts
+            for host in self._hosts.all()
             if (session := host.session) is not None
         ]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,6 +63,13 @@ class Lease:
             raise ExistsError(f"the store of group {self._group_id.hex()}")
         manifest = replace(manifest, count=self.aging.count())
         self._files.publish(manifest_path(self.directory, manifest.number), manifest.encode())
+
+    def abandon(self) -> None:
+        """Instead of `close`, of a store that was to be created: when it has no manifest, nothing
+        was promised of it, and its directory goes."""
+        if not manifest_numbers(self.directory):
+            shutil.rmtree(self.directory, ignore_errors=True)
+        self.close()
 
     def load(self) -> Manifest:
         """Read the newest manifest."""

@@ -127,7 +127,13 @@ class GroupHost:
 
     @property
     def name(self) -> str:
-        return self._store.name if self._store is not None else self.group_id.hex()
+        store = self._store
+        return store.name if store is not None else self.group_id.hex()
+
+    @property
+    def vacant(self) -> bool:
+        """Whether there is nothing to know of the group: no store, nor one that cannot be read."""
+        return self._store is None and self.error is None and self.bases.now is None
 
     @property
     def session(self) -> Session | None:
@@ -166,6 +172,7 @@ class GroupHost:
             try:
                 self._store = self._open_store(self._stores, self.group_id, options=self._options)
             except NotFoundError:
+                self.error = None
                 return None
             except VrepError as error:
                 self.error = error

@@ -197,18 +197,19 @@ class GroupStore:
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
         make_private_directory(path)
         lease = Lease(path, group_id, files, wall_ns, steady)
+        let_go = lease.close if create is None else lease.abandon
         try:
             store = cls(path, group_id, lease, options or StoreOptions(), files, wall_ns)
             if create is not None:
                 store._create(create)
             store._recover()
         except OSError as error:
-            lease.close()
+            let_go()
             if is_full(error):
                 raise StoreFullError(f"{path}: {error.strerror}") from None
             raise StorageError(f"{path}: {error.strerror or error}") from None
         except BaseException:
-            lease.close()
+            let_go()
             raise
         store._reserve.enter(group_id)
         store._journal.start()
