@@ -83,11 +83,16 @@ class Group:
             lane.close()
 
     def cuts(self) -> list[Cut]:
-        self.commit()
+        return self.cuts_of(self.lanes)
+
+    def cuts_of(self, lanes: list[Any]) -> list[Cut]:
+        """Those that are offered, once what some lanes have is durable."""
+        for lane in lanes:
+            lane.commit()
         held = find_lanes(self.site.paths, "web")
         assert held is not None
-        with LaneSet(self.site.paths, held) as lanes:
-            return lanes.cuts()
+        with LaneSet(self.site.paths, held) as found:
+            return found.cuts()
 
 
 @pytest.fixture
@@ -149,6 +154,32 @@ def test_a_lane_that_a_cut_does_not_name_is_missed(
             assert group.cuts()[-1].absent == ()
     finally:
         group.close()
+
+
+def test_what_goes_to_another_target_is_no_point_of_all(
+    group: Group, rng: random.Random, tmp_path: Path
+) -> None:
+    """Each lane goes to a target of its own: the record of a cut is there, what it names is not."""
+    (tmp_path / "other").mkdir()
+    for lane in group.lanes:
+        lane.random_write()
+    group.cut(label="both", coordinator=0)
+    for lane in group.lanes:
+        lane.random_write()
+    group.cut(label="elsewhere", coordinator=1)
+    group.commit()
+    disk = bytes(group.lanes[0].at(group.cuts()[0].at[0])[0])
+    group.lanes[1].close()
+    stored = group.site.paths.store / group.lanes[1].group_id.hex()
+    stored.rename(tmp_path / "other" / stored.name)
+    (cut,) = group.cuts_of(group.lanes[:1])
+    assert (cut.label, cut.absent, [at.lane for at in cut.at]) == ("both", (1,), [0])
+    for at in ("latest", "2100-01-01T00:00:00Z"):
+        with pytest.raises(errors.PointNotFoundError, match="lane 1 had no part, or is not held"):
+            group.site.export("web", tmp_path / "out", at=at)
+    found = group.site.export("web", tmp_path / "out", at="both")
+    assert [one.name for one in found.disks] == ["disk0"]
+    assert (tmp_path / "out" / "disk0.raw").read_bytes() == disk
 
 
 def test_a_lane_that_a_stranger_left_does_not_keep_others_from_recovering(

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from vrep import errors
 from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory
-from vrep.lanes import lane_name
+from vrep.lanes import lane_name, lane_of
 from vrep.source.cutter import Cutter
 
 SITES = ("a" * 32, "b" * 32, "c" * 32)
@@ -192,3 +193,45 @@ def test_cuts_that_are_void_are_tried_ever_later(groups: GroupDirectory) -> None
     played.heads[0] += 1
     assert not made.tend()
     assert made._void_pause_s(1.0) == 0.2
+
+
+class TwoTargets(Played):
+    """The filter of a site with lanes 0, 1 and 2, which go to several targets."""
+
+    def call(self, method: str, timeout: float | None = None, **params: Any) -> Any:
+        if method == "status":
+            return {lane_name("web", lane): self.like(lane) for lane in self.heads}
+        self._note(method)
+        self.params = params
+        at = [[1, lane, head + 1] for lane, head in self.heads.items()]
+        also = {name: self.heads[lane_of(name)] + 2 for name in params.get("also", ())}
+        for lane in self.heads:
+            self.heads[lane] += 1 + (lane == 0) + (lane_name("web", lane) in also)
+        return {"at": at, "seq": at[0][2] + 1, "also": also, "wall_ns": 5}
+
+
+def test_each_target_learns_of_a_cut_and_none_is_made_of_its_records(
+    groups: GroupDirectory,
+) -> None:
+    first = groups.update("web@0", hosts=())
+    for lane, target in ((1, "e"), (2, "e")):
+        name = lane_name("web", lane)
+        groups.store(msgspec.structs.replace(first, name=name, to_site=target * 32))
+    played = TwoTargets()
+    made = cutter(groups, played)
+    assert made.tend()
+    assert played.asked == ["cut"]
+    assert (played.params["lanes"], played.params["also"]) == (
+        ["web@0", "web@1", "web@2"],
+        ["web@1"],
+    )
+    assert made.tend()
+    assert played.asked == ["cut"]  # nothing was written since
+    played.heads[2] += 1
+    assert made.tend()
+    assert played.asked == ["cut", "cut"]
+    for name in ("web@1", "web@2"):
+        groups.update(name, to_site=first.to_site)
+    played.heads[2] += 1
+    assert made.tend()
+    assert "also" not in played.params

@@ -148,14 +148,28 @@ def move(
 
 
 @app.command("reverse")
-def reverse(group: Group, directory: Directory = None, as_json: Json = False) -> None:
+def reverse(
+    group: Group,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="SITE", help="To this site, instead of the old ones."),
+    ] = "",
+    directory: Directory = None,
+    as_json: Json = False,
+) -> None:
     """Protect the recovered VM back to its old site, once its failover is committed."""
+    site = site_of(directory)
     with Progress("protecting back", as_json) as progress:
-        made = site_of(directory).reverse(group, progress=progress)
+        made = site.reverse(group, to=to, progress=progress)
+    name = group_of(made.name)
+    whole = {lane: site.groups.load(lane).to_site for lane in site.lanes_of(name)}
+    text = f"{name}: protected back to {to or 'its old site'}, in epoch {made.epoch}"
+    if len(set(whole.values())) > 1:
+        text = f"{name}: each lane is protected back to its own site: none has points of all disks"
     emit(
-        {"group": group_of(made.name), "epoch": made.epoch, "to_site": made.to_site},
+        {"group": name, "epoch": made.epoch, "to_site": made.to_site, "targets": whole},
         as_json,
-        f"{group_of(made.name)}: protected back to its old site, in epoch {made.epoch}",
+        text,
     )
 
 

@@ -7,6 +7,7 @@ that is asked to (`hold`) goes on when it is told to (`release`), and the one wh
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -22,6 +23,7 @@ from vrep.errors import (
     GoneError,
     StateError,
     TimeLimitError,
+    VrepError,
 )
 from vrep.groups import GroupDirectory
 from vrep.lanes import lane_of
@@ -55,15 +57,15 @@ class FilterCuts:
             pass
 
     def cut(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Cut some `lanes`, while others are `absent`, and complete it in the first: the marks'
-        positions `at`, and the `seq` of the record that completes the cut. AgainError: it is
-        void; GapError: a gap began before it could be completed."""
+        """Cut some `lanes`, while others are `absent`, and complete it in the first, and in those
+        named by `also`: the marks' positions `at`, and the `seq` of the record that completes the
+        cut. AgainError: it is void; GapError: a gap began before it could be completed."""
         names = [str(name) for name in params["lanes"]]
         cut_id = secrets.token_bytes(16)
         with self._lock:
             at = self._positions(names, cut_id, cut_all)
             at += [(0, int(lane), 0) for lane in params.get("absent", ())]
-            return self._complete(names[0], cut_id, at, str(params.get("label", "")))
+            return self._complete(names[0], cut_id, at, params)
 
     def mark(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """The part of some `lanes` in the cut `cut_id` (hex), of which all others hold: the marks'
@@ -85,13 +87,13 @@ class FilterCuts:
         return {}
 
     def complete(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Put the record that completes a cut into a `lane`: all lanes have held `at` their marks,
-        until all had marked. GapError: a gap began."""
+        """Put the record that completes a cut into a `lane`, and into those named by `also`: all
+        lanes have held `at` their marks, until all had marked. GapError: a gap began."""
         at = [(int(e), int(lane), int(seq)) for e, lane, seq in params["at"]]
         cut_id, name = bytes.fromhex(params["cut_id"]), str(params["lane"])
         with self._lock:
             self._epochs([name])
-            return self._complete(name, cut_id, at, str(params.get("label", "")))
+            return self._complete(name, cut_id, at, params)
 
     def _epochs(self, names: Sequence[str]) -> list[int]:
         """The epochs of the definitions: what is not shipped yet is sealed under them."""
@@ -117,10 +119,17 @@ class FilterCuts:
             name = names[int(getattr(error, "lane", 0))]
             raise AgainError(f"a cut is void: {name}: {_WHY[type(error)]}") from None
 
-    def _complete(self, name: str, cut_id: bytes, at: list[Position], label: str) -> dict[str, Any]:
+    def _complete(
+        self, name: str, cut_id: bytes, at: list[Position], params: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        label = str(params.get("label", ""))
         at.sort(key=lambda position: position[1])
         try:
             seq = self._group_of(name).cut_complete(cut_id, at, label)
         except GoneError:
             raise GapError(f"a gap of {name!r} began before a cut was complete") from None
-        return {"at": at, "seq": seq, "wall_ns": time.time_ns()}
+        also: dict[str, int] = {}
+        for other in params.get("also", ()):
+            with contextlib.suppress(VrepError):  # its target has one point less
+                also[other] = self._group_of(other).cut_complete(cut_id, at, label)
+        return {"at": at, "seq": seq, "also": also, "wall_ns": time.time_ns()}

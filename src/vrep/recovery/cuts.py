@@ -10,7 +10,8 @@ folded away: of a cut that was not completed, or not by all, there is no such re
 such marks.
 
 A cut in which a lane of the group has no part (its host was gone, or who made the cut had not
-heard of it) is a point of the other lanes' disks only. Who asks for `latest`, or for a time, and
+heard of it), or whose history of a lane is not held here (it goes to another target), is a point of
+the other lanes' disks only. Who asks for `latest`, or for a time, and
 would get one is refused, and told of both.
 
 Times are nanoseconds of the clock of the host that completed the cut.
@@ -100,7 +101,7 @@ class Cut:
     at: tuple[Position, ...]
     """the marks, rising by lane"""
     absent: tuple[int, ...] = field(compare=False)
-    """lanes of the group that had no part in it"""
+    """lanes of the group that had no part in it, or are not held here"""
     wall_ns: int
     label: str
     completed: Position
@@ -262,6 +263,12 @@ class LaneSet:
                 return False
         return bool(cut.at)
 
+    def _held_here(self, cut: Cut) -> Cut:
+        """What a cut says of the lanes whose history is held here."""
+        here = tuple(position for position in cut.at if self.lane(position.lane) is not None)
+        elsewhere = {position.lane for position in cut.at} - {position.lane for position in here}
+        return replace(cut, at=here, absent=tuple(sorted({*cut.absent, *elsewhere})))
+
     def _absent(self, cut: Cut) -> tuple[int, ...]:
         """The lanes that have no part in a cut: those that it says were gone, and those that were
         there at its time although it does not name them, as when two sites did not hear each
@@ -279,6 +286,7 @@ class LaneSet:
             for position in cut.at:
                 if position.lane in self.sealed:
                     raise self.sealed[position.lane]
+            cut = self._held_here(cut)
             if self.offered(cut):
                 yield replace(cut, absent=self._absent(cut))
 
@@ -348,8 +356,8 @@ class LaneSet:
         whole = self.newest(whole=True)
         other = f"the newest point of all lanes is {whole}" if whole else "no point has all lanes"
         raise PointNotFoundError(
-            f"{text!r} is {cut}, in which lane {lanes} had no part (disks: {disks}); {other}. "
-            "Name one of them as pos:..."
+            f"{text!r} is {cut}, in which lane {lanes} had no part, or is not held here (disks: "
+            f"{disks}); {other}. Name one of them as pos:..."
         )
 
     def _at_position(self, position: Position) -> Cut:

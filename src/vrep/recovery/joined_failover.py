@@ -247,10 +247,11 @@ def reverse(
     held: HeldLanes,
     options: GroupOptions,
     *,
+    to: str = "",
     progress: one_move.Progress | None = None,
 ) -> list[GroupDefinition]:
-    """Protect all lanes that were taken over to the site that wrote them before: their
-    definitions."""
+    """Protect all lanes that were taken over, each to the site that wrote it before or all to one
+    that is named: their definitions."""
     groups = GroupDirectory(paths.root)
     begun = _failovers(paths, held)
     lanes = []
@@ -260,7 +261,7 @@ def reverse(
             lanes.append(lane.hex)
     if not lanes:
         raise errors.NotFoundError(f"no failover of {held.name!r} is under way")
-    return reverse_all(paths, lanes, options, progress=progress)
+    return reverse_all(paths, lanes, options, to=to, progress=progress)
 
 
 def failback(

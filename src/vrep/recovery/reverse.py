@@ -11,6 +11,9 @@ command goes on where it was cut off:
 4. the view's process ends and the filter opens the disks, under the sockets that there were: a VM
    that reconnects sees a pause. From then on everything is recorded and shipped.
 
+Of a group with several lanes each goes back to the site that it came from, or all to one that is
+named, which may be any that joined: one that never had a lane begins with nothing.
+
 The first record behind the fork is a gap-begin, so nothing is a recovery point at the old site
 before all that may differ there was sent.
 """
@@ -22,7 +25,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +44,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.lanes import is_lane, lane_of
 from vrep.paths import SitePaths
+from vrep.recovery.cuts import find_lanes
 from vrep.recovery.failover import Failover
 from vrep.recovery.untaken import read_untaken
 from vrep.recovery.view import PROTECTED, ViewDirectory, ViewRecord, describe, ended
@@ -66,19 +70,20 @@ def reverse(
     group: str,
     options: GroupOptions,
     *,
+    to: str = "",
     progress: Progress | None = None,
 ) -> GroupDefinition:
-    """Protect a group that this site took over, and committed, to the site that wrote it before.
-    `progress` hears the bytes of its disks that are here, so far and in all; then how far the old
-    site is with its own."""
-    (made,) = reverse_all(paths, [group], options, progress=progress)
+    """Protect a group that this site took over, and committed, to the site that wrote it before,
+    or to one that is named. `progress` hears the bytes of its disks that are here, so far and in
+    all; then how far the old site is with its own."""
+    (made,) = reverse_all(paths, [group], options, to=to, progress=progress)
     return made
 
 
 class _Way:
     """A group with one lane, or a lane, on its way back. Raises why it cannot go."""
 
-    def __init__(self, paths: SitePaths, group: str) -> None:
+    def __init__(self, paths: SitePaths, group: str, to: Peer | None) -> None:
         self.failover = failover = Failover(paths, group)
         self.name = failover.held.name
         groups = GroupDirectory(paths.root)
@@ -93,14 +98,22 @@ class _Way:
         if self.view is None:
             if not self.defined:
                 raise errors.NotFoundError(f"no failover of {group!r} is under way")
+            self._require_target(to)
             return
         record = self.record = self.view.load()
         if record.state != "committed" or current.state is not EpochState.ACCEPTED:
             raise errors.StateError(f"the failover of {group!r} is not committed: do that first")
         self.defined = self.defined and mine is not None and mine.epoch == current.epoch
-        if not self.defined:
-            self.peer = _old_site(paths, record)
+        if self.defined:
+            self._require_target(to)
+        else:
+            self.peer = _reached(to or PeerRegistry(paths.root).get(record.old_writer))
             _require_name(groups, self.name, failover.held.hex)
+
+    def _require_target(self, to: Peer | None) -> None:
+        """What was cut off goes on to where it began to go."""
+        if to is not None and self.mine is not None and self.mine.to_site != to.site_id:
+            raise errors.StateError(f"{self.name!r} is protected to another site than {to.name!r}")
 
 
 def reverse_all(
@@ -108,24 +121,21 @@ def reverse_all(
     groups: Sequence[str],
     options: GroupOptions,
     *,
+    to: str = "",
     progress: Progress | None = None,
 ) -> list[GroupDefinition]:
     """`reverse` of all lanes of a group, by their ids or names: each step of all of them before
     the next of any. What was cut off goes on with those that are left."""
-    ways = [_Way(paths, group) for group in groups]
+    peer = PeerRegistry(paths.root).get(to) if to else None
+    ways = [_Way(paths, group, peer) for group in groups]
     new = [way for way in ways if not way.defined]
-    if len({way.record.old_writer for way in new}) > 1:
-        raise errors.UnsupportedError(
-            "the lanes of the group come from several sites: each would go back to its own, and "
-            "none of those would have a point of all"
-        )
     for way in new:
         assert way.view is not None
         _wait_filled(way.view, way.record, progress)
     for way in new:
         _follow(paths, way, progress)
-    lanes = tuple(lane_of(way.name) for way in ways if is_lane(way.name))
-    made = [_define(paths, way, options, lanes) if way in new else way.mine for way in ways]
+    shared = _shared(paths, ways)
+    made = [_define(paths, way, options, shared) if way in new else way.mine for way in ways]
     found = []
     for way, definition in zip(ways, made, strict=True):
         assert definition is not None
@@ -135,8 +145,29 @@ def reverse_all(
     return found
 
 
-def _old_site(paths: SitePaths, record: ViewRecord) -> Peer:
-    peer = PeerRegistry(paths.root).get(record.old_writer)
+def _shared(paths: SitePaths, ways: Sequence[_Way]) -> dict[str, Any]:
+    """What the definitions of lanes have of the others. Those of other sites that this site knew
+    when it wrote the group before are theirs, unless they came along; no number that a lane ever
+    had, as far as is known here, is given again."""
+    here = [lane_of(way.name) for way in ways if is_lane(way.name)]
+    if not here:
+        return {}
+    held = find_lanes(paths, ways[0].failover.held.hex[:28] + "0000")
+    before = [way.mine for way in ways if way.mine is not None]
+    own = SiteIdentity.load(paths.root).site_id
+    hosts = dict.fromkeys(here, own)
+    for one in before:
+        hosts = {**{lane: site for lane, site in one.hosts if site != own}, **hosts}
+    lanes = sorted(hosts)
+    stored = [lane_of(lane.name) + 1 for lane in held.lanes] if held is not None else []
+    return {
+        "lanes": tuple(lanes),
+        "hosts": tuple(sorted(hosts.items())) if set(hosts.values()) != {own} else (),
+        "numbered": max(*(lane + 1 for lane in lanes), *stored, *(one.numbered for one in before)),
+    }
+
+
+def _reached(peer: Peer) -> Peer:
     if not peer.address:
         raise errors.ConfigError(
             f"site {peer.name!r} does not listen: set network.listen there, let it join once more, "
@@ -198,7 +229,7 @@ def _ask_to_follow(transport: FrameTransport, params: dict[str, Any]) -> dict[st
 
 
 def _define(
-    paths: SitePaths, way: _Way, options: GroupOptions, lanes: tuple[int, ...]
+    paths: SitePaths, way: _Way, options: GroupOptions, shared: Mapping[str, Any]
 ) -> GroupDefinition:
     """The definition, written. What the filter and the spill knew of an earlier reign of this site
     goes first: it is of other disks, or of what they held before."""
@@ -232,7 +263,7 @@ def _define(
         created=mine.created if mine is not None else time.time(),
         parent=ParentPosition(parent.epoch, parent.lane, parent.seq),
         options=mine.options if mine is not None else options,
-        lanes=lanes,
+        **shared,
     )
     groups.store(definition)
     return definition

@@ -237,21 +237,27 @@ class Recovery(SiteBase):
         return export_untaken(self.paths, group, Path(out), progress=progress)
 
     def reverse(
-        self, group: str, *, progress: Callable[[int, int], None] | None = None
+        self,
+        group: str,
+        *,
+        to: str = "",
+        progress: Callable[[int, int], None] | None = None,
     ) -> GroupDefinition:
         """Protect a recovered VM back to its old site, once its failover is committed: its disks
         become those of a protected group of this site. Its VM sees a pause, and finds its disks on
-        the same sockets. `progress` hears the bytes of its disks that are here, so far and in
-        all: they must all be."""
+        the same sockets. Lanes of a group that came from several sites go back to them, each to its
+        own, and none of those sites has points of all disks then; with `to`, the name of a site
+        that joined, all go there. `progress` hears the bytes of its disks that are here, so far and
+        in all: they must all be."""
         from vrep.recovery.reverse import reverse
 
         with self._locked(group) as lanes:
             if lanes is None:
-                return reverse(self.paths, group, self.group_options(), progress=progress)
+                return reverse(self.paths, group, self.group_options(), to=to, progress=progress)
             from vrep.recovery import joined_failover
 
             return joined_failover.reverse(
-                self.paths, lanes, self.group_options(), progress=progress
+                self.paths, lanes, self.group_options(), to=to, progress=progress
             )[0]
 
     def export(

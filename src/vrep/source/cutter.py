@@ -296,12 +296,15 @@ class Cutter:
                 f"{', '.join(in_gap)}: there is no recovery point until its sync has ended"
             )
         self._void_in_row += 1  # unless it stands
+        record: dict[str, Any] = {"label": label}
+        if also := _first_of_each_target(definitions, own)[1:]:
+            record["also"] = also
         if own == lanes:
             answer = self._filter.call(
-                "cut", timeout=CUT_S, lanes=lanes, absent=self._absent, label=label
+                "cut", timeout=CUT_S, lanes=lanes, absent=self._absent, **record
             )
         else:
-            answer = self._cut_hosts(own, lanes, label)
+            answer = self._cut_hosts(own, lanes, record)
         made = _Made(
             at=tuple((int(e), int(lane), int(seq)) for e, lane, seq in answer["at"]),
             completed=(own[0], int(answer["seq"])),
@@ -312,12 +315,14 @@ class Cutter:
         self._void_in_row = 0
         self._pending = [*self._pending[-PENDING_MAX:], made]
         self._heads = {lane_name(self.group, lane): seq for _e, lane, seq in made.at if seq}
-        lane, seq = made.completed
-        if seq == self._heads.get(lane, 0) + 1:  # else what was written meanwhile is in no cut
-            self._heads[lane] = seq
+        for lane, seq in (made.completed, *answer.get("also", {}).items()):
+            if seq == self._heads.get(lane, 0) + 1:  # else what was written meanwhile is in no cut
+                self._heads[lane] = seq
         return made, answer
 
-    def _cut_hosts(self, own: list[str], lanes: list[str], label: str) -> dict[str, Any]:
+    def _cut_hosts(
+        self, own: list[str], lanes: list[str], record: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """A cut over lanes of several sites. The others hold and mark first, and hold until the
         lanes here have marked: only then, when each says that it has held all the while, is it
         completed."""
@@ -343,7 +348,7 @@ class Cutter:
         at += [(int(e), int(lane), int(seq)) for e, lane, seq in made["at"]]
         at += [(0, lane, 0) for lane in self._absent]
         answer: dict[str, Any] = self._filter.call(
-            "cut_complete", timeout=CUT_S, lane=own[0], cut_id=cut_id.hex(), at=at, label=label
+            "cut_complete", timeout=CUT_S, lane=own[0], cut_id=cut_id.hex(), at=at, **record
         )
         return answer
 
@@ -445,6 +450,17 @@ class Cutter:
             else:
                 left.append(made)
         self._pending = left
+
+
+def _first_of_each_target(
+    definitions: Mapping[str, GroupDefinition], lanes: Sequence[str]
+) -> list[str]:
+    """The lanes into which the record of a cut is put: each target that is to offer it reads its
+    own stores only. There is more than one target after `vrep reverse` to several sites."""
+    found: dict[str, str] = {}
+    for name in lanes:
+        found.setdefault(definitions[name].to_site, name)
+    return list(found.values())
 
 
 def _shown(made: _Made | None) -> dict[str, Any] | None:
