@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from cable import Cable
 from fronts import Client, DiskClient, client_of
 from packets import ADDRESSES, PacketLink
@@ -329,37 +330,52 @@ def compare(name: str, found: bytes, wanted: bytes) -> None:
         )
 
 
-class Entry:
-    """One record of the journal, opened."""
+def digest_of(data: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(data)
 
-    __slots__ = ("data", "disk", "epoch", "kind", "label", "length", "offset", "seq")
+
+class Entry:
+    """One record of the journal, opened. `forget` lets go of its data, and `digest` stays."""
+
+    __slots__ = ("data", "digest", "disk", "epoch", "kind", "label", "length", "offset", "seq")
 
     def __init__(self, header: Any, data: bytes, label: str) -> None:
         self.epoch, self.seq = int(header["epoch"]), int(header["seq"])
         self.kind, self.disk = int(header["kind"]), int(header["disk"])
         self.offset, self.length = int(header["offset"]), int(header["length"])
-        self.data, self.label = data, label
+        self.data: bytes | None = data
+        self.digest, self.label = digest_of(data), label
+
+    def forget(self) -> Entry:
+        self.data = None
+        return self
 
 
 def journal(pair: Pair) -> list[Entry]:
-    """Every record of the target's history that takes a position, in order, read and opened
-    without any of the code that builds views."""
-    found = []
+    """Every record of the target's history that takes a position, in order, without its data."""
+    return [entry.forget() for entry in journal_data(pair)]
+
+
+def journal_data(pair: Pair) -> Iterator[Entry]:
+    """The same with their data, one at a time, read and opened without any of the code that
+    builds views. No more than a segment is held."""
     with StoreReader(pair.b.paths.store, pair.group_id) as reader:
         access = KeyAccess.open(pair.b.paths, pair.group_id, reader.wrapped_keys)
-        stream: Any = None
-        for span in reader.records():
-            data = reader.segment(span.segment)
-            for each in span.found:
-                header = each["header"]
-                at = span.start + int(each["position"])
-                whole = data[at : at + layout.RECORD.itemsize + int(header["body_bytes"])]
-                kind = int(header["kind"])
-                if kind == layout.KIND_STREAM:
-                    stream = record.parse_stream(whole)
-                elif kind != layout.KIND_TALLY:
-                    found.append(_entry(access, stream, header, kind, whole))
-    return found
+        numbers = reader.numbers()
+    stream: Any = None
+    for number in numbers:
+        with StoreReader(pair.b.paths.store, pair.group_id) as reader:
+            for span in reader.spans(number):
+                data = reader.segment(number)
+                for each in span.found:
+                    header = each["header"]
+                    at = span.start + int(each["position"])
+                    whole = data[at : at + layout.RECORD.itemsize + int(header["body_bytes"])]
+                    kind = int(header["kind"])
+                    if kind == layout.KIND_STREAM:
+                        stream = record.parse_stream(whole)
+                    elif kind != layout.KIND_TALLY:
+                        yield _entry(access, stream, header, kind, whole)
 
 
 def _entry(access: KeyAccess, stream: Any, header: Any, kind: int, whole: memoryview) -> Entry:

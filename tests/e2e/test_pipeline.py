@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from fronts import FAST_ZERO, FUA, NO_HOLE, DiskClient
 from sites import (
@@ -22,9 +23,10 @@ from sites import (
     Pair,
     compare,
     journal,
+    journal_data,
     wait_until,
 )
-from witness import Replay, Witness
+from witness import Replay, Witness, payload
 
 from vrep import errors
 from vrep._core import layout
@@ -96,10 +98,10 @@ class Load:
         offset = rng.randrange(span + 1)
         offset -= offset % (4096 if rng.random() < 0.5 else unit)
         shape = rng.choices(["noise", "text", "zeroes", "trim"], [6, 3, 1, 0.5])[0]
-        command = self.witness.begin(rng, disk, offset, length, shape)
+        command = self.witness.begin(disk, offset, length, shape)
         if shape == "zeroes":
             self._zeroes(rng, client, command.offset, command.length)
-        elif command.data is None:
+        elif shape == "trim":
             client.trim(offset, length)
         else:
             client.write(offset, command.data, fua=rng.random() < 0.05)
@@ -186,8 +188,8 @@ class Faults:
                     length = 8 * MIB
                     offset = rng.randrange(DISKS["root"] - length)
                     offset -= offset % (ANY if self.pair.front == "nbd" else BLOCK)
-                    command = self.witness.begin(rng, 0, offset, length, "noise")
-                    client.write(offset, command.data or b"")
+                    command = self.witness.begin(0, offset, length, "noise")
+                    client.write(offset, command.data)
                     command.answered = time.monotonic()
         finally:
             self.pair.start("target")
@@ -212,9 +214,11 @@ def check(pair: Pair, witness: Witness, rng: random.Random, points: int) -> dict
     marks = {m.seq: m for m in witness.marks if m.seq in set(good)}
     chosen |= set(rng.sample(sorted(marks), min(points, len(marks))))
     replay = Replay(dict(enumerate(witness.sizes)))
-    known = 0
-    for entry in entries:
+    known = replayed = 0
+    for noted, entry in zip(entries, journal_data(pair), strict=False):
+        assert (entry.seq, entry.digest) == (noted.seq, noted.digest), "history changed meanwhile"
         replay.apply(entry)
+        replayed += 1
         if entry.seq not in chosen:
             continue
         mark = marks.get(entry.seq)
@@ -225,6 +229,7 @@ def check(pair: Pair, witness: Witness, rng: random.Random, points: int) -> dict
                 known += witness.check_content(
                     index, view[name], asked=mark.asked, answered=mark.answered
                 )
+    assert replayed == len(entries)
     for index, name in enumerate(witness.disks):
         disk = pair.images[name].read_bytes()
         compare(f"{name} at the source", disk, bytes(replay.disks[index]))
@@ -318,16 +323,15 @@ def test_overflow_makes_a_gap_that_ends(make_pair: Callable[..., Pair], seed: in
 
 def _history() -> tuple[Witness, list[Entry]]:
     """Two writes, a mark, and a third write, one after the other."""
-    rng = random.Random(1)
     witness = Witness(["root"], [MIB])
     entries = []
     for seq, offset in ((1, 0), (2, 4096), (4, 2048)):
         if seq == 4:
             witness.marked("here", 3, time.monotonic())
             entries.append(_entry(layout.KIND_MARK, 3, label="here"))
-        command = witness.begin(rng, 0, offset, 4096, "noise")
+        command = witness.begin(0, offset, 4096, "noise")
         command.answered = time.monotonic()
-        entries.append(_entry(layout.KIND_WRITE, seq, offset, command.data or b""))
+        entries.append(_entry(layout.KIND_WRITE, seq, offset, command.data))
     return witness, entries
 
 
@@ -352,6 +356,28 @@ def test_oracle_accepts_what_is_right() -> None:
     mark = witness.marks[0]
     before = _content(entries[:2])
     assert witness.check_content(0, before, asked=mark.asked, answered=mark.answered) == 2 * 4096
+
+
+def test_payloads_are_made_again_in_any_part_and_are_nobody_elses(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        number, length = rng.randrange(1, 1 << 20), rng.choice([1, 7, 8, 9, 4096, 100_001])
+        noise = rng.random() < 0.5
+        whole = payload(number, noise, 0, length)
+        tag = number.to_bytes(8, "big")
+        assert len(whole) == length
+        assert whole[:8] == tag[:length]
+        if not noise:
+            assert whole == (tag * (length // 8 + 1))[:length]
+        first = rng.randrange(length)
+        end = rng.randrange(first, length) + 1
+        assert payload(number, noise, first, end) == whole[first:end]
+    one, other = (np.frombuffer(payload(n, True, 0, 8 * MIB), np.uint8) for n in (1, 2))
+    for back in (0, 1, 8, 512, 4096, MIB):  # of each other, and of itself elsewhere
+        for written in (one, other):
+            same = np.count_nonzero(one[back:] == written[: len(written) - back])
+            if back or written is other:
+                assert same / (len(one) - back) < 1 / 200
 
 
 def test_oracle_sees_writes_in_the_wrong_order() -> None:
@@ -387,7 +413,7 @@ def test_oracle_sees_lost_torn_and_foreign_writes() -> None:
     assert len(witness.recorded([*entries, entries[0]])) == 4
     with pytest.raises(AssertionError, match="twice"):
         witness.recorded([*entries, entries[0], entries[0]])
-    entries[0].data = bytes(4096)
+    entries[0] = _entry(layout.KIND_WRITE, 1, 0, bytes(4096))
     with pytest.raises(AssertionError, match="no client wrote"):
         witness.recorded(entries)
 

@@ -11,19 +11,23 @@ was sent, or never. From this alone follow (`Witness`):
   come later explains what is there.
 
 What the journal says is replayed by `Replay`, which knows of records only.
+
+Nobody keeps what was written: gigabytes, in a storm. A payload follows from its command's number
+and is made again where it is compared (`payload`), and a record of the journal is known by the
+digest of its data.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from sites import Entry
+from sites import Entry, digest_of
 
 from vrep._core import layout
 
@@ -31,28 +35,69 @@ NEVER = math.inf
 TAG_BYTES = 8
 """a write at least so long is told apart from all others by its bytes"""
 
+PAYLOAD_MAX = 32 << 20
+"""the longest that a client writes at once"""
+PHASES = 1 << 20
+"""noise of two commands is of different places of the pool, unless so many lie between them"""
+_pool: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
 
-@dataclass
+
+def noise_pool() -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Random bytes, the same in every process; no payload repeats any of them."""
+    if not _pool:
+        rng = np.random.default_rng(0x5EED)
+        _pool.append(rng.integers(0, 256, PAYLOAD_MAX + TAG_BYTES * PHASES, np.uint8))
+    return _pool[0]
+
+
+def payload(number: int, noise: bool, first: int, end: int) -> bytes:
+    """Bytes `first` to `end` of what command `number` writes: its number, over and over, and in
+    noise all but the first of it mixed with the pool, from a place of the command's own."""
+    tag = np.frombuffer(number.to_bytes(TAG_BYTES, "big"), np.uint8)
+    whole = -(-end // TAG_BYTES) * TAG_BYTES
+    begin = first - first % TAG_BYTES
+    room = np.tile(tag, (whole - begin) // TAG_BYTES)
+    mixed = max(begin, TAG_BYTES)
+    if noise and whole > mixed:
+        # An odd factor: numbers and phases are one to one.
+        at = number * 0x9E3779B1 % PHASES * TAG_BYTES
+        room[mixed - begin :] ^= noise_pool()[at + mixed : at + whole]
+    return room[first - begin : end - begin].tobytes()
+
+
+@dataclass(slots=True)
 class Command:
-    """One command of a client. `data` is None for a trim: it may zero its range, or not."""
+    """One command of a client."""
 
     number: int
     disk: int
     offset: int
     length: int
-    data: bytes | None
-    zeroes: bool
-    sent: float
+    shape: str
+    """noise, text, zeroes, or trim: it may zero its range, or not"""
+    sent: float = 0.0
     answered: float = NEVER
+    digest: bytes = b""
+    """of the data of a write, else empty"""
 
     @property
     def end(self) -> int:
         return self.offset + self.length
 
+    @property
+    def writes(self) -> bool:
+        return self.shape in ("noise", "text")
+
+    @property
+    def data(self) -> bytes:
+        """What it writes; made anew each time."""
+        assert self.writes
+        return payload(self.number, self.shape == "noise", 0, self.length)
+
     def bytes_at(self, offset: int, end: int) -> bytes:
-        if self.data is None or self.zeroes:
+        if not self.writes:
             return bytes(end - offset)
-        return self.data[offset - self.offset : end - self.offset]
+        return payload(self.number, self.shape == "noise", offset - self.offset, end - self.offset)
 
 
 @dataclass
@@ -77,20 +122,17 @@ class Witness:
     """moments at which a filter died whose successor is given again what was not answered"""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def begin(self, rng: random.Random, disk: int, offset: int, length: int, shape: str) -> Command:
+    def __post_init__(self) -> None:
+        noise_pool()  # before there are threads
+
+    def begin(self, disk: int, offset: int, length: int, shape: str) -> Command:
         """Note a command that is about to be sent: shape is noise, text, zeroes or trim."""
+        assert length <= PAYLOAD_MAX
         with self.lock:
-            number = len(self.commands) + 1
-            tag = number.to_bytes(TAG_BYTES, "big")
-            data: bytes | None = b""
-            if shape == "noise":
-                data = (tag + rng.randbytes(max(0, length - TAG_BYTES)))[:length]
-            elif shape == "text":
-                data = (tag * (length // TAG_BYTES + 1))[:length]
-            elif shape == "trim":
-                data = None
-            command = Command(number, disk, offset, length, data, shape == "zeroes", 0.0)
+            command = Command(len(self.commands) + 1, disk, offset, length, shape)
             self.commands.append(command)
+        if command.writes:
+            command.digest = digest_of(command.data)
         command.sent = time.monotonic()
         return command
 
@@ -108,18 +150,17 @@ class Witness:
         """Writes of the journal and the commands that they are. Every one is somebody's, and
         none is there twice, unless it waited while a filter died that is given it again: then it
         was done and not told, and is done once more with the same bytes."""
+        writes = [c for c in self.commands if c.writes]
         by_bytes = {
-            (c.disk, c.offset, c.data): c
-            for c in self.commands
-            if c.data and c.length >= TAG_BYTES and not c.zeroes
+            (c.disk, c.offset, c.length, c.digest): c for c in writes if c.length >= TAG_BYTES
         }
-        short = {(c.disk, c.offset, c.data) for c in self.commands if c.length < TAG_BYTES}
+        short = {(c.disk, c.offset, c.length, c.digest) for c in writes if c.length < TAG_BYTES}
         found: list[tuple[Entry, Command]] = []
         seen: dict[int, int] = {}
         for entry in entries:
             if entry.kind != layout.KIND_WRITE:
                 continue
-            key = (entry.disk, entry.offset, entry.data)
+            key = (entry.disk, entry.offset, entry.length, entry.digest)
             if entry.length < TAG_BYTES:
                 assert key in short, f"seq {entry.seq}: a write that no client sent"
                 continue
@@ -171,7 +212,7 @@ class Witness:
         """Content of a disk at a moment between `asked` and `answered`: how many bytes were
         found to be right."""
         known = [
-            c for c in self.commands if c.disk == disk and c.answered < asked and c.data is not None
+            c for c in self.commands if c.disk == disk and c.answered < asked and c.shape != "trim"
         ]
         possible = [c for c in self.commands if c.disk == disk and c.sent <= answered]
         offsets = np.array([c.offset for c in possible], np.int64)
@@ -216,6 +257,7 @@ class Replay:
 
     def apply(self, entry: Entry) -> None:
         if entry.kind in (layout.KIND_WRITE, layout.KIND_SYNC):
+            assert entry.data is not None
             self.disks[entry.disk][entry.offset : entry.offset + entry.length] = entry.data
         elif entry.kind in self._zero:
             end = entry.offset + entry.length
