@@ -144,6 +144,7 @@ def test_a_lost_spill_is_a_gap_and_no_lost_write(
     pair = make_pair(ring_bytes=RING).up()
     before = gaps(pair)
     pair.cable.cut(down=True)
+    pair.a.object_put(GROUP, "nvram", b"n" * 500)  # spilled first
     write_past_the_ring(pair, rng, 3 * RING)
     pair.kill("source")
     files = sorted((pair.a.groups.path(GROUP) / "spill").glob("spill-*"))
@@ -162,6 +163,9 @@ def test_a_lost_spill_is_a_gap_and_no_lost_write(
     pair.settle()
     pair.same_as_source()
     assert gaps(pair) == before + 1
+    wait_until("the object is durable", lambda: all(o["durable"] for o in pair.a.objects(GROUP)))
+    pair.settle()
+    assert [(o["name"], o["bytes"]) for o in pair.b.objects(GROUP, "latest")] == [("nvram", 500)]
 
 
 def test_a_full_quota_is_a_gap(make_pair: Make, rng: random.Random) -> None:

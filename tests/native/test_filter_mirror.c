@@ -211,6 +211,25 @@ static void what_a_copy_saw_of_a_write_is_whole_before_a_gap_ends(void)
     end();
 }
 
+/* Rule 3. What is marked while a copy of it is under way was changed behind what that copy read. */
+static void what_is_marked_during_its_copy_is_copied_again(void)
+{
+    synced();
+    struct vrep_since_range range = {4 * RIG_BIT, RIG_BIT};
+    CHECK_OK(vrep_group_mirror_mark(rig.group, 0, &range, 1));
+    uint64_t before = rig_status(&rig).resync_bytes;
+    vrep_group_poll(rig.group); /* it begins; only another turn sees that it has read */
+    usleep(20000);
+    CHECK_EQ(rig_status(&rig).resync_bytes, before);
+    vm_writes(4 * RIG_BIT, 4096, 61); /* not sent */
+    CHECK_OK(vrep_group_mirror_mark(rig.group, 0, &range, 1));
+    copied();
+    drained();
+    CHECK_EQ(rig_status(&rig).resync_bytes - before, 2 * RIG_BIT);
+    rig_compare(&rig);
+    end();
+}
+
 static void a_discard_is_for_a_copy_to_find_out(void)
 {
     synced();
@@ -366,6 +385,7 @@ int main(void)
     RUN(a_lost_connection_is_noticed_before_the_next_record);
     RUN(no_mark_stands_where_a_connection_was_lost);
     RUN(what_a_copy_saw_of_a_write_is_whole_before_a_gap_ends);
+    RUN(what_is_marked_during_its_copy_is_copied_again);
     RUN(a_discard_is_for_a_copy_to_find_out);
     RUN(a_full_ring_is_a_gap_and_no_wait);
     RUN(a_restart_copies_what_its_vm_tells);
