@@ -121,6 +121,9 @@ class GroupDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """of a lane: whose each lane is, by number and site's id; empty: all are of this site"""
     numbered: int = 0
     """of a lane: the first number that no lane of the group ever had, where sites joined it"""
+    joining: tuple[int, ...] = ()
+    """of a lane: those of `lanes` that got their numbers and were never seen served; no cut waits
+    for them"""
     keys_at_target: str = ""
     """`keys_digest` of the wrapped keys that the target was heard to hold last; empty: unknown"""
     resizing: dict[str, tuple[int, int]] = {}
@@ -270,6 +273,7 @@ def without_lanes(gone: Collection[int]) -> Callable[[GroupDefinition], Mapping[
         return {
             "lanes": tuple(lane for lane in one.lanes if lane not in gone),
             "hosts": tuple((lane, site) for lane, site in one.hosts if lane not in gone),
+            "joining": tuple(lane for lane in one.joining if lane not in gone),
         }
 
     return changes

@@ -201,6 +201,40 @@ def test_a_host_that_leaves_is_not_missed(hosts: Hosts, monkeypatch: pytest.Monk
     assert hosts.north.site.checkpoint(GROUP, "alone-again", wait_s=60)["absent"] == []
 
 
+def test_a_host_that_dies_while_it_joins_is_not_missed(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It got a number, and nothing of it is on its disk; nor could it say so."""
+    assert hosts.south.site.unprotect(GROUP) == ""
+
+    def dies(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.groups.GroupDirectory.store", dies)
+        with pytest.raises(KeyboardInterrupt):
+            hosts.protect(hosts.south, beside="north")
+    hosts.south.kill()
+    definition = hosts.north.site.groups.load(f"{GROUP}@0")
+    assert (definition.lanes, definition.joining) == ((0, 2), (2,))
+    with hosts.client(hosts.north) as client:
+        client.write(0, b"1" * 512)
+    assert hosts.north.site.checkpoint(GROUP, "alone", wait_s=60)["absent"] == []
+    view = hosts.vault.site.test_start(GROUP)  # the latest, which is whole
+    assert [disk.name for disk in view.disks] == ["north"]
+    hosts.vault.site.test_stop(GROUP)
+    assert hosts.lane(hosts.north)["cuts"]["joining"] == [2]
+    hosts.south.start()
+    hosts.protect(hosts.south, beside="north")  # again: what it never had is void
+    hosts.settle()
+    wait_until("it has come", lambda: not hosts.north.site.groups.load(f"{GROUP}@0").joining)
+    assert hosts.north.site.groups.load(f"{GROUP}@0").lanes == (0, 3)
+    assert hosts.north.site.checkpoint(GROUP, "both", wait_s=60)["absent"] == []
+    hosts.south.kill()
+    wait_until("it is missed", lambda: "lane-absent" in hosts.lane(hosts.north)["conditions"])
+    hosts.south.start()
+
+
 def _no_room(*_arguments: object) -> None:
     raise errors.StoreFullError("no space left")
 

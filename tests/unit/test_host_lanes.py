@@ -88,6 +88,8 @@ def test_who_leads_says_who_came(lanes: HostLanes) -> None:
         {"whole": [[1, 0]]},
         {"whole": [[1, 0, 1 << 70]]},
         {"leads": "yes"},
+        {"joining": [64]},
+        {"joining": 2},
     ],
 )
 def test_nonsense_changes_nothing(lanes: HostLanes, changes: dict[str, Any]) -> None:
@@ -96,6 +98,13 @@ def test_nonsense_changes_nothing(lanes: HostLanes, changes: dict[str, Any]) -> 
         lanes.answer(LEADER, m.LANES_LOOK, said(lanes, **changes))
     assert lanes._groups.load("web@1") == before
     assert lanes._source.told == []  # type: ignore[attr-defined]
+
+
+def test_who_leads_says_who_has_not_come_yet(lanes: HostLanes) -> None:
+    lanes.answer(LEADER, m.LANES_LOOK, said(lanes, joining=[2]))
+    assert lanes._groups.load("web@1").joining == (2,)
+    lanes.answer(LEADER, m.LANES_LOOK, said(lanes))  # of an older release, or they have come
+    assert lanes._groups.load("web@1").joining == ()
 
 
 def test_a_number_that_was_given_is_not_given_again(lanes: HostLanes) -> None:

@@ -139,6 +139,32 @@ def test_a_host_that_is_gone_is_left_out_in_the_end(groups: GroupDirectory) -> N
     assert "hold 1" not in played.asked
 
 
+def test_a_host_that_never_came_is_not_missed_and_one_that_came_is(groups: GroupDirectory) -> None:
+    played, now = Played(), [0.0]
+    groups.update("web@0", joining=(2,))
+    made = cutter(groups, played, clock=lambda: now[0])
+    absent = made._hosts[SITES[2]]
+    absent.away = True  # type: ignore[attr-defined]
+    assert made.tend()
+    assert (made.view()["absent"], made.view()["joining"]) == ([], [2])
+    assert [lane for _epoch, lane, _seq in made.cut("now", try_s=0.0)["at"]] == [1, 0]
+    absent.away = False  # type: ignore[attr-defined]
+    assert made.tend()
+    assert (groups.load("web@0").joining, made.view()["joining"]) == ((), [])
+    assert made.cut("both", try_s=0.0)["absent"] == []
+    absent.away = True  # type: ignore[attr-defined]
+    with pytest.raises(errors.AgainError, match="lane 2"):
+        made.cut("now", try_s=-1.0)
+
+
+def test_who_does_not_lead_takes_nobody_in(groups: GroupDirectory) -> None:
+    groups.update("web@0", joining=(2,))
+    groups.update("web@0", hosts=((0, SITES[1]), (1, SITES[0]), (2, SITES[2])))
+    made = cutter(groups, Played())
+    assert made.tend()
+    assert groups.load("web@0").joining == (2,)
+
+
 def test_the_site_with_the_lowest_lane_leads(groups: GroupDirectory) -> None:
     now = [0.0]
     first = cutter(groups, Played(), 0, clock=lambda: now[0])

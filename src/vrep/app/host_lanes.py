@@ -57,6 +57,7 @@ class _Said(msgspec.Struct, frozen=True):
     leads: bool
     whole: Annotated[list[tuple[_Number, _Lane, _Number]], msgspec.Meta(max_length=LANES_MAX)]
     newest: _Newest | None
+    joining: Annotated[list[_Lane], msgspec.Meta(max_length=LANES_MAX)] = []
 
 
 def _said(params: Mapping[str, Any], at_least: int) -> _Said:
@@ -122,8 +123,9 @@ class HostLanes:
         if said.leads and before < lane_of(mine[0].name) and mine_stay:
             # Who leads knows who came and who left.
             lanes = tuple(whose)
+            changes = {"hosts": hosts, "lanes": lanes, "numbered": said.numbered}
             for one in mine:
-                self._groups.update(one.name, hosts=hosts, lanes=lanes, numbered=said.numbered)
+                self._groups.update(one.name, joining=tuple(said.joining), **changes)
         answer = self._source.call(
             "cut_look",
             group=group_of(mine[0].name),
@@ -137,8 +139,9 @@ class HostLanes:
     # ---- who belongs to a group ------------------------------------------------------
 
     def admit(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Give a site new lanes of a group: their `lanes`, and what their definitions need.
-        AuthError: it does not hold the group's tenant key."""
+        """Give a site new lanes of a group: their `lanes`, and what their definitions need. Those
+        that it got before and never served are withdrawn: it knows nothing of them, or would not
+        ask again. AuthError: it does not hold the group's tenant key."""
         group, count = str(params["group"]), int(params["count"])
         names = lanes_among(group, self._groups.names())
         if not names:
@@ -172,10 +175,13 @@ class HostLanes:
                 if count < 1 or begin + count > LANES_MAX:
                     raise StateError(f"{group!r} has had {begin} lanes of {LANES_MAX}")
                 lanes.extend(range(begin, begin + count))
+            void = {lane for lane in one.joining if hosts.get(lane) == site_id}
+            hosts = {lane: site for lane, site in hosts.items() if lane not in void}
             hosts |= dict.fromkeys(lanes, site_id)
             return {
                 "hosts": tuple(sorted(hosts.items())),
                 "lanes": tuple(sorted(hosts)),
+                "joining": tuple(sorted({*one.joining, *lanes} - void)),
                 "numbered": lanes[-1] + 1,
             }
 

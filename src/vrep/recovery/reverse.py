@@ -163,6 +163,7 @@ def _shared(paths: SitePaths, ways: Sequence[_Way]) -> dict[str, Any]:
     return {
         "lanes": tuple(lanes),
         "hosts": tuple(sorted(hosts.items())) if set(hosts.values()) != {own} else (),
+        "joining": tuple(sorted({lane for one in before for lane in one.joining} - {*here})),
         "numbered": max(*(lane + 1 for lane in lanes), *stored, *(one.numbered for one in before)),
     }
 

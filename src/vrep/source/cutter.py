@@ -103,6 +103,7 @@ class Cutter:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._missing: dict[int, float] = {}
+        self._joining: list[int] = []
         self._pending: list[_Made] = []
         self._newest: _Made | None = None
         self._newest_whole: _Made | None = None
@@ -165,6 +166,7 @@ class Cutter:
             "made": self._made,
             "void": self._void,
             "absent": list(self._absent),
+            "joining": list(self._joining),
             "newest": max(
                 (cut for cut in (_shown(self._newest), self._told_newest) if cut),
                 key=lambda cut: int(cut["wall_ns"]),
@@ -209,6 +211,7 @@ class Cutter:
             try:
                 self._meet()
                 status = self._look()
+                self._greet(status)
                 self._note(status)
                 if not self._every_s or not self._leads() or not self._is_due(status):
                     return True
@@ -355,14 +358,31 @@ class Cutter:
     def _gone(self, definitions: Mapping[str, GroupDefinition], served: list[str]) -> list[int]:
         """The lanes that cuts do without; AgainError while one is waited for."""
         now = self._clock()
-        known = {lane_of(name) for name in definitions}
-        known |= {lane for one in definitions.values() for lane in one.lanes}
+        known = {lane for one in definitions.values() for lane in one.lanes}
+        known -= {lane for one in definitions.values() for lane in one.joining}
+        known |= {lane_of(name) for name in definitions}
         missing = sorted(known - {lane_of(name) for name in served})
         self._missing = {lane: self._missing.get(lane, now) for lane in missing}
         waited = [lane for lane in missing if now - self._missing[lane] < self._gone_s]
         if waited:
             raise AgainError(f"lane {', '.join(map(str, waited))} of {self.group!r} is not served")
         return missing
+
+    def _greet(self, status: Mapping[str, Any]) -> None:
+        """A lane that is served for the first time has joined: from then on it is missed when it
+        is not served. Who leads says so to the others."""
+        definitions = self._definitions()
+        served = {lane_of(name) for name in status}
+        self._joining = sorted({lane for one in definitions.values() for lane in one.joining})
+        if served.isdisjoint(self._joining) or not self._leads():
+            return
+
+        def joined(one: GroupDefinition) -> dict[str, Any]:
+            return {"joining": tuple(lane for lane in one.joining if lane not in served)}
+
+        for name in definitions:
+            self._groups.revise(name, joined)
+        self._joining = [lane for lane in self._joining if lane not in served]
 
     # ---- the other sites ---------------------------------------------------------------
 
@@ -404,6 +424,7 @@ class Cutter:
             "group_id": self._group_id(),
             "hosts": [[lane, site] for lane, site in first.hosts],
             "numbered": first.numbered,
+            "joining": list(first.joining),
             "leads": self._serving and self._leads(),
             "whole": [list(at) for at in newest.at] if newest else [],
             "newest": _shown(self._newest),
