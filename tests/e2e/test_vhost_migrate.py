@@ -170,3 +170,69 @@ def test_a_vm_moves_while_it_reads_and_writes(
     there.guest.wait_for("^READ ", BOOT_S)
     there.stop()
     judge(pair, manifest, tmp_path, left + there.guest.witness)
+
+
+def move(pair: Pair, make_place: Callable[[str, int], Place]) -> tuple[Place, Place]:
+    """A guest that moved, and runs: where it was, where it is."""
+    pair.up()
+    pair.a.set_fronts(GROUP, {"root": "vhost-user-blk"})
+    here = make_place(pair.a.disk_uri(GROUP), 0)
+    there = make_place(pair.a.disk_uri(GROUP), 1)
+    here.guest.wait_for_lines(20, BOOT_S)
+    here.go_to(there)
+    wait_until("it arrived", here.arrived, 120)
+    wait_until("it runs there", lambda: there.run_state() == "running", 30)
+    there.guest.wait_for_lines(5, BOOT_S)
+    return here, there
+
+
+def test_who_was_left_writes_no_more_when_the_guest_has_ended(
+    make_pair: Make, make_place: Callable[[str, int], Place], tmp_path: Path
+) -> None:
+    """The disk is nobody's then; but what stands in the queues and the memory of the place where
+    the guest was is older than what the guest wrote since."""
+    pair = make_pair(disks={"root": SMALL.size})
+    manifest = build_disk(pair.images["root"], SMALL)
+    here, there = move(pair, make_place)
+    left = list(here.guest.witness)
+    there.stop()
+    there.close()
+    wait_until("the old one is alone", lambda: len(clients(pair)) == 1, 30)
+    content = pair.images["root"].read_bytes()
+    here.monitor.execute("cont")
+    log = pair.root / "filter.log"
+
+    def told() -> bool:
+        refused = "the object is in use" in log.read_text(errors="replace")
+        return refused or pair.images["root"].read_bytes() != content
+
+    wait_until("it asks for the disk", told, 60)
+    assert here.run_state() == "running"
+    judge(pair, manifest, tmp_path, left + there.guest.witness)
+    assert pair.images["root"].read_bytes() == content
+    assert len(here.guest.witness) <= len(left) + 1
+
+
+def test_a_new_filter_serves_the_guest_where_it_is(
+    make_pair: Make, make_place: Callable[[str, int], Place], tmp_path: Path
+) -> None:
+    """Where the guest was, a QEMU is connected still, and comes back to a new filter too: paused,
+    or told to go on."""
+    pair = make_pair(disks={"root": SMALL.size})
+    manifest = build_disk(pair.images["root"], SMALL)
+    here, there = move(pair, make_place)
+    left = list(here.guest.witness)
+    for turn in range(3):
+        pair.kill("filter")
+        pair.start("filter")
+        there.guest.wait_for_lines(len(there.guest.witness) + 10, BOOT_S)
+        if turn == 1:
+            here.monitor.execute("cont")
+    there.stop()
+    content = pair.images["root"].read_bytes()
+    pair.kill("filter")
+    pair.start("filter")
+    wait_until("the old one is back", lambda: len(clients(pair)) == 1, 30)
+    judge(pair, manifest, tmp_path, left + there.guest.witness)
+    assert pair.images["root"].read_bytes() == content
+    assert len(here.guest.witness) <= len(left) + 1

@@ -210,6 +210,200 @@ static void a_guest_that_is_paused_keeps_its_disk(void)
     end();
 }
 
+/* ---- what was left behind -------------------------------------------------------------- */
+
+#define LOGGED (MONITOR_FEATURES | UINT64_C(1) << VREP_VHOST_F_LOG_ALL)
+
+static int new_region(void)
+{
+    int fd = memfd_create("region", MFD_CLOEXEC);
+    CHECK(fd >= 0);
+    CHECK_EQ(ftruncate(fd, (off_t)VREP_VHOST_INFLIGHT_BYTES(64)), 0);
+    return fd;
+}
+
+static void give_region(struct monitor *one, int fd)
+{
+    struct vrep_vhost_inflight inflight = {
+        .bytes = VREP_VHOST_INFLIGHT_BYTES(64), .queues = 1, .queue_size = 64};
+    CHECK_EQ(monitor_do(one, VREP_VHOST_SET_INFLIGHT_FD, &inflight, sizeof inflight, fd), 0);
+}
+
+/* Whether the region says what became of its guest. */
+static bool region_says(int fd, uint64_t what)
+{
+    struct vrep_vhost_inflight_queue first;
+    CHECK_EQ(pread(fd, &first, sizeof first, 0), (ssize_t)sizeof first);
+    return (first.features & what) != 0;
+}
+
+static uint8_t disk_byte(off_t at)
+{
+    uint8_t byte;
+    CHECK_EQ(pread(group->fd[0], &byte, 1, at), 1);
+    return byte;
+}
+
+/* A write that the guest offered when nobody took it: it moves to the new place with the guest, and
+ * stays in the memory of the old one. */
+static void leave_a_write(struct monitor *one, uint8_t byte)
+{
+    memset(guest_request(one, 0, 1, VREP_VIRTIO_OUT, 0, 512), byte, 512);
+    guest_offer(one, 0, 3);
+}
+
+static void write_byte(struct monitor *one, uint8_t byte)
+{
+    memset(guest_request(one, 0, 0, VREP_VIRTIO_OUT, 0, 512), byte, 512);
+    CHECK_EQ(guest_run(one, 0, 0), VREP_VIRTIO_OK);
+    CHECK_EQ(disk_byte(0), byte);
+}
+
+/* It ran, its guest moved away, and a write of 0xaa was left. */
+static struct guest_log move_away(int region)
+{
+    connect_and_start(LOGGED, region);
+    write_byte(&m, 0x11);
+    struct guest_log log = log_memory(&m);
+    CHECK(!region_says(region, VREP_VHOST_INFLIGHT_MOVED));
+    CHECK_EQ(stop_queue(&m), 1);
+    CHECK(region_says(region, VREP_VHOST_INFLIGHT_MOVED));
+    leave_a_write(&m, 0xaa);
+    return log;
+}
+
+/* As a monitor that finds another server: it starts its queues, whether its guest runs or not. */
+static uint64_t come_back(int region)
+{
+    if (m.socket >= 0)
+        monitor_hang_up(&m);
+    monitor_connect(&m, path);
+    monitor_greet(&m, LOGGED);
+    give_region(&m, region);
+    monitor_give_memory(&m);
+    return try_to_start(&m, guest_used_index(&m, 0));
+}
+
+static void who_was_left_is_served_no_more(void)
+{
+    struct monitor other, third;
+    begin();
+    int region = new_region();
+    struct guest_log log = move_away(region);
+    other_connects(&other);
+    monitor_start(&other, 0, 64, 0);
+    CHECK(!region_says(region, VREP_VHOST_INFLIGHT_LEFT));
+    write_byte(&other, 0x22);
+    CHECK(region_says(region, VREP_VHOST_INFLIGHT_LEFT));
+    /* However often it tries, whoever serves, and whether the other one is still there. */
+    CHECK_EQ(try_to_start(&m, 1), 1);
+    CHECK_EQ(come_back(region), 1);
+    monitor_hang_up(&other);
+    for (int i = 0; stats().monitor[0].holds || stats().monitor[1].holds; i++) {
+        CHECK(i < WAIT_MS);
+        usleep(1000);
+    }
+    CHECK_EQ(come_back(region), 1);
+    monitor_hang_up(&m);
+    serve_no_more();
+    serve();
+    CHECK_EQ(come_back(region), 1);
+    CHECK_EQ(disk_byte(0), 0x22);
+    CHECK_EQ(guest_used_index(&m, 0), 1);
+    /* Nor with a new region: its guest was reset. */
+    int fresh = new_region();
+    give_region(&m, fresh);
+    CHECK(region_says(fresh, VREP_VHOST_INFLIGHT_LEFT));
+    CHECK_EQ(come_back(fresh), 1);
+    /* Another one's guest may have the disk. */
+    other_connects(&third);
+    monitor_start(&third, 0, 64, 0);
+    write_byte(&third, 0x33);
+    monitor_destroy(&third);
+    monitor_destroy(&other);
+    close(fresh);
+    close(region);
+    log_end(&log);
+    end();
+}
+
+/* The other one was there and its guest never ran. */
+static void a_guest_that_did_not_arrive_goes_on(void)
+{
+    struct monitor other;
+    begin();
+    int region = new_region();
+    struct guest_log log = move_away(region);
+    other_connects(&other);
+    monitor_start(&other, 0, 64, 0);
+    start_is_refused(&m, 1);
+    monitor_destroy(&other);
+    for (int i = 0; come_back(region) != 0; i++) {
+        CHECK(i < WAIT_MS);
+        usleep(1000);
+    }
+    CHECK_EQ(stop_queue(&m), 1);
+    monitor_start(&m, 0, 64, 1);
+    CHECK_EQ(guest_take(&m, 0, NULL), 3); /* what it had left */
+    CHECK_EQ(disk_byte(0), 0xaa);
+    write_byte(&m, 0x44);
+    CHECK(!region_says(region, VREP_VHOST_INFLIGHT_MOVED | VREP_VHOST_INFLIGHT_LEFT));
+    close(region);
+    log_end(&log);
+    end();
+}
+
+/* The server ends between the two, and the old monitor is the first at the next one. */
+static void one_that_came_back_without_its_guest_yields(void)
+{
+    struct monitor other;
+    begin();
+    int region = new_region();
+    struct guest_log log = move_away(region);
+    monitor_hang_up(&m);
+    serve_no_more();
+    serve();
+    m.queue[0].seen = 1;
+    connect_and_start(LOGGED, region);
+    CHECK_EQ(guest_take(&m, 0, NULL), 3);
+    CHECK(region_says(region, VREP_VHOST_INFLIGHT_MOVED));
+    other_connects(&other);
+    monitor_start(&other, 0, 64, 0);
+    monitor_expect_end(&m);
+    write_byte(&other, 0x55);
+    CHECK_EQ(come_back(region), 1);
+    CHECK(region_says(region, VREP_VHOST_INFLIGHT_LEFT));
+    CHECK_EQ(disk_byte(0), 0x55);
+    monitor_destroy(&other);
+    close(region);
+    log_end(&log);
+    end();
+}
+
+/* The same, but the move had failed, and its guest goes on. */
+static void one_that_came_back_with_its_guest_keeps_the_disk(void)
+{
+    struct monitor other;
+    begin();
+    int region = new_region();
+    struct guest_log log = move_away(region);
+    monitor_hang_up(&m);
+    serve_no_more();
+    serve();
+    m.queue[0].seen = 1;
+    connect_and_start(LOGGED, region);
+    CHECK_EQ(guest_take(&m, 0, NULL), 3);
+    write_byte(&m, 0x66);
+    CHECK(!region_says(region, VREP_VHOST_INFLIGHT_MOVED));
+    other_connects(&other);
+    other_is_refused(&other);
+    write_byte(&m, 0x77);
+    monitor_destroy(&other);
+    close(region);
+    log_end(&log);
+    end();
+}
+
 int main(void)
 {
     RUN(what_is_written_to_guest_memory_is_logged);
@@ -217,5 +411,9 @@ int main(void)
     RUN(one_monitor_at_a_time);
     RUN(a_guest_that_moved_is_served_where_it_is);
     RUN(a_guest_that_is_paused_keeps_its_disk);
+    RUN(who_was_left_is_served_no_more);
+    RUN(a_guest_that_did_not_arrive_goes_on);
+    RUN(one_that_came_back_without_its_guest_yields);
+    RUN(one_that_came_back_with_its_guest_keeps_the_disk);
     return check_report();
 }

@@ -82,7 +82,7 @@ struct vhost_queue {
     uint16_t seen;                          /* next index of the available ring */
     uint16_t published;                     /* index of the used ring as the guest sees it */
     uint16_t given;                         /* entries put into the used ring since */
-    uint16_t signalled;                     /* index at which the guest was told last */
+    uint16_t waited;                        /* index of the available ring when it started */
     uint32_t inflight;                      /* chains taken and not given back */
     struct vrep_vhost_inflight_queue *kept; /* NULL: without a region */
     uint64_t counter;
@@ -154,8 +154,10 @@ struct vhost_connection {
     uint16_t inflight_size; /* of the queues that it was made for */
     struct vhost_queue queue[VREP_VHOST_QUEUES_MAX];
     struct vhost_request *requests; /* in flight */
-    bool moved;                     /* its guest goes on elsewhere: queues stopped under the log */
-    int draining;                   /* queue that GET_VRING_BASE waits for; -1: none */
+    bool moved; /* all its queues stopped under the log, and its guest was not seen to run since */
+    bool left;  /* and its guest was seen to run elsewhere: it never goes on here */
+    bool runs;  /* its guest was seen to run */
+    int draining; /* queue that GET_VRING_BASE waits for; -1: none */
 };
 
 struct vrep_vhost_server {
@@ -169,6 +171,7 @@ struct vrep_vhost_server {
     struct vrep_accept accept;
     struct vhost_connection connection[VREP_VHOST_MONITORS_MAX];
     struct vhost_connection *holder; /* that started queues last, and is still there; or NULL */
+    bool taken_over;                 /* a guest was seen to run since the last one moved away */
     struct vhost_request *requests, *free;
     uint32_t inflight; /* commands submitted and not done */
     uint32_t orphans;  /* of those, whose connection ended */
@@ -190,6 +193,9 @@ void vhost_hold(struct vrep_vhost_server *server, struct vhost_connection *c);
 
 /* A whole message. False: the connection ended. */
 bool vhost_take_message(struct vhost_connection *c);
+/* The guest offered a chain that did not wait yet when its queue started: there are processors that
+ * run it. Where others were left, they are barred now, before the chain is done. */
+void vhost_guest_runs(struct vhost_connection *c);
 /* Ends the wait of GET_VRING_BASE. 1, or below 0: nobody reads the answer. */
 int vhost_answer_base(struct vhost_connection *c, struct vhost_queue *queue);
 bool vhost_send(int socket, const struct vrep_vhost_header *header, const void *body, int fd);

@@ -44,13 +44,66 @@ static struct vrep_vhost_inflight_queue *kept_of(const struct vhost_connection *
     return (struct vrep_vhost_inflight_queue *)(void *)(c->inflight_at + queue->number * bytes);
 }
 
+/* ---- whose the disk is --------------------------------------------------------------- */
+
+/* What became of the guest is written into the region too: the monitor keeps it, and whoever serves
+ * next knows. */
+static void note(struct vhost_connection *c)
+{
+    if (c->inflight_at == NULL || c->inflight_bytes < sizeof(struct vrep_vhost_inflight_queue))
+        return;
+    struct vrep_vhost_inflight_queue *first =
+        (struct vrep_vhost_inflight_queue *)(void *)c->inflight_at;
+    uint64_t others = first->features & ~(VREP_VHOST_INFLIGHT_MOVED | VREP_VHOST_INFLIGHT_LEFT);
+    first->features = others | (c->moved ? VREP_VHOST_INFLIGHT_MOVED : 0) |
+                      (c->left ? VREP_VHOST_INFLIGHT_LEFT : 0);
+}
+
+/* The same from a region that was kept. */
+static void recall(struct vhost_connection *c)
+{
+    if (c->inflight_bytes < sizeof(struct vrep_vhost_inflight_queue))
+        return;
+    const struct vrep_vhost_inflight_queue *first =
+        (const struct vrep_vhost_inflight_queue *)(void *)c->inflight_at;
+    c->moved = c->moved || (first->features & VREP_VHOST_INFLIGHT_MOVED) != 0;
+    c->left = c->left || (first->features & VREP_VHOST_INFLIGHT_LEFT) != 0;
+}
+
+/* A monitor whose guest moved still has chains in its memory that the guest's new place does too:
+ * done again later, they would put old bytes over new ones. */
+static void bar(struct vhost_connection *c)
+{
+    if (!c->moved || c->left || !c->server->taken_over)
+        return;
+    c->left = true;
+    note(c);
+    VREP_WARN("vhost", "%s: the guest of %s goes on elsewhere: it is served no more",
+              c->server->accept.listener.path,
+              c->server->stats.monitor[c - c->server->connection].address);
+}
+
+void vhost_guest_runs(struct vhost_connection *c)
+{
+    struct vrep_vhost_server *server = c->server;
+    c->runs = true;
+    c->moved = false;
+    note(c);
+    server->taken_over = true;
+    for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
+        if (server->connection[i].open)
+            bar(&server->connection[i]);
+}
+
 /* Another monitor's guest may use the disk: two that write at once would be two orders. One that
  * stopped without the log may go on at any moment (it is paused); one that moved may not, unless
- * nobody took the disk over. */
-static bool may_use(const struct vhost_connection *c)
+ * nobody took the disk over. A monitor whose guest moved, and that finds another server, starts its
+ * queues, though nothing runs its guest: until that is seen to run, the disk is the other's. */
+static bool may_use(struct vhost_connection *c)
 {
     const struct vhost_connection *holder = c->server->holder;
-    return holder == NULL || holder == c || (holder->moved && !vhost_uses(holder));
+    bar(c);
+    return !c->left && (holder == NULL || holder == c || holder->moved);
 }
 
 /* A monitor that came back may know another size: a disk is resized between two connections.  It
@@ -80,10 +133,16 @@ static int start_queue(struct vhost_connection *c, struct vhost_queue *queue)
     int status = vhost_queue_start(queue, c->memory);
     if (status != VREP_OK)
         return status;
-    c->moved = false;
+    struct vhost_connection *before = c->server->holder;
+    if (before != NULL && before != c && vhost_uses(before))
+        vhost_end(before, "its guest arrived elsewhere");
     vhost_hold(c->server, c);
-    if (first)
+    if (first) {
+        c->runs = false;
+        c->moved = c->moved && before == NULL; /* it came back, and may have been left */
+        note(c);
         tell_config(c);
+    }
     return VREP_OK;
 }
 
@@ -285,7 +344,11 @@ int vhost_answer_base(struct vhost_connection *c, struct vhost_queue *queue)
     vhost_forget_kick(queue);
     vhost_close_fd(&queue->call_fd);
     vhost_queue_stop(queue);
-    c->moved = c->log.at != NULL && !vhost_uses(c);
+    if (c->log.at != NULL && !vhost_uses(c) && c->server->holder == c) {
+        c->moved = true;
+        c->server->taken_over = false;
+        note(c);
+    }
     c->draining = -1;
     return reply(c, &state, sizeof state, -1) == VREP_OK ? ANSWERED : VREP_E_CLOSED;
 }
@@ -334,6 +397,8 @@ static int map_inflight(struct vhost_connection *c, int fd)
     c->inflight_at = at;
     c->inflight_bytes = is->bytes;
     c->inflight_size = is->queue_size;
+    recall(c);
+    note(c); /* a new region of one that was left before its guest was reset */
     return VREP_OK;
 }
 

@@ -164,6 +164,10 @@ struct vrep_vhost_inflight_entry {
     uint16_t next;
     uint64_t counter;
 };
+/* Of the region, in the first queue's part. vhost-user.rst leaves the feature flags to who made the
+ * region; these say what became of the guest whose it is. */
+#define VREP_VHOST_INFLIGHT_MOVED (UINT64_C(1) << 62) /* all its queues stopped under the log */
+#define VREP_VHOST_INFLIGHT_LEFT (UINT64_C(1) << 63)  /* and it goes on elsewhere */
 struct vrep_vhost_inflight_queue {
     uint64_t features;
     uint16_t version, size, last_batch_head, used_index;

@@ -103,6 +103,7 @@ int vhost_queue_start(struct vhost_queue *queue, struct vhost_memory *memory)
         return VREP_E_NOMEM;
     }
     queue->published = load_index(queue->used + RING_INDEX);
+    queue->waited = load_index(queue->available + RING_INDEX);
     queue->given = 0;
     queue->counter = 0;
     queue->resubmit_next = queue->resubmit_count = 0;
@@ -234,6 +235,8 @@ static int next_head(struct vhost_queue *queue, uint16_t *head)
     if (offered > queue->size)
         return broken(queue, "it offers more than it has");
     *head = vrep_le_load_u16(queue->available + RING_ENTRIES + 2 * (queue->seen % queue->size));
+    if (!queue->connection->runs && (int16_t)(queue->seen - queue->waited) >= 0)
+        vhost_guest_runs(queue->connection);
     queue->seen++;
     return VREP_OK;
 }
