@@ -13,6 +13,7 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.lanes import group_of, lane_name
+from vrep.source.hosts import may_lack
 
 if TYPE_CHECKING:
     from vrep.site.base import SiteBase
@@ -54,8 +55,6 @@ class Mark(NamedTuple):
 
     label: str
     mark: dict[str, Any]
-    gaps: int
-    """that had begun before"""
 
 
 def mark(
@@ -70,10 +69,7 @@ def mark(
     where `wait_s`, for which it is to be waited for afterwards, would be in vain."""
     if _own(groups, group).paused and wait_s > 0:
         raise errors.StateError(f"{group!r} is paused: nothing becomes durable until it is resumed")
-    # A gap that begins behind the mark may take it along, and then a later durable position
-    # proves nothing about it.
-    gaps = control.call("status", timeout=limit_s, group=group)["gaps"]
-    return Mark(label, control.call("mark", timeout=limit_s, group=group, label=label), gaps)
+    return Mark(label, control.call("mark", timeout=limit_s, group=group, label=label))
 
 
 def durable(
@@ -85,10 +81,13 @@ def durable(
     deadline = time.monotonic() + wait_s
     while True:
         status = control.call("status", group=group)
-        durable = status["durable"] >= made.mark["seq"] and status["gaps"] == made.gaps
+        # A gap that begins behind the mark may take it along, and then a later durable position
+        # proves nothing about it: nor that of a filter which began anew.
+        taken = status["gap_last"] > made.mark["seq"]
+        durable = status["durable"] >= made.mark["seq"] and not taken
         if durable or wait_s <= 0:
             return {**made.mark, "durable": durable}
-        if status["gaps"] != made.gaps:
+        if taken:
             raise errors.GapError(
                 f"a gap began before {name} was known to be durable: 'vrep points' at the target "
                 "shows whether it is there"
@@ -132,10 +131,11 @@ def cut_durable(
         durable = len(known) == len(wanted) and all(
             one["durable"] >= wanted[name] for name, one in known.items()
         )
-        if any(one["gaps"] != made["gaps"][name] for name, one in known.items()):
+        marks = {lane_name(group, lane): (epoch, seq) for epoch, lane, seq in made["at"] if seq}
+        if any(may_lack(one, *marks[name]) for name, one in known.items()):
             raise errors.GapError(
-                f"a gap began before checkpoint {label!r} was known to be durable: 'vrep points' "
-                "at the target shows whether it is there"
+                f"a gap, or another epoch, began before checkpoint {label!r} was known to be "
+                "durable: 'vrep points' at the target shows whether it is there"
             )
         if durable or wait_s <= 0:
             return {**made, "durable": durable}

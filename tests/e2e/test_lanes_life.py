@@ -313,3 +313,25 @@ def test_what_was_not_taken_of_all_lanes(lanes: Lanes, tmp_path: Path) -> None:
     assert found[MIB : MIB + 4096] == stale[MIB : MIB + 4096]
     west.site.failback(GROUP, pause=True)
     lanes.check(west)
+
+
+def test_a_cut_that_was_made_before_a_rollback_is_made_again(lanes: Lanes) -> None:
+    """It was not durable when the failover began: its marks are shipped in the epoch that the
+    rollback gives back, where it does not look for them."""
+    lanes.east.kill()
+    lanes.write(lanes.west)
+    label = lanes.west.site.checkpoint(GROUP, "before")
+    assert not label["durable"]
+    lanes.east.site.failover_start(GROUP, force=True)
+    lanes.east.site.failover_rollback(GROUP)
+    lanes.east.start()
+    lanes.settle(lanes.west)
+
+    def newest() -> bool:
+        cut = lanes.east.site.points(GROUP).newest
+        return cut is not None and cut.point.startswith("pos:3/")
+
+    wait_until("all that was written is in a cut", newest, 20.0, 0.1)
+    lanes.check_point(lanes.east, "latest", lanes.content())
+    for one in lanes.groups(lanes.west).values():
+        assert one["targets"][0]["newest_point"]["point"].startswith("pos:3/")

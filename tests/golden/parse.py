@@ -81,7 +81,7 @@ MAP_DISK = "bytes:Q bits:Q words:Q bitmaps_at:Q"
 MAP_HEADER = (
     "magic:Q version:I header_bytes:I file_bytes:Q group_id:16s target_id:16s boot_id:16s"
     " bit_bytes:I disks:I reserved0:44s checksum:I gap:I gap_open:I gap_seq:Q open_generation:I"
-    " unverified:I merge:I reserved1:I reserved4:32s generation:4[map_generation]"
+    " unverified:I merge:I reserved1:I gap_last:Q reserved4:24s generation:4[map_generation]"
     " reserved2:192s disk:64[map_disk] reserved3:1536s"
 )
 CHECKPOINT_HEADER = (

@@ -210,6 +210,37 @@ static void target_that_lost_history_needs_a_new_beginning(void)
     rig_free(&rig);
 }
 
+/* Of a mark that was not known to be durable: a later durable position proves nothing about it once
+ * a gap begins behind it, also one that has ended since, in a filter that ended since. */
+static void a_gap_behind_a_mark_is_never_forgotten(void)
+{
+    uint64_t mark;
+    synced();
+    CHECK_OK(vrep_group_mark(rig.group, "", 0, &mark));
+    rig_kill(&rig);
+    rig_open(&rig);
+    CHECK(rig_status(&rig).gap_last > 0);
+    CHECK(rig_status(&rig).gap_last < mark);
+    CHECK_OK(vrep_group_lose_ring(rig.group));
+    CHECK(rig_status(&rig).gap_last > mark);
+    rig_sync(&rig);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    rig_kill(&rig);
+    rig_open(&rig);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    CHECK(rig_status(&rig).durable > mark);
+    CHECK(rig_status(&rig).gap_last > mark);
+    CHECK_OK(vrep_group_mark(rig.group, "", 0, &mark));
+    CHECK(rig_status(&rig).gap_last < mark);
+    rig_power_loss(&rig);
+    rig_open(&rig);
+    CHECK(rig_status(&rig).durable > mark); /* as a ring that began above it has it */
+    CHECK(rig_status(&rig).gap_last > mark);
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 /* The locks belong to open file descriptions, so a second opener in this process is refused as one
  * in another would be. */
 static void only_one_opens_a_group(void)
@@ -510,6 +541,7 @@ int main(void)
     RUN(writes_past_the_filter_make_it_unverified);
     RUN(lost_state_makes_it_unverified);
     RUN(target_that_lost_history_needs_a_new_beginning);
+    RUN(a_gap_behind_a_mark_is_never_forgotten);
     RUN(only_one_opens_a_group);
     RUN(ring_of_another_size_goes_on);
     RUN(acknowledged_survives);

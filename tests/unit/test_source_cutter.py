@@ -28,6 +28,8 @@ class Played:
         self.asked: list[str] = []
         self.fails: dict[str, errors.VrepError] = {}
         self.heads = {0: 7, 1: 8, 2: 9}
+        self.durable: dict[int, int] = {}
+        self.gap_last = dict.fromkeys(self.heads, 1)
         self.gap = False
         self.completed = 101
 
@@ -47,7 +49,10 @@ class Played:
     def like(self, lane: int) -> dict[str, Any]:
         head = self.heads[lane]
         gap = self.gap and lane == 1
-        return {"head": head, "durable": head, "gap": gap, "gaps": 1, "idle": False}
+        return {
+            "head": head, "durable": self.durable.get(lane, head), "gap": gap,
+            "gap_last": self.gap_last[lane], "epoch": 1, "idle": False,
+        }  # fmt: skip
 
     def host_of(self, site: str, tell: Callable[[], Mapping[str, Any]]) -> Any:
         return PlayedHost(self, SITES.index(site), tell)
@@ -261,3 +266,47 @@ def test_each_target_learns_of_a_cut_and_none_is_made_of_its_records(
     played.heads[2] += 1
     assert made.tend()
     assert "also" not in played.params
+
+
+def test_a_cut_is_durable_when_all_of_its_marks_are(groups: GroupDirectory) -> None:
+    played = Played()
+    made = cutter(groups, played)
+    assert made.tend()
+    played.heads = {0: 101, 1: 101, 2: 102}
+    played.durable = {0: 101, 1: 100, 2: 102}
+    assert made.tend()
+    assert made.durable_at(0) == (0, 0)
+    played.durable = {}
+    assert made.tend()
+    assert made.durable_at(0) == (1, 100)
+
+
+def test_a_cut_of_which_a_gap_may_have_taken_a_mark_is_not_durable(groups: GroupDirectory) -> None:
+    """A host that lost its power comes back with another ring, durable far above the mark that was
+    lost with the old one. Taken for durable, that cut would let a window take the one before."""
+    played = Played()
+    made = cutter(groups, played)
+    assert made.tend()
+    played.heads = {0: 101, 1: 5001, 2: 102}
+    played.durable, played.gap_last[1], played.gap = {1: 5000}, 5001, True
+    played.asked.clear()
+    assert made.tend()
+    assert made.durable_at(0) == (0, 0)
+    assert made.view()["newest"] is None
+    played.gap, played.durable = False, {}
+    assert made.tend()
+    assert "cut_mark" in played.asked
+
+
+def test_a_cut_that_is_shipped_in_another_epoch_is_made_again(groups: GroupDirectory) -> None:
+    """A failover was rolled back before it was durable: the target holds its marks in another
+    epoch than it says, and so it is no point. The guest may write no more."""
+    played = Played()
+    made = cutter(groups, played)
+    assert made.tend()
+    groups.update("web@0", epoch=3)
+    played.heads = {0: 101, 1: 101, 2: 102}
+    played.asked.clear()
+    assert made.tend()
+    assert made.durable_at(0) == (0, 0)
+    assert "cut_mark" in played.asked

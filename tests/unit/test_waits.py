@@ -40,7 +40,7 @@ class Rig:
             )
         )
         self.marks: list[str] = []
-        self.answers: list[dict[str, Any]] = [{"durable": 0, "gaps": 1}]
+        self.answers: list[dict[str, Any]] = [{"durable": 0, "gap_last": 1}]
         self.before: Callable[[], None] = lambda: None
         run = self.site.paths.make_run()
         methods = {"status": self._status, "mark": self._mark}
@@ -77,14 +77,14 @@ def test_a_checkpoint_says_whether_it_is_durable(
         "group": "web", "label": "nightly", "seq": SEQ, "wall_ns": 1, "durable": False,
         "quiesced": False,
     }  # fmt: skip
-    rig.answers = [{"durable": SEQ, "gaps": 1}]
+    rig.answers = [{"durable": SEQ, "gap_last": 1}]
     assert cli.run(line) == 0
     assert "durable" not in capsys.readouterr().out
 
 
 def test_it_is_waited_for(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
     durable = [0, 0, SEQ - 1, SEQ]
-    rig.answers = [{"durable": seq, "gaps": 1} for seq in durable]
+    rig.answers = [{"durable": seq, "gap_last": 1} for seq in durable]
     line = ["checkpoint", "web", "nightly", "--wait", "--json", "--dir", str(rig.site.paths.root)]
     assert cli.run(line) == 0
     assert json.loads(capsys.readouterr().out)["durable"] is True
@@ -98,7 +98,7 @@ def test_the_wait_ends(rig: Rig) -> None:
 
 def test_a_gap_behind_the_mark_may_have_taken_it(rig: Rig) -> None:
     """What is durable past a lost ring says nothing about what was in it."""
-    lost = [{"durable": 0, "gaps": 1}, {"durable": 99, "gaps": 2}]
+    lost = [{"durable": 99, "gap_last": 8}]
     rig.answers = list(lost)
     assert not rig.site.checkpoint("web", "nightly")["durable"]
     rig.answers = list(lost)

@@ -208,6 +208,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
         vrep_map_unshipped_bits(group->map) == 0 ? 0 : vrep_map_unshipped_bytes(group->map);
     out->gap = vrep_map_gap(group->map);
     out->gap_seq = out->gap ? header->gap_seq : 0;
+    out->gap_last = header->gap_last;
     out->unverified = header->unverified;
     out->replayed = group->replayed;
     out->consumers = group->consumers_count;

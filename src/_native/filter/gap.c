@@ -52,6 +52,7 @@ static void begin(struct vrep_group *group, uint16_t flags)
      * gap_open. */
     struct vrep_map_header *header = header_of(group);
     header->gap_seq = put(group, group->gap_slot, VREP_KIND_GAP_BEGIN, flags);
+    header->gap_last = header->gap_seq;
     group->gap_slot = NULL;
     vrep_store_release_u32(&header->gap_open, 1);
     VREP_INFO("filter", "gap begins at %llu", (unsigned long long)header->gap_seq);

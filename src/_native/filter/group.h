@@ -225,7 +225,10 @@ struct vrep_group_status {
     uint64_t head, released, durable, received, read;
     uint64_t ring_free_bytes, ring_bytes;
     uint64_t unshipped_bytes, total_bytes;
-    uint64_t gap_seq;    /* 0: none open */
+    uint64_t gap_seq; /* 0: none open */
+    /* The newest gap-begin: it may have taken along what stands before it and is not known to be
+     * durable, whatever `durable` says later.  0: none since the ring began. */
+    uint64_t gap_last;
     uint32_t gap;        /* 1: in a gap */
     uint32_t unverified; /* reason code */
     uint32_t opened_as;  /* how the last open found it: VREP_OPENED_* */

@@ -497,7 +497,7 @@ void vrep_recover_settle_gap(struct vrep_group *group)
     if (last == NULL || header->gap == 0)
         return;
     if (header->gap_open == 0 && last->kind == VREP_KIND_GAP_BEGIN) {
-        header->gap_seq = last->seq;
+        header->gap_seq = header->gap_last = last->seq;
         vrep_store_release_u32(&header->gap_open, 1);
     } else if (header->gap_open != 0 && last->kind == VREP_KIND_GAP_END) {
         header->unverified = 0;

@@ -99,9 +99,9 @@ FIELDS(vrep_map_header, FIELD(vrep_map_header, magic), FIELD(vrep_map_header, ve
        FIELD(vrep_map_header, gap_open), FIELD(vrep_map_header, gap_seq),
        FIELD(vrep_map_header, open_generation), FIELD(vrep_map_header, unverified),
        FIELD(vrep_map_header, merge), FIELD(vrep_map_header, reserved1),
-       FIELD(vrep_map_header, reserved4), FIELD(vrep_map_header, generation),
-       FIELD(vrep_map_header, reserved2), FIELD(vrep_map_header, disk),
-       FIELD(vrep_map_header, reserved3));
+       FIELD(vrep_map_header, gap_last), FIELD(vrep_map_header, reserved4),
+       FIELD(vrep_map_header, generation), FIELD(vrep_map_header, reserved2),
+       FIELD(vrep_map_header, disk), FIELD(vrep_map_header, reserved3));
 FIELDS(vrep_checkpoint_header, FIELD(vrep_checkpoint_header, magic),
        FIELD(vrep_checkpoint_header, version), FIELD(vrep_checkpoint_header, disks),
        FIELD(vrep_checkpoint_header, counter), FIELD(vrep_checkpoint_header, group_id),

@@ -377,7 +377,8 @@ struct vrep_map_header {
      * owner may have died before it told them) */
     uint32_t merge;
     uint32_t reserved1;
-    uint64_t reserved4[4];
+    uint64_t gap_last; /* of the newest gap-begin since the map was made; 0: none */
+    uint64_t reserved4[3];
     struct vrep_map_generation generation[VREP_GENERATIONS]; /* at 192 */
     uint8_t reserved2[192];
     struct vrep_map_disk disk[VREP_DISKS_MAX]; /* at 512 */

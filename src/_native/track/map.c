@@ -246,6 +246,7 @@ static void copy_state(struct vrep_map_header *to, const struct vrep_map_header 
     to->gap = from->gap;
     to->gap_open = from->gap_open;
     to->gap_seq = from->gap_seq;
+    to->gap_last = from->gap_last;
     to->open_generation = from->open_generation;
     to->unverified = from->unverified;
     to->merge = from->merge;

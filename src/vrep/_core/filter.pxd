@@ -105,6 +105,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t unshipped_bytes
         uint64_t total_bytes
         uint64_t gap_seq
+        uint64_t gap_last
         uint32_t gap
         uint32_t unverified
         uint32_t opened_as

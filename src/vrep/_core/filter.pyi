@@ -49,6 +49,7 @@ class GroupStatus(TypedDict):
     unshipped_bytes: int
     total_bytes: int
     gap_seq: int
+    gap_last: int
     gap: bool
     unverified: str
     opened_as: str

@@ -36,7 +36,7 @@ from vrep.errors import (
 )
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.lanes import lane_name, lane_of, lanes_among
-from vrep.source.hosts import Host
+from vrep.source.hosts import Host, may_lack
 
 __all__ = ["Cutter"]
 
@@ -65,8 +65,6 @@ class _Made:
     completed: tuple[str, int]
     """lane and seq of its record"""
     wall_ns: int
-    gaps: Mapping[str, int]
-    """that had begun in each lane before: one that begins later may take a mark along"""
 
     @property
     def whole(self) -> bool:
@@ -197,7 +195,6 @@ class Cutter:
                     "point": made.point,
                     "completed": made.completed[0],
                     "absent": [lane for _epoch, lane, seq in made.at if not seq],
-                    "gaps": dict(made.gaps),
                 }
             except AgainError:
                 if self._clock() > deadline or self._stopping.wait(pause_s):
@@ -255,17 +252,19 @@ class Cutter:
         return found
 
     def own_lanes(self) -> dict[str, dict[str, Any]]:
-        """What the filter here says of the lanes that it serves, and whether they are not to be
-        cut by themselves (`idle`)."""
-        definitions = self._definitions()
+        """What the filter here says of the lanes that it serves, in which epoch they are shipped,
+        and whether they are not to be cut by themselves (`idle`)."""
         try:
             answer = self._filter.call("status", timeout=CUT_S)
         except VrepError:
             self._serving = False
             raise
+        # Behind the status: what is durable by then was not shipped in a newer epoch.
+        definitions = self._definitions()
         found = {
             name: {
-                **{key: answer[name][key] for key in ("head", "durable", "gap", "gaps")},
+                **{key: answer[name][key] for key in ("head", "durable", "gap", "gap_last")},
+                "epoch": one.epoch,
                 "idle": one.paused or one.fenced or one.detached or one.halted,
             }
             for name, one in definitions.items()
@@ -312,7 +311,6 @@ class Cutter:
             at=tuple((int(e), int(lane), int(seq)) for e, lane, seq in answer["at"]),
             completed=(own[0], int(answer["seq"])),
             wall_ns=int(answer["wall_ns"]),
-            gaps={name: int(status[name]["gaps"]) for name in lanes},
         )
         self._made += 1
         self._void_in_row = 0
@@ -453,11 +451,13 @@ class Cutter:
     # ---- what became of it -------------------------------------------------------------
 
     def _note(self, status: Mapping[str, Mapping[str, Any]]) -> None:
-        """Forget what a gap may have taken along; find the newest that is durable."""
+        """Forget those of which a mark may not stand where they say, find the newest that is
+        durable."""
         left = []
         for made in self._pending:
-            lanes = [lane_name(self.group, lane) for _epoch, lane, seq in made.at if seq]
-            if any(n in status and int(status[n]["gaps"]) != made.gaps.get(n) for n in lanes):
+            marks = [(lane_name(self.group, lane), e, seq) for e, lane, seq in made.at if seq]
+            if any(n in status and may_lack(status[n], e, seq) for n, e, seq in marks):
+                self._heads = {}  # what was written before it is in no cut, maybe
                 continue
             wanted = {lane_name(self.group, lane): seq for _epoch, lane, seq in made.at if seq}
             wanted[made.completed[0]] = made.completed[1]

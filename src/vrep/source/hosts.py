@@ -26,7 +26,7 @@ from vrep.wire.peers import PeerRegistry
 from vrep.wire.site import connect
 from vrep.wire.transport import FrameTransport, PeerRefusedError, Timeouts
 
-__all__ = ["Host"]
+__all__ = ["Host", "may_lack"]
 
 LOOK_S: Final = 0.25
 STALE_S: Final = 2.0
@@ -142,9 +142,16 @@ class Host:
         self._ask(m.LANES_RELEASE, params)
 
 
+def may_lack(lane: Mapping[str, Any], epoch: int, seq: int) -> bool:
+    """Whether the history of a lane, which is like this now, may lack its mark at a position,
+    although the lane is durable up to there: a gap began behind it, which may have taken it along,
+    or it was shipped in another epoch, since a failover was rolled back before it was durable."""
+    return int(lane["gap_last"]) > seq or int(lane["epoch"]) != epoch
+
+
 def _lane(said: Mapping[str, Any]) -> dict[str, Any]:
     """What a lane is like, as `Cutter.own_lanes` has it."""
-    numbers = {key: int(said[key]) for key in ("head", "durable", "gaps")}
+    numbers = {key: int(said[key]) for key in ("head", "durable", "gap_last", "epoch")}
     return {**numbers, "gap": bool(said["gap"]), "idle": bool(said["idle"])}
 
 
