@@ -123,7 +123,7 @@ def cut_durable(
     groups, source = site.groups, ControlClient(site.paths.socket("source"))
     group = group_of(lanes[0])
     wanted = {lane_name(group, lane): seq for _epoch, lane, seq in made["at"] if seq}
-    wanted[made["completed"]] = made["seq"]
+    wanted |= {made["completed"]: made["seq"], **made.get("also", {})}
     deadline = time.monotonic() + wait_s
     while True:
         status = source.call("cut_lanes", group=group)["lanes"]

@@ -229,6 +229,9 @@ def test_cuts_that_are_void_are_tried_ever_later(groups: GroupDirectory) -> None
 class TwoTargets(Played):
     """The filter of a site with lanes 0, 1 and 2, which go to several targets."""
 
+    lacks = False
+    """the record of a cut cannot be put for the second target"""
+
     def call(self, method: str, timeout: float | None = None, **params: Any) -> Any:
         if method == "status":
             return {lane_name("web", lane): self.like(lane) for lane in self.heads}
@@ -236,18 +239,26 @@ class TwoTargets(Played):
         self.params = params
         at = [[1, lane, head + 1] for lane, head in self.heads.items()]
         also = {name: self.heads[lane_of(name)] + 2 for name in params.get("also", ())}
+        if self.lacks:
+            also = {}
         for lane in self.heads:
             self.heads[lane] += 1 + (lane == 0) + (lane_name("web", lane) in also)
         return {"at": at, "seq": at[0][2] + 1, "also": also, "wall_ns": 5}
 
 
-def test_each_target_learns_of_a_cut_and_none_is_made_of_its_records(
-    groups: GroupDirectory,
-) -> None:
+def two_targets(groups: GroupDirectory) -> GroupDefinition:
+    """Lanes 1 and 2 go to another target than lane 0, whose definition is returned."""
     first = groups.update("web@0", hosts=())
     for lane, target in ((1, "e"), (2, "e")):
         name = lane_name("web", lane)
         groups.store(msgspec.structs.replace(first, name=name, to_site=target * 32))
+    return first
+
+
+def test_each_target_learns_of_a_cut_and_none_is_made_of_its_records(
+    groups: GroupDirectory,
+) -> None:
+    first = two_targets(groups)
     played = TwoTargets()
     made = cutter(groups, played)
     assert made.tend()
@@ -266,6 +277,32 @@ def test_each_target_learns_of_a_cut_and_none_is_made_of_its_records(
     played.heads[2] += 1
     assert made.tend()
     assert "also" not in played.params
+
+
+def test_no_window_takes_what_stands_before_a_cut_that_a_target_does_not_learn_of(
+    groups: GroupDirectory,
+) -> None:
+    two_targets(groups)
+    played = TwoTargets()
+    made = cutter(groups, played)
+    assert made.tend()
+    played.durable = {1: 9}  # its mark, and not the record behind it
+    assert made.tend()
+    assert made.durable_at(1) == (0, 0)
+    played.durable = {}
+    assert made.tend()
+    known = made.durable_at(1)
+    assert known == (1, 9)
+    played.lacks = True
+    for _ in range(2):
+        played.heads[2] += 1
+        assert made.tend()
+    assert made.durable_at(1) == known
+    played.lacks = False
+    for _ in range(2):
+        played.heads[2] += 1
+        assert made.tend()
+    assert made.durable_at(1) > known
 
 
 def test_a_cut_is_durable_when_all_of_its_marks_are(groups: GroupDirectory) -> None:

@@ -62,13 +62,17 @@ class _Made:
     """A completed cut that is not known to be durable yet."""
 
     at: tuple[tuple[int, int, int], ...]
-    completed: tuple[str, int]
-    """lane and seq of its record"""
+    completed: Mapping[str, int]
+    """lanes that have its record, the first one first, and where"""
     wall_ns: int
+
+    everywhere: bool
+    """whether every target gets its record"""
 
     @property
     def whole(self) -> bool:
-        return all(seq for _epoch, _lane, seq in self.at)
+        """Whether it is a point of all lanes, at every target: what a window may go up to."""
+        return self.everywhere and all(seq for _epoch, _lane, seq in self.at)
 
     @property
     def point(self) -> str:
@@ -193,7 +197,7 @@ class Cutter:
                 return {
                     **answer,
                     "point": made.point,
-                    "completed": made.completed[0],
+                    "completed": next(iter(made.completed)),
                     "absent": [lane for _epoch, lane, seq in made.at if not seq],
                 }
             except AgainError:
@@ -307,16 +311,18 @@ class Cutter:
             )
         else:
             answer = self._cut_hosts(own, lanes, record)
+        others = {name: int(seq) for name, seq in answer.get("also", {}).items()}
         made = _Made(
             at=tuple((int(e), int(lane), int(seq)) for e, lane, seq in answer["at"]),
-            completed=(own[0], int(answer["seq"])),
+            completed={own[0]: int(answer["seq"]), **others},
             wall_ns=int(answer["wall_ns"]),
+            everywhere=set(others) == set(also),
         )
         self._made += 1
         self._void_in_row = 0
         self._pending = [*self._pending[-PENDING_MAX:], made]
         self._heads = {lane_name(self.group, lane): seq for _e, lane, seq in made.at if seq}
-        for lane, seq in (made.completed, *answer.get("also", {}).items()):
+        for lane, seq in made.completed.items():
             if seq == self._heads.get(lane, 0) + 1:  # else what was written meanwhile is in no cut
                 self._heads[lane] = seq
         return made, answer
@@ -460,7 +466,7 @@ class Cutter:
                 self._heads = {}  # what was written before it is in no cut, maybe
                 continue
             wanted = {lane_name(self.group, lane): seq for _epoch, lane, seq in made.at if seq}
-            wanted[made.completed[0]] = made.completed[1]
+            wanted |= made.completed
             if all(
                 name in status and int(status[name]["durable"]) >= seq
                 for name, seq in wanted.items()
