@@ -9,7 +9,7 @@
 #include "check.h"
 #include "format/checksum.h"
 #include "track/bits.h"
-#include "track/map.h"
+#include "track/map_private.h"
 
 enum { BIT = 65536 };
 
@@ -521,6 +521,42 @@ static void a_checkpoint_never_misses_a_moving_bit(void)
     }
 }
 
+static void *write_once(void *argument)
+{
+    struct writer *writer = argument;
+    CHECK_OK(vrep_checkpoint_write(writer->checkpoint, 0, false));
+    vrep_store_release_u64(&writer->stop, 1);
+    return NULL;
+}
+
+/* The same, where one step of the owner takes as long as it likes: the bit is in no bitmap. */
+static void a_checkpoint_waits_for_a_bit_under_way(void)
+{
+    struct vrep_map *map = new_map();
+    struct writer writer = {.stop = 0};
+    pthread_t thread;
+    bool clean;
+    CHECK_OK(vrep_checkpoint_open(prefix, map, &writer.checkpoint));
+    vrep_store_release_u64(&map->moves, map->moves + 1);
+    CHECK_EQ(pthread_create(&thread, NULL, write_once, &writer), 0);
+    usleep(20000);
+    CHECK_EQ(vrep_load_acquire_u64(&writer.stop), 0);
+    vrep_map_mark_unshipped(map, 0, BIT * 7, 1);
+    vrep_store_release_u64(&map->moves, map->moves + 1);
+    CHECK_EQ(pthread_join(thread, NULL), 0);
+    vrep_checkpoint_close(writer.checkpoint);
+    vrep_map_detach(map);
+    map = new_map();
+    CHECK_OK(vrep_checkpoint_load(prefix, map, &clean));
+    CHECK(dirty(map, 0, BIT * 7));
+    vrep_map_detach(map);
+    for (int i = 0; i < 2; i++) {
+        char file[80];
+        (void)snprintf(file, sizeof file, "%s.%d", prefix, i);
+        unlink(file);
+    }
+}
+
 int main(void)
 {
     (void)snprintf(path, sizeof path, "/dev/shm/vrep-test-map-%d", (int)getpid());
@@ -539,6 +575,7 @@ int main(void)
     RUN(another_geometry_is_refused);
     RUN(damaged_maps_are_refused);
     RUN(a_checkpoint_never_misses_a_moving_bit);
+    RUN(a_checkpoint_waits_for_a_bit_under_way);
     unlink(path);
     return check_report();
 }
