@@ -333,6 +333,20 @@ def test_a_fold_by_hand_keeps_the_cuts_from_one_on(group: Group, tmp_path: Path)
     ]
 
 
+def test_no_lane_is_folded_by_itself(group: Group) -> None:
+    """What it has now is behind every cut: there would be no point of the group any more."""
+    group.cut(label="only")
+    for lane in group.lanes:
+        lane.write(0, 0, b"n" * 512)
+    group.close()
+    for name in ("web@1", lane_id(group.group_id, 1).hex()):
+        with pytest.raises(errors.InvalidError, match="all lanes of 'web' go together"):
+            group.site.fold(name, "latest")
+    for lane in group.lanes:
+        lane.open()
+    assert [cut.label for cut in group.cuts()] == ["only"]
+
+
 def time_passes(store: GroupStore) -> None:
     """Far more than any window."""
     passed = Count(store._lease.aging.now_ns() + 10**15)

@@ -313,11 +313,14 @@ class Recovery(SiteBase):
 
     def fold(self, group: str, at: str) -> FoldResult:
         """At the site that holds its history: keep the recovery points of a group from one on.
-        Those before it cannot be had any more."""
+        Those before it cannot be had any more. Not of one lane of several: the points of a group
+        begin where those of all its lanes do."""
         from vrep.recovery.fold import fold
+        from vrep.recovery.held import find_group
 
         if lanes := self._lanes_held(group):
             from vrep.recovery import joined
 
             return joined.fold(self.paths, lanes, at)
+        self._require_group(find_group(self.paths, group).name)
         return fold(self.paths, group, at)
