@@ -23,6 +23,7 @@ ROOMS = {
     "disk": CORE,
     "seal": CORE | {"ring"},  # seals records straight out of the ring, without a copy
     "map": CORE,
+    "tls": {"base"},
     "filter": CORE | {"ring", "track", "disk"},
     "scsi": CORE | {"ring", "track", "disk", "filter"},
     "serve": CORE | {"ring", "track", "disk", "filter", "scsi"},

@@ -243,9 +243,7 @@ def test_a_peer_cannot_pose_as_another(world: World) -> None:
     peer = world.a.trust(world.b, listener.address)
     world.b.trust(world.a)
     sock = socket.create_connection(parse_address(listener.address))
-    stream = TlsStream(
-        sock, client_context(world.a.identity), server_side=False, clock=SystemClock()
-    )
+    stream = TlsStream(sock, client_context(world.a.identity), clock=SystemClock())
     stream.handshake(WAIT_S)
     with (
         FrameTransport(stream, Connection(Role.CLIENT), peer=peer) as transport,
@@ -257,7 +255,7 @@ def test_a_peer_cannot_pose_as_another(world: World) -> None:
 def test_a_client_without_certificate_may_only_join(world: World) -> None:
     listener = world.listen()
     sock = socket.create_connection(parse_address(listener.address))
-    stream = TlsStream(sock, client_context(None), server_side=False, clock=SystemClock())
+    stream = TlsStream(sock, client_context(None), clock=SystemClock())
     stream.handshake(WAIT_S)
     with FrameTransport(stream, Connection(Role.CLIENT)) as transport:
         transport.greet("f" * 32, "x", "vrep")
@@ -300,9 +298,7 @@ def test_garbage_and_half_open_connections_end_alone(world: World) -> None:
             sock.sendall(choose.randbytes(choose.randrange(1, 3000)))
     # Said nothing after TCP, nothing after TLS, nothing after HELLO.
     sock = socket.create_connection(parse_address(listener.address))
-    silent = TlsStream(
-        sock, client_context(world.a.identity), server_side=False, clock=SystemClock()
-    )
+    silent = TlsStream(sock, client_context(world.a.identity), clock=SystemClock())
     silent.handshake(WAIT_S)
     with connect(world.a.identity, peer) as transport:
         ask(transport)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
-from typing import Any, cast
+from pathlib import Path
 
 import pytest
 
-from vrep.errors import TimeLimitError
+from vrep._core.tls import TlsContext
+from vrep.errors import InvalidError, StorageError, TimeLimitError
 from vrep.keys import SiteIdentity
 from vrep.wire.site import client_context, server_context
 from vrep.wire.stream import ConnectionLostError, SystemClock, TlsStream
@@ -34,8 +37,8 @@ def pair(identity: SiteIdentity) -> Iterator[Pair]:
     here, there = socket.socketpair()
     for sock in (here, there):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    client = TlsStream(here, client_context(None), server_side=False, clock=SystemClock())
-    server = TlsStream(there, server_context(identity, []), server_side=True, clock=SystemClock())
+    client = TlsStream(here, client_context(None), clock=SystemClock())
+    server = TlsStream(there, server_context(identity, []), clock=SystemClock())
     thread = threading.Thread(target=server.handshake, args=(WAIT_S,))
     thread.start()
     client.handshake(WAIT_S)
@@ -126,14 +129,21 @@ def test_the_end_comes_after_all_bytes(pair: Pair) -> None:
         server.write(bytes(1 << 20), WAIT_S)
 
 
+def plain_context() -> ssl.SSLContext:
+    """A client of another make."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 @pytest.fixture
 def foreign(identity: SiteIdentity) -> Iterator[tuple[ssl.SSLSocket, TlsStream]]:
     """A client of another make, and our server."""
     here, there = socket.socketpair()
-    server = TlsStream(there, server_context(identity, []), server_side=True, clock=SystemClock())
+    server = TlsStream(there, server_context(identity, []), clock=SystemClock())
     thread = threading.Thread(target=server.handshake, args=(WAIT_S,))
     thread.start()
-    client = client_context(None).wrap_socket(here)
+    client = plain_context().wrap_socket(here)
     thread.join()
     yield client, server
     client.close()
@@ -173,9 +183,8 @@ def test_a_damaged_record_is_told_to_who_sent_it(
         client.recv(1)
 
 
-def test_new_keys_without_end(identity: SiteIdentity) -> None:
-    """A peer can ask for new keys for ever: the reader's time is over all the same, and what
-    OpenSSL answers leaves, though nobody writes."""
+def test_new_keys_are_answered_though_nobody_writes(identity: SiteIdentity) -> None:
+    """A key update that asks for ours gets it, and is no data."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
         command = ["openssl", "s_client", "-connect", address, "-tls1_3"]
@@ -183,58 +192,188 @@ def test_new_keys_without_end(identity: SiteIdentity) -> None:
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as peer:
             sock, _ = listener.accept()
-            server = TlsStream(
-                sock, server_context(identity, []), server_side=True, clock=SystemClock()
-            )
+            here, there = socket.socketpair()
+            server = TlsStream(there, server_context(identity, []), clock=SystemClock())
+            relay = Relay(sock, here)
             try:
                 server.handshake(WAIT_S)
+                before = relay.answers
                 assert peer.stdin is not None
-                answers = Counting(server)
-                for _ in range(5):
-                    peer.stdin.write(b"K\n")  # a key update that asks for ours
+                deadline = time.monotonic() + WAIT_S
+                while relay.answers < before + 3:
+                    assert time.monotonic() < deadline
+                    peer.stdin.write(b"K\n")  # a line of its own, or it is data
                     peer.stdin.flush()
                     assert server.read_into(memoryview(bytearray(16)), 0.2) is None
-                assert answers.records >= 3
-                answers.flood = True
-                room, got = memoryview(bytearray(16)), []
-                reader = threading.Thread(
-                    target=lambda: got.append(server.read_into(room, 0.2)), daemon=True
-                )
-                reader.start()
-                reader.join(5)
-                assert got == [None]
+                peer.stdin.write(b"data\n")
+                peer.stdin.flush()
+                room = memoryview(bytearray(16))
+                assert server.read_into(room, WAIT_S) == 5
+                assert bytes(room[:5]) == b"data\n"
             finally:
                 peer.kill()
                 server.close()
+                relay.close()
 
 
-class Counting:
-    """Stands between a stream and its socket: counts what is sent, and can make it look as if
-    something that is no data arrived at every look."""
+class Relay:
+    """Stands between a peer and our end, and counts the pieces that our end sends."""
 
-    def __init__(self, stream: TlsStream) -> None:
-        self.records, self.flood = 0, False
-        self._socket, self._receive = stream._sock, stream._receive
-        stream._sock = cast("socket.socket", self)
-        stream._receive = self.receive  # type: ignore[method-assign]
+    def __init__(self, peer: socket.socket, ours: socket.socket) -> None:
+        self.answers = 0
+        self._sockets = peer, ours
+        self._threads = [
+            threading.Thread(target=self._pump, args=(peer, ours, False)),
+            threading.Thread(target=self._pump, args=(ours, peer, True)),
+        ]
+        for thread in self._threads:
+            thread.start()
 
-    def receive(self) -> bool:
-        return self._receive() or self.flood
+    def _pump(self, source: socket.socket, sink: socket.socket, count: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.answers += count
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
 
-    def send(self, data: memoryview) -> int:
-        self.records += 1
-        return self._socket.send(data)
+    def close(self) -> None:
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+        for sock in self._sockets:
+            sock.close()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._socket, name)
+
+def test_what_comes_and_is_no_data_does_not_hold_the_reader(
+    foreign: tuple[ssl.SSLSocket, TlsStream],
+) -> None:
+    """A record that never gets whole, a byte at a time: the reader's time is over all the same."""
+    client, server = foreign
+    over = threading.Event()
+    with socket.socket(fileno=os.dup(client.fileno())) as raw:
+        raw.sendall(b"\x17\x03\x03\x40\x00")
+
+        def trickle() -> None:
+            while not over.wait(0.0001):
+                raw.send(b"x")
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        got: list[int | None] = []
+        reader = threading.Thread(
+            target=lambda: got.append(server.read_into(memoryview(bytearray(16)), 0.2)),
+            daemon=True,
+        )
+        reader.start()
+        reader.join(5)
+        over.set()
+        thread.join()
+    assert got == [None]
+
+
+def test_a_trickle_of_data_does_not_hold_the_reader(pair: Pair) -> None:
+    """Bytes that come one by one are returned long before all that was asked for is there."""
+    client, server = pair
+    over = threading.Event()
+
+    def trickle() -> None:
+        while not over.wait(0.0005):
+            client.write(b"x", WAIT_S)
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    got: list[int | None] = []
+    reader = threading.Thread(
+        target=lambda: got.append(server.read_into(memoryview(bytearray(1 << 20)), WAIT_S)),
+        daemon=True,
+    )
+    reader.start()
+    reader.join(5)
+    over.set()
+    thread.join()
+    assert got
+    assert got[0]
+    assert got[0] < 1 << 19
+
+
+def test_a_large_read_is_filled_in_few_calls(pair: Pair) -> None:
+    """Who asks for a frame that is on its way gets it whole, not record by record."""
+    client, server = pair
+    data = random.Random(3).randbytes(4 << 20)
+    thread = threading.Thread(target=client.write, args=(data, WAIT_S))
+    thread.start()
+    room, at, calls = memoryview(bytearray(len(data))), 0, 0
+    while at < len(data):
+        count = server.read_into(room[at:], WAIT_S)
+        assert count
+        at, calls = at + count, calls + 1
+    thread.join(WAIT_S)
+    assert bytes(room) == data
+    assert calls < len(data) // 16384
+
+
+def test_peers_of_another_make_agree(identity: SiteIdentity) -> None:
+    """The standard library's TLS at the other end, either way round, with large writes."""
+    data = random.Random(5).randbytes(3 << 20)
+    for we_serve in (True, False):
+        here, there = socket.socketpair()
+        context = server_context(identity, []) if we_serve else client_context(None)
+        ours = TlsStream(there, context, clock=SystemClock())
+        thread = threading.Thread(target=ours.handshake, args=(WAIT_S,))
+        thread.start()
+        if we_serve:
+            other = plain_context()
+        else:
+            other = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            other.load_cert_chain(identity.certificate_path, identity.key_path)
+        peer = other.wrap_socket(here, server_side=not we_serve)
+        thread.join(WAIT_S)
+        assert peer.version() == "TLSv1.3"
+        writer = threading.Thread(target=ours.write, args=(data, WAIT_S))
+        writer.start()
+        got = bytearray()
+        while len(got) < len(data):
+            got += peer.recv(65536)
+        writer.join(WAIT_S)
+        assert got == data
+        writer = threading.Thread(target=peer.sendall, args=(data,))
+        writer.start()
+        got, room = bytearray(), memoryview(bytearray(300_000))
+        while len(got) < len(data):
+            got += room[: ours.read_into(room, WAIT_S) or 0]
+        writer.join(WAIT_S)
+        assert got == data
+        if not we_serve:
+            der = ssl.PEM_cert_to_DER_cert(identity.certificate_pem)
+            assert ours.peer_certificate_der() == der
+        else:
+            assert ours.peer_certificate_der() is None
+        peer.close()
+        ours.close()
+
+
+def test_a_context_needs_what_it_is_given(tmp_path: Path, identity: SiteIdentity) -> None:
+    with pytest.raises(StorageError):
+        TlsContext(server=True, certificate_path=tmp_path / "no", key_path=tmp_path / "no")
+    with pytest.raises(InvalidError):
+        TlsContext(
+            server=True,
+            certificate_path=identity.certificate_path,
+            key_path=identity.certificate_path,
+        )
+    with pytest.raises(InvalidError):
+        TlsContext(server=True, trusted="no certificate")
+    with pytest.raises(InvalidError):
+        TlsContext(server=True, trusted=identity.certificate_pem + identity.certificate_pem[:200])
 
 
 def test_bytes_that_are_not_tls_end_it(identity: SiteIdentity) -> None:
     here, there = socket.socketpair()
     with here:
-        server = TlsStream(
-            there, server_context(identity, []), server_side=True, clock=SystemClock()
-        )
+        server = TlsStream(there, server_context(identity, []), clock=SystemClock())
         here.sendall(b"GET / HTTP/1.1\r\n\r\n" * 10)
         here.shutdown(socket.SHUT_WR)
         with pytest.raises(ConnectionLostError):

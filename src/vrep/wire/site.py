@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vrep import __version__
+from vrep._core.tls import TlsContext
 from vrep.errors import (
     InvalidError,
     PeerError,
@@ -47,8 +48,6 @@ from vrep.wire.transport import FrameTransport, Timeouts
 
 __all__ = ["Handler", "Listener", "client_context", "connect", "join_site", "server_context"]
 
-NO_CHECK_TIME: Final = 0x200000
-"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), which Python does not name"""
 CONNECTIONS_MAX: Final = 256
 STRANGERS_MAX: Final = 32
 """connections whose peer is not known yet"""
@@ -61,37 +60,26 @@ ListenSocket = Callable[[tuple[str, int]], socket.socket]
 Handler = Callable[[FrameTransport], None]
 
 
-def _context(protocol: int) -> ssl.SSLContext:
-    context = ssl.SSLContext(protocol)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.maximum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
-def client_context(identity: SiteIdentity | None) -> ssl.SSLContext:
+def client_context(identity: SiteIdentity | None) -> TlsContext:
     """For connecting; without an identity no certificate is shown (joining).
     OpenSSL verifies that the peer holds its certificate's key but no chain:
     there is none, and `connect` compares the fingerprint itself."""
-    context = _context(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    if identity is not None:
-        context.load_cert_chain(identity.certificate_path, identity.key_path)
-    return context
+    if identity is None:
+        return TlsContext(server=False)
+    return TlsContext(
+        server=False, certificate_path=identity.certificate_path, key_path=identity.key_path
+    )
 
 
-def server_context(identity: SiteIdentity, peers: list[Peer]) -> ssl.SSLContext:
-    """For accepting: trusts the peers' certificates and no other."""
-    context = _context(ssl.PROTOCOL_TLS_SERVER)
-    context.verify_mode = ssl.CERT_OPTIONAL
-    # A certificate is pinned until it is removed; its dates are not to be judged by a clock that
-    # a host may have lost.
-    context.verify_flags |= NO_CHECK_TIME
-    context.num_tickets = 0
-    context.load_cert_chain(identity.certificate_path, identity.key_path)
-    if peers:
-        context.load_verify_locations(cadata="\n".join(peer.certificate for peer in peers))
-    return context
+def server_context(identity: SiteIdentity, peers: list[Peer]) -> TlsContext:
+    """For accepting: trusts the peers' certificates and no other. A certificate is pinned until
+    it is removed; its dates are not judged by a clock that a host may have lost."""
+    return TlsContext(
+        server=True,
+        certificate_path=identity.certificate_path,
+        key_path=identity.key_path,
+        trusted="\n".join(peer.certificate for peer in peers),
+    )
 
 
 def _connect_tcp(address: tuple[str, int], timeout_s: float) -> socket.socket:
@@ -105,7 +93,7 @@ def _listen_tcp(address: tuple[str, int]) -> socket.socket:
 
 def _open_stream(
     address: str,
-    context: ssl.SSLContext,
+    context: TlsContext,
     fingerprint: str,
     timeouts: Timeouts,
     clock: Clock,
@@ -117,7 +105,7 @@ def _open_stream(
         raise UnreachableError(f"{address}: {error.strerror or error}") from None
     try:
         tune_socket(sock, timeouts.dead_after_s)
-        stream = TlsStream(sock, context, server_side=False, clock=clock)
+        stream = TlsStream(sock, context, clock=clock)
     except BaseException:
         sock.close()
         raise
@@ -346,7 +334,7 @@ class Listener:
                 tune_socket(sock, self._timeouts.dead_after_s)
                 # Made for each connection: the registry may have changed.
                 context = server_context(self._identity, self._peers.list())
-                stream = TlsStream(sock, context, server_side=True, clock=self._clock)
+                stream = TlsStream(sock, context, clock=self._clock)
             with self._lock:
                 self._open[thread] = stream
             if self._stopping.is_set():
