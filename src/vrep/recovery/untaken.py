@@ -4,7 +4,8 @@ The change map of the group knows it, in its bits: every block that was written 
 at the other site, also what the VM writes on after the fence. When the group is given up for good
 that is written down, in ``groups/<name>/untaken.json``. Blocks may be named of which the other site
 has all; none is left out. What was durable there behind the point that was taken is no part of it:
-the other site has it still, and recovers it as ``pos:EPOCH/LANE/SEQ``. Sizes are bytes.
+the other site has it still, and recovers it as ``pos:EPOCH/LANE/SEQ``. Where the disks may have
+been written past the filter, which the map does not know, every block is named. Sizes are bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from vrep.durable import sync_directory, write_atomic
 from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.lanes import group_of
 from vrep.paths import SitePaths
+from vrep.recovery.filter_state import written_past
 from vrep.settings import load_config
 
 __all__ = [
@@ -63,7 +65,7 @@ class Untaken(msgspec.Struct, frozen=True):
     bytes: int
     """of the extents of all disks"""
     known: bool
-    """whether a change map was there: without one every block is named"""
+    """whether a change map was there that tells it: without one every block is named"""
     disks: list[UntakenDisk]
     exported: str = ""
     """the directory that it was exported to last"""
@@ -109,9 +111,10 @@ def joined_untaken(found: Sequence[Untaken]) -> Untaken:
 def _of_map(paths: SitePaths, definition: GroupDefinition) -> Untaken:
     shm = paths.shm(load_config(paths.config).filter.shm_dir) / definition.name / "map"
     found: dict[int, list[tuple[int, int]]] = {}
+    past = written_past(paths, definition)  # first: a filter that opens it now marks all itself
     try:
         with ChangeMap.open(shm) as known:
-            for disk in definition.disks:
+            for disk in definition.disks if not past else ():
                 runs = known.runs(disk.index)
                 found[disk.index] = [(int(at), int(length)) for at, length in runs]
     except (errors.VrepError, OSError):
