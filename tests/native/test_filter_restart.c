@@ -210,6 +210,26 @@ static void target_that_lost_history_needs_a_new_beginning(void)
     rig_free(&rig);
 }
 
+/* It waits for copies in flight; who asked for it ended meanwhile, and the next one finds all that
+ * it needs: the copies that were held back go on, or no gap would ever end. */
+static void nobody_waits_for_who_wanted_the_ring_lost(void)
+{
+    rig_init(&rig);
+    rig_preset(&rig, 5);
+    rig_open(&rig);
+    rig_attach(&rig);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    int status = VREP_OK;
+    for (int i = 0; i < 5000 && status != VREP_E_AGAIN; i++) {
+        vrep_group_poll(rig.group);
+        status = vrep_group_lose_ring(rig.group);
+    }
+    CHECK_STATUS(status, VREP_E_AGAIN);
+    rig_sync(&rig);
+    rig_compare(&rig);
+    rig_free(&rig);
+}
+
 /* Of a mark that was not known to be durable: a later durable position proves nothing about it once
  * a gap begins behind it, also one that has ended since, in a filter that ended since. */
 static void a_gap_behind_a_mark_is_never_forgotten(void)
@@ -541,6 +561,7 @@ int main(void)
     RUN(writes_past_the_filter_make_it_unverified);
     RUN(lost_state_makes_it_unverified);
     RUN(target_that_lost_history_needs_a_new_beginning);
+    RUN(nobody_waits_for_who_wanted_the_ring_lost);
     RUN(a_gap_behind_a_mark_is_never_forgotten);
     RUN(only_one_opens_a_group);
     RUN(ring_of_another_size_goes_on);

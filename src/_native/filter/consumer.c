@@ -143,6 +143,7 @@ int vrep_group_consumer_attach(struct vrep_group *group, uint32_t role, const ui
         /* The appliance that was here died; its successor speaks for the same target. */
         vrep_group_consumer_detach(group, role);
         released = vrep_ring_released(group->ring);
+        group->lose_wanted = false; /* it was wanted by the one before, who may not ask again */
     } else if (durable > vrep_ring_head(group->ring)) {
         return VREP_E_INVALID;
     }
