@@ -66,22 +66,69 @@ class Descriptors:
         self._open.clear()
 
 
+class StoreDisk:
+    """What the storage holds of a store's directory, and what it may hold: a process that is
+    killed, and the next one, sync nothing of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.memory = forgetting.Memory()
+        self.current: dict[str, int] = {}
+        """which file has a name now"""
+        self._known: tuple[int, int] | None = None
+
+    def look(self) -> None:
+        """Another directory than before is all stored."""
+        if not self.directory.is_dir():
+            self._known = None
+            return
+        found = self.directory.stat()
+        if (found.st_dev, found.st_ino) == self._known:
+            return
+        self._known = (found.st_dev, found.st_ino)
+        self.memory = forgetting.Memory()
+        self.current = {}
+        for path in sorted(self.directory.glob("*")):
+            if path.is_file() and path.name != "lock":
+                number = len(self.memory.contents)
+                self.memory.contents[number] = forgetting.Content(bytearray(path.read_bytes()))
+                self.memory.names[path.name] = self.current[path.name] = number
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is written and not synced."""
+        return any(content.pending for content in self.memory.contents.values())
+
+    def lose_power(self, rng: random.Random) -> bool:
+        """Leave of the directory what its storage holds; whether a write was torn or lost. Who had
+        it open is dead."""
+        if not self.directory.is_dir():
+            return False
+        self.look()
+        lost = self.busy or bool(self.memory.pending)
+        after = self.directory.with_name(self.directory.name + ".after")
+        self.memory.crash(after, rng)
+        shutil.rmtree(self.directory)
+        after.rename(self.directory)
+        self.directory.chmod(0o700)
+        return lost
+
+
 class StoreFiles(forgetting.ForgettingFiles):  # type: ignore[misc]
     """The files of a target's store. Every call is an event, at which its process may be killed or
     another thread go on."""
 
-    def __init__(self, process: Process, directory: Path) -> None:
+    def __init__(self, process: Process, disk: StoreDisk) -> None:
         super().__init__()
         self._process = process
         self._kernel = process.kernel
         self._descriptors = Descriptors(process)
         self.dirty: list[Task] = []
         """who waits until something is not synced"""
-        for path in sorted(directory.glob("*")) if directory.is_dir() else []:
-            if path.is_file() and path.name != "lock":
-                number = len(self.memory.contents)
-                self.memory.contents[number] = forgetting.Content(bytearray(path.read_bytes()))
-                self.memory.names[path.name] = self._current[path.name] = number
+        disk.look()
+        self.memory, self._current = disk.memory, disk.current
+        if disk.busy or disk.memory.pending:
+            self._kernel.event("unsynced after a kill")
 
     def _operation(self, what: str) -> None:
         self._process.burn()
@@ -127,17 +174,6 @@ class StoreFiles(forgetting.ForgettingFiles):  # type: ignore[misc]
 
     def forget(self, _fd: int) -> None:
         """The page cache keeps what it likes."""
-
-    def lose_power(self, directory: Path) -> bool:
-        """Leave of a store's directory what its storage holds; whether a write was torn or lost.
-        Its process is dead."""
-        lost = bool(self.memory.pending) or any(c.pending for c in self.memory.contents.values())
-        after = directory.with_name(directory.name + ".after")
-        self.memory.crash(after, self._kernel.rng)
-        shutil.rmtree(directory)
-        after.rename(directory)
-        directory.chmod(0o700)
-        return lost
 
 
 class SpillOs:

@@ -19,7 +19,7 @@ from net import Network
 from oracle import Oracle
 from plan import AT_SOURCE, Plan
 from sites import SourceSite, TargetSite
-from uses import Uses
+from uses import GONE, Uses
 
 from vrep.errors import StateError, VrepError
 from vrep.target.manifest import Position
@@ -151,8 +151,7 @@ class Faults:
         self._restart_target()
 
     def _target_is_busy(self) -> bool:
-        files = self._east.files
-        return files is not None and any(c.pending for c in files.memory.contents.values())
+        return self._east.files is not None and self._east.disk.busy
 
     def _restart_target(self) -> None:
         self._kernel.sleep(self._rng.random())
@@ -316,7 +315,12 @@ class Faults:
         if not points:
             return
         point = None if self._rng.random() < 0.5 else self._rng.choice(points)
-        number = self._raise(point)
+        try:
+            number = self._raise(point)
+        except StateError as error:
+            if point is None or GONE not in error.detail or not self._uses.is_gone(point):
+                raise Violation(f"8: no epoch at {point}: {error}") from None
+            return  # the window went past it
         self._kernel.event("failover")
         self._kernel.sleep(self._rng.random() * 8)
         self._verify_store()
@@ -341,12 +345,15 @@ class Faults:
         return int(answer["epoch"])
 
     def _until_done(self, method: str, **params: Any) -> dict[str, Any]:
-        """Ask the target until it answers: it may be killed meanwhile."""
+        """Ask the target until it answers: it may be killed meanwhile. StateError for a point that
+        is gone."""
         self._oracle.deciding = True
         while True:
             try:
                 return dict(self._east.ask(method, group_id=GROUP_ID.hex(), **params))
             except VrepError as error:
+                if isinstance(error, StateError) and GONE in error.detail:
+                    raise
                 self._kernel.note(f"{method}: {error}")
                 if self._east.process.dead:
                     self._east.start()

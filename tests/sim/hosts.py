@@ -23,7 +23,7 @@ from programs import BaseProgram
 
 from vrep import groups, rotate
 from vrep._core.seal import Sealer
-from vrep.app import filter_cuts, filterd, hosted
+from vrep.app import filter_cuts, filterd, host_lanes, hosted
 from vrep.errors import VrepError
 from vrep.groups import GroupDirectory
 from vrep.keys.datakey import DataKey
@@ -35,6 +35,7 @@ from vrep.settings import Config, FilterConfig, NetworkConfig, SourceConfig, Tar
 from vrep.source import attach as source_attach
 from vrep.source import daemon as source_daemon
 from vrep.source import feed, session, ship, spill, spiller
+from vrep.source import hosts as source_hosts
 from vrep.target import base, halts, receive, upkeep
 from vrep.target import daemon as target_daemon
 from vrep.target import epochs as target_epochs
@@ -52,6 +53,8 @@ GROUP: Final = "web"
 GROUP_ID: Final = bytes.fromhex("11" * 16)
 EPOCH_ID: Final = "33" * 16
 WEST: Final = types.SimpleNamespace(site_id="aa" * 16, name="west", address="simulated:1")
+NORTH: Final = types.SimpleNamespace(site_id="cc" * 16, name="north", address="simulated:3")
+"""near the west: a second host whose disks are of the same group"""
 EAST: Final = types.SimpleNamespace(site_id="bb" * 16, name="east", address="simulated:2")
 DATA_KEY: Final = DataKey(GROUP_ID, 1, bytes(range(32)))
 KEY: Final = "acme"
@@ -72,10 +75,19 @@ class Host:
     """One machine, with the directory of a site."""
 
     def __init__(
-        self, kernel: Kernel, root: Path, network: Network, identity: Any, peer: Any, plan: Plan
+        self,
+        kernel: Kernel,
+        root: Path,
+        network: Network,
+        identity: Any,
+        peer: Any,
+        plan: Plan,
+        others: tuple[Any, ...] = (),
     ) -> None:
+        """It trusts its `peer`, and `others`."""
         self.kernel = kernel
         self.paths = SitePaths(root)
+        self.paths.make_run()  # as `vrep run` does, before anything asks where a socket is
         self.groups = GroupDirectory(root)
         self.keys = TenantKeyring(root)
         self.identity, self.peer = identity, peer
@@ -94,6 +106,7 @@ class Host:
             ),
         )
         self._network = network
+        self._peers = Peers([peer, *others])
         self._pids: dict[int, Process] = {}
 
     def process(self, name: str, oracle: Oracle) -> Process:
@@ -109,13 +122,17 @@ class Host:
             "ControlServer": self.controls.server(process),
             "ControlClient": self.controls.client(process),
             "SiteIdentity": lambda _root: self.identity,
-            "PeerRegistry": lambda _root: Peers(self.peer),
+            "PeerRegistry": lambda _root: self._peers,
             "connect": wires.connect,
             "Listener": wires.listener,
             "load_config": lambda _path: self.config,
             "Popen": functools.partial(BaseProgram, self, oracle),
         }
         return process
+
+    def running(self) -> list[Process]:
+        """What runs here now."""
+        return [process for process in self._pids.values() if not process.dead]
 
     def kill(self, pid: int, _signal: int) -> None:
         """kill(2): SIGKILL."""
@@ -260,6 +277,20 @@ class SimSealer(Sealer):
         return written
 
 
+cut_hold, cut_release = filter_cuts.cut_hold, filter_cuts.cut_release
+
+
+def hold_now(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.0) -> list[int]:
+    """`cut_hold` for another host, which says when they may go on."""
+    for group in groups:
+        group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
+    seqs = list(cut_hold(groups, cut_id, limit_ms))
+    for group in groups:
+        group.site.look()
+    kernel.event("hold for another host")
+    return seqs
+
+
 def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.0) -> list[int]:
     """`cut_all`, of which each step takes its time: lanes have threads of their own."""
     seqs: list[int] = []
@@ -267,7 +298,7 @@ def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.
     try:
         for group in groups:
             group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
-            seqs += filter_cuts.cut_hold([group], cut_id, limit_ms)
+            seqs += cut_hold([group], cut_id, limit_ms)
             group.site.look()
             kernel.sleep(kernel.rng.random() * 0.007)
     except VrepError as error:
@@ -275,7 +306,7 @@ def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.
         failure.lane = len(seqs)  # type: ignore[attr-defined]
     for number, group in enumerate(groups):
         try:
-            filter_cuts.cut_release([group], cut_id)
+            cut_release([group], cut_id)
         except VrepError as error:
             if failure is None:
                 failure = error
@@ -308,7 +339,8 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         data = send(self, message, channel)
         process = _caller(kernel)
         if process is not None:
-            process.names["oracles"][lane_of.get(self, 0)].said(message)
+            oracles = process.names["oracles"]
+            oracles.get(lane_of.get(self), next(iter(oracles.values()))).said(message)
         return data
 
     def opened(
@@ -363,6 +395,9 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         cutter = functools.partial(source_daemon.Cutter, clock=lambda: kernel.now_ns / NS)
         put(source_daemon, Cutter=cutter)
         put(filter_cuts, cut_all=functools.partial(cut_slowly, kernel))
+        put(filter_cuts, cut_hold=functools.partial(hold_now, kernel))
+        put(host_lanes, ControlClient=client, SiteIdentity=identity)
+        put(source_hosts, connect=called("connect"))
         put(source_attach, RingReader=called("RingReader"))
         put(session, Sealer=SimSealer, BUFFER_BYTES=RECORD_ROOM)
         put(spill, Sealer=SimSealer, os=SpillCalls(kernel))

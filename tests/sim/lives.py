@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from facts import Epoch
+from facts import Epoch, Image
 from guest import Guest
 from hosts import DATA_KEY, GROUP
 from kernel import Process, Violation
 from oracle import Oracle
+from power import HostPower
 from recoveries import Recoveries
 from sites import SourceSite, TargetSite, options_of
 from uses import GONE, give
@@ -89,7 +90,10 @@ class Life:
         self._east_views = world.views
         self._first = world.oracle
         self._busy = False
-        self._over = False
+        self._east_power = HostPower(world.east_host, world.views, world.east)
+        self._west_power = HostPower(
+            world.west_host, Views(world.west_host, world.oracle), source=world.west
+        )
 
     def run(self) -> None:
         """Play it."""
@@ -148,7 +152,8 @@ class Life:
         """By a move, with the VM at work, or by a failover."""
         world, oracle, west = self._world, self._first, self._west_site
         faults, paths = world.faults, self._east_store.paths
-        breaks = [faults._kill_target, faults._cut, faults._kill_source]
+        breaks = [faults._kill_target, faults._cut, faults._kill_source, self._east_power.fail]
+        breaks.append(self._west_power.fail)
         both = [*breaks, faults._kill_filter]
         if "move" in self._plan.life:
             with self._at_work(west, oracle):
@@ -159,9 +164,10 @@ class Life:
                     both,
                 )
             image = oracle.image(position_of(info.point))
-            for disk, model in enumerate(oracle.model):
-                if image.read(disk) != model or image.sizes != oracle.sizes:
-                    raise Violation(f"8: a move lost what the guest wrote to disk {disk}")
+            if image.sizes != oracle.sizes or not self._nothing_lost(
+                image, oracle, self._west_power
+            ):
+                raise Violation("8: a move lost what the guest wrote")
         elif self._rng.random() < 0.3:  # its VM lives, and writes on: that is not taken
             with self._at_work(west, oracle):
                 info = self._fail_over(both, force=True)
@@ -171,6 +177,13 @@ class Life:
             info = self._fail_over(breaks)
         west.attached = False
         return info
+
+    @staticmethod
+    def _nothing_lost(image: Image, oracle: Oracle, power: HostPower) -> bool:
+        """Whether what was taken is what the guest wrote: the disks that it leaves, unless they
+        lost their power since, which takes what was not flushed."""
+        held = [image.read(disk) for disk in range(len(image.sizes))]
+        return held == oracle.model or held in power.before
 
     @contextlib.contextmanager
     def _at_work(self, site: SourceSite, oracle: Oracle) -> Iterator[None]:
@@ -245,10 +258,20 @@ class Life:
         self._place.view_id = info.id
         views.guest = oracle
         self._check_view(views, info.id, oracle)
-        self._play(views, self._place, oracle, lambda: self._kill_view(views, info.id, oracle))
+        self._play(
+            views,
+            self._place,
+            oracle,
+            [
+                lambda: self._end_view(info.id, lambda: self._kill_idle_view(views, info.id)),
+                lambda: self._end_view(info.id, self._east_power.fail, power=True),
+            ],
+        )
         self._check_view(views, info.id, oracle)
 
-    def _play(self, views: Views, place: Place, oracle: Oracle, breaks: Callable[[], None]) -> None:
+    def _play(
+        self, views: Views, place: Place, oracle: Oracle, breaks: list[Callable[[], None]]
+    ) -> None:
         """The guest works for a while."""
         kernel = self._kernel
         over: list[int] = []
@@ -257,7 +280,7 @@ class Life:
         task = kernel.spawn(kernel.outside, lambda: guest.run(None), "guest")
         for _ in range(self._rng.randrange(3)):
             kernel.sleep(self._rng.random())
-            breaks()
+            self._rng.choice(breaks)()
         kernel.sleep(self._rng.random())
         over.append(1)
         kernel.wait_until(lambda: task.done, 1e6, look_s=0.05)
@@ -292,13 +315,14 @@ class Life:
             if data != oracle.model[disk]:
                 raise Violation(f"8: disk {disk} of a view is not what it was taken over with")
 
-    def _kill_view(self, views: Views, view_id: str, oracle: Oracle) -> None:
+    def _end_view(self, view_id: str, end: Callable[[], None], *, power: bool = False) -> None:
         """Under its VM, which waits until it is served again."""
+        oracle = self._second
         self._place.away = True
         oracle.drop_guest()
-        self._kill_idle_view(views, view_id)
-        contents = self._contents(views, view_id)
-        oracle.source_came_back(False, contents.__getitem__)
+        end()
+        contents = self._contents(self._east_views, view_id)
+        oracle.source_came_back(power, contents.__getitem__)
         self._place.away = False
 
     # ---- what becomes of it -------------------------------------------------------------
@@ -313,6 +337,8 @@ class Life:
             faults._cut,
             faults._kill_source,
             lambda: self._kill_idle_view(self._east_views, info.id),
+            self._east_power.fail,
+            self._west_power.fail,
         ]
         self._give(
             self._east_views, "failover rollback", lambda: failovers.rollback(paths, GROUP), breaks
@@ -329,14 +355,17 @@ class Life:
         kernel, faults = self._kernel, world.faults
         paths, views, oracle = self._east_store.paths, self._east_views, self._second
         idle = lambda: self._kill_idle_view(views, info.id)  # noqa: E731
+        failures = self._east_power.failures
         self._place.away = True
         breaks = [faults._kill_target, faults._cut, idle]
+        breaks += [self._east_power.fail, self._west_power.fail]
         if "failover" in plan.life:
             self._give(views, "failover commit", lambda: failovers.commit(paths, GROUP), breaks)
         west_store = TargetSite(world.west_host, oracle, plan)
         west_store.start()
         self._east.start_filter()
         self._east.start_source()
+        self._east_power.source, self._west_power.target = self._east, west_store
         recoveries = Recoveries(kernel, oracle, west_store)
         again = world.faults_of(oracle, self._east, west_store, recoveries.verify)
         options = options_of(plan)
@@ -349,6 +378,8 @@ class Life:
         if not kernel.wait_until(lambda: self._east.group is not None, 60.0):
             raise Violation("9: the group is reversed, and nobody serves its disks")
         self._place.away = False
+        if self._east_power.failures != failures:  # since the guest wrote to the view
+            oracle.source_came_back(True, self._east.content)
         for disk, model in enumerate(oracle.model):
             if self._east.content(disk) != model:
                 raise Violation(f"6: disk {disk} is another one after a reverse")
@@ -365,6 +396,7 @@ class Life:
         views = Views(world.west_host, first, west_store.opens_store)
         views.keep()
         views.guest = first
+        self._west_power.views = views
         oracle.deciding = True
         taken: list[ViewInfo] = []
 
@@ -375,18 +407,18 @@ class Life:
             taken.append(info)
             point = position_of(info.point)
             image = oracle.image(point)
-            for disk, model in enumerate(oracle.model):
-                if image.read(disk) != model:
-                    raise Violation(f"8: a failback lost what the guest wrote to disk {disk}")
+            if not self._nothing_lost(image, oracle, self._east_power):
+                raise Violation("8: a failback lost what the guest wrote")
             self._east.attached = False
             assert info.epoch is not None
             epoch = Epoch(info.epoch, bytes.fromhex("aa" * 16), point)
             east, since = self._east, oracle.epochs[-2].number
-            disks = [bytes(data) for data in oracle.model]
+            disks = [bytes(image.read(disk)) for disk in range(len(image.sizes))]
             first.reigns_again(epoch, disks, east.content, since)
             first.recorded = False
 
         breaks = [again._kill_target, again._cut, again._kill_source, world.faults._kill_target]
+        breaks += [self._east_power.fail, self._west_power.fail]
         with self._at_work(self._east, oracle):
             self._give(
                 views,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from kernel import NS, Kernel, Killed, Process, Task, Violation
 
 from vrep import errors
 from vrep.control import Reply
-from vrep.errors import ProtocolError, TimeLimitError, UnreachableError, VrepError
+from vrep.errors import NotFoundError, ProtocolError, TimeLimitError, UnreachableError, VrepError
 from vrep.wire import messages as m
 from vrep.wire.protocol import Connection, Role
 from vrep.wire.stream import ConnectionLostError
@@ -25,13 +25,29 @@ from vrep.wire.transport import FrameTransport, Timeouts
 if TYPE_CHECKING:
     from plan import Plan
 
+NEAR_NS: Final = 300_000
+"""sites of one data centre hear each other within that"""
+
+
+class Line:
+    """How bytes go between two places."""
+
+    def __init__(self, kernel: Kernel, slow_ns: int) -> None:
+        self.kernel = kernel
+        self.slow_ns = slow_ns
+        self.hung_until_ns = 0
+        self.down_until_ns = 0
+
+    def latency_ns(self) -> int:
+        return 50_000 + self.kernel.rng.randrange(self.slow_ns)
+
 
 class Pipe:
     """One direction."""
 
-    def __init__(self, kernel: Kernel, network: Network) -> None:
+    def __init__(self, kernel: Kernel, line: Line) -> None:
         self.kernel = kernel
-        self.network = network
+        self.line = line
         self.parts: list[tuple[int, bytearray]] = []
         self.held = 0
         self.ended = False
@@ -41,7 +57,7 @@ class Pipe:
 
     def put(self, data: bytes) -> None:
         last = self.parts[-1][0] if self.parts else 0
-        at = max(last, self.kernel.now_ns + self.network.latency_ns())
+        at = max(last, self.kernel.now_ns + self.line.latency_ns())
         self.parts.append((at, bytearray(data)))
         self.held += len(data)
         self.kernel.event("sent")
@@ -51,7 +67,7 @@ class Pipe:
         """Until the first part is there; None: nothing is on its way."""
         if not self.parts:
             return None
-        at = max(self.parts[0][0], self.network.hung_until_ns)
+        at = max(self.parts[0][0], self.line.hung_until_ns)
         return max(0.0, (at - self.kernel.now_ns) / NS)
 
     def take(self, room: memoryview) -> int:
@@ -86,6 +102,9 @@ class Pipe:
 
 class Stream:
     """One end."""
+
+    dialer = ""
+    """the site at the other one"""
 
     def __init__(self, owner: Process, incoming: Pipe, outgoing: Pipe, capacity: int) -> None:
         self._owner = owner
@@ -146,22 +165,19 @@ class Stream:
         self._in.end(lose=True)
 
 
-class Network:
+class Network(Line):
     """Between the sites: who listens, and all connections."""
 
     def __init__(self, kernel: Kernel, plan: Plan) -> None:
-        self.kernel = kernel
-        self.hung_until_ns = 0
-        self.down_until_ns = 0
-        self.slow_ns = plan.slow_ns
+        super().__init__(kernel, plan.slow_ns)
+        self.near = Line(kernel, min(plan.slow_ns, NEAR_NS))
+        """between sites that are near each other"""
+        self.near_sites: set[str] = set()
         self.capacity = 1 << 16
         self.features: Sequence[str] = m.FEATURES if plan.delta else ()
         """that both sites say they have"""
         self._serve: dict[str, tuple[Process, Callable[[Stream], None]]] = {}
         self._open: list[tuple[Pipe, Pipe]] = []
-
-    def latency_ns(self) -> int:
-        return 50_000 + self.kernel.rng.randrange(self.slow_ns)
 
     def listen(self, site_id: str, process: Process, serve: Callable[[Stream], None]) -> None:
         self._serve[site_id] = (process, serve)
@@ -169,20 +185,23 @@ class Network:
     def dial(self, site_id: str, process: Process, timeout_s: float) -> Stream:
         kernel = self.kernel
         process.burn()
-        if kernel.now_ns < self.hung_until_ns:
-            wait_s = (self.hung_until_ns - kernel.now_ns) / NS
+        dialer = process.names["host"].identity.site_id
+        line = self.near if {site_id, dialer} <= self.near_sites else self
+        if kernel.now_ns < line.hung_until_ns:
+            wait_s = (line.hung_until_ns - kernel.now_ns) / NS
             kernel.sleep(min(timeout_s, wait_s))
             if wait_s >= timeout_s:
                 raise UnreachableError("timed out")
-        kernel.sleep(self.latency_ns() / NS)
+        kernel.sleep(line.latency_ns() / NS)
         server, serve = self._serve.get(site_id, (None, None))
-        if kernel.now_ns < self.down_until_ns or server is None or serve is None or server.dead:
+        if kernel.now_ns < line.down_until_ns or server is None or serve is None or server.dead:
             raise UnreachableError("connection refused")
-        there, back = Pipe(kernel, self), Pipe(kernel, self)
+        there, back = Pipe(kernel, line), Pipe(kernel, line)
         self._open = [pair for pair in self._open if not (pair[0].ended and pair[1].ended)]
         self._open.append((there, back))
         near = Stream(process, back, there, self.capacity)
         far = Stream(server, there, back, self.capacity)
+        far.dialer = dialer
         for owner, stream in ((process, near), (server, far)):
             owner.at_kill.append(stream.close)
         kernel.spawn(server, lambda: serve(far), "peer")
@@ -193,27 +212,31 @@ class Network:
     def connected(self) -> bool:
         return any(not one.ended and not two.ended for one, two in self._open)
 
-    def cut(self) -> None:
-        """End every connection, in the middle of what is on its way."""
-        if self.connected:
-            self.kernel.event("cut")
-        for pair in self._open:
+    def cut(self, line: Line | None = None) -> None:
+        """End every connection, or those of a line, in the middle of what is on its way."""
+        ended = [pair for pair in self._open if line is None or pair[0].line is line]
+        if any(not one.ended and not two.ended for one, two in ended):
+            self.kernel.event("cut" if line is None else "cut between hosts")
+        for pair in ended:
             for pipe in pair:
                 pipe.end(lose=True)
-        self._open.clear()
+        self._open = [pair for pair in self._open if pair not in ended]
 
 
 class Peers:
-    """In the place of PeerRegistry: two sites that trust each other."""
+    """In the place of PeerRegistry: sites that trust each other."""
 
-    def __init__(self, peer: Any) -> None:
-        self._peer = peer
+    def __init__(self, peers: Sequence[Any]) -> None:
+        self._peers = peers
 
-    def get(self, _name: str) -> Any:
-        return self._peer
+    def get(self, name: str) -> Any:
+        for peer in self._peers:
+            if name in (peer.site_id, peer.name):
+                return peer
+        raise NotFoundError(f"no site {name!r}")
 
     def list(self) -> list[Any]:
-        return [self._peer]
+        return [*self._peers]
 
 
 class Wires:
@@ -263,7 +286,7 @@ class Listener:
         self._network = network
         self._process = process
         self._identity = identity
-        self._peer = peers.list()[0]
+        self._peers = peers
         self._handler = handler
         self._options = options
 
@@ -276,8 +299,9 @@ class Listener:
 
     def _serve(self, stream: Stream) -> None:
         connection = Connection(Role.SERVER, known=True, allocate=self._options["allocate"])
+        peer = self._peers.get(stream.dialer)
         transport = FrameTransport(
-            stream, connection, peer=self._peer, timeouts=self._options["timeouts"]
+            stream, connection, peer=peer, timeouts=self._options["timeouts"]
         )
         try:
             site, features = self._identity, self._network.features

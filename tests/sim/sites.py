@@ -17,13 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from disks import SpillDisk, SpillOs, StoreFiles, lose_sectors
+from disks import SpillDisk, SpillOs, StoreDisk, StoreFiles, lose_sectors
 from hosts import EPOCH_ID, GROUP, GROUP_ID, KEY, Host, SimStore
 from kernel import Process, Task, Violation
 
 from vrep._core.filter_driver import GroupDriver
 from vrep._core.ring import RingReader
 from vrep.app import filterd
+from vrep.app.host_lanes import HostLanes
 from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupOptions
 from vrep.lanes import lane_id, lane_name
 from vrep.recovery.old_site import give_way
@@ -118,8 +119,14 @@ class SourceSite:
         self._readers: list[RingReader] = []
         self._observer: RingReader | None = None
 
-    def prepare(self, wrapped: bytes, lanes: tuple[int, ...] = ()) -> None:
-        """The disks and the definition of the group, or of a lane among those of one."""
+    def prepare(
+        self,
+        wrapped: bytes,
+        lanes: tuple[int, ...] = (),
+        hosts: tuple[tuple[int, str], ...] = (),
+    ) -> None:
+        """The disks and the definition of the group, or of a lane among those of one, which may be
+        of several hosts."""
         self.stable = [bytes(size) for size in self.plan.disk_bytes]
         for path, size in zip(self.disks, self.plan.disk_bytes, strict=True):
             with path.open("wb") as file:
@@ -130,6 +137,8 @@ class SourceSite:
                 group_id=(lane_id(GROUP_ID, self.lane) if lanes else GROUP_ID).hex(),
                 name=self.name,
                 lanes=lanes,
+                hosts=hosts,
+                numbered=len(lanes) if hosts else 0,
                 disks=tuple(
                     DiskDefinition(f"d{number}", f"file:{path}", size, number)
                     for number, (path, size) in enumerate(
@@ -297,7 +306,7 @@ class SourceSite:
         kernel, rng = self.kernel, self.kernel.rng
         kernel._kill(self.source)
         state = self.groups.path(self.name)
-        files = [path for path in sorted(state.iterdir()) if path.is_file()]
+        files = [path for path in sorted(state.glob("*")) if path.is_file()]
         files = [path for path in files if path.suffix not in (".json", ".lock")]
         before = {path: path.read_bytes() for path in files}
         group = self.group
@@ -455,6 +464,7 @@ class TargetSite:
         self.plan = plan
         self.process: Process = kernel.outside
         self.files: StoreFiles | None = None
+        self.disk = StoreDisk(self.directory)
         self.store: GroupStore | None = None
         self._room_bytes = 1 << 40
 
@@ -470,7 +480,7 @@ class TargetSite:
         process.names["open_store"] = functools.partial(self.open_store, process)
 
     def open_store(self, process: Process, *args: Any, **options: Any) -> GroupStore:
-        files = StoreFiles(process, self.directory)
+        files = StoreFiles(process, self.disk)
         files.room = self._room_bytes
         steady = lambda: Steady(1, self.kernel.now_ns)  # noqa: E731
         clocks = {"wall_ns": self._wall_ns, "steady": steady}
@@ -486,9 +496,9 @@ class TargetSite:
 
     def lose_power(self) -> bool:
         """Whether anything was torn or lost."""
-        files, self.files = self.files, None
+        self.files = None
         self.kernel.kill(self.process)
-        return files is not None and files.lose_power(self.directory)
+        return self.disk.lose_power(self.kernel.rng)
 
     def ask(self, method: str, **params: Any) -> Any:
         """What the command line asks of the target's process."""
@@ -527,4 +537,31 @@ def start_target(targets: list[TargetSite]) -> None:
     one.kernel.spawn(process, run, "target")
 
 
-__all__ = ["SourceSite", "TargetSite", "start_filter", "start_source", "start_target"]
+def start_peer(site: SourceSite) -> Process:
+    """The target process of a host that stores nothing: it answers the other hosts of a group."""
+    process = site.host.process("peer", site.oracle)
+
+    def run() -> None:
+        daemon = target_daemon.Target(
+            site.paths,
+            site.host.config,
+            timeouts=site.plan.timeouts,
+            held=lambda _group_id: [],
+            lanes=HostLanes(site.paths).answer,
+        )
+        daemon.start()
+        daemon.run()
+
+    process.names["GroupHost"] = receive.GroupHost
+    site.kernel.spawn(process, run, "peer")
+    return process
+
+
+__all__ = [
+    "SourceSite",
+    "TargetSite",
+    "start_filter",
+    "start_peer",
+    "start_source",
+    "start_target",
+]

@@ -10,17 +10,27 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
+from disks import SECTOR_BYTES, lose_sectors
 from kernel import Kernel, Process, Task, Violation
-from sites import Gate
+from sites import FLUSH, FUA, Gate
 
+from vrep._core import layout
 from vrep._core.filter_driver import GroupDriver
 from vrep.errors import GoneError, VrepError
 from vrep.recovery import process as view_process
 from vrep.recovery.keeper import ViewKeeper
-from vrep.recovery.view import START_S, ViewDirectory, ViewInfo, failure
+from vrep.recovery.view import (
+    PROTECTED,
+    START_S,
+    ViewDirectory,
+    ViewInfo,
+    failure,
+    view_directories,
+)
 
 if TYPE_CHECKING:
     from hosts import Host
@@ -29,6 +39,24 @@ if TYPE_CHECKING:
 KEEP_S: Final = 2.0
 READ_BYTES: Final = 32 << 10
 READ_S: Final = 60.0
+LIVE_BOOT_AT: Final = layout.PRESENCE_HEADER.fields["boot_id"][1]
+
+
+class ViewFiles(NamedTuple):
+    """Of one disk of a view."""
+
+    data: Path
+    presence: Path
+    live: Path
+
+    @classmethod
+    def of(cls, disk: Any) -> ViewFiles:
+        overlay = disk.uri.removeprefix("view:")
+        data = Path(disk.onto.partition(":")[2] if disk.onto else overlay)
+        return cls(data, Path(f"{overlay}.presence"), Path(f"{overlay}.live"))
+
+    def read(self) -> tuple[bytes, bytes]:
+        return self.data.read_bytes(), self.presence.read_bytes()
 
 
 class ViewMachine:
@@ -43,6 +71,7 @@ class ViewMachine:
         self.attached = True
         self.kicks: list[Task] = []
         self.misses: list[Task] = []
+        self.files: list[ViewFiles] = []
         process.at_kill.append(self._killed)
 
     @property
@@ -54,6 +83,9 @@ class ViewMachine:
         now = (self.kernel.now_ns, self.kernel.now_ns + self.kernel.wall_ahead_ns)
         self.group = SimViewGroup(disks, **options, stepped=now)
         self.group.machine = self
+        self.files = [ViewFiles.of(disk) for disk in disks]
+        for files in self.files:
+            self._views.stored.setdefault(files, files.read())  # creation syncs
         self._views.machines[self._id] = self
         self.kernel.spawn(self.process, self._run, "view:turns")
         return self.group
@@ -67,6 +99,11 @@ class ViewMachine:
         if group is not None:
             group.kill()
 
+    def closed(self) -> None:
+        """In good order: all is synced."""
+        for files in self.files:
+            self._views.stored[files] = files.read()
+
     def kick(self) -> None:
         self.kernel.wake_all(self.kicks)
 
@@ -79,7 +116,7 @@ class ViewMachine:
         steps = group.steps()
         for _ in range(min(len(steps), 1 + kernel.rng.randrange(4))):
             self.process.burn()
-            group.step(kernel.rng.randrange(len(steps)))
+            self.step(group, kernel.rng.randrange(len(steps)))
             steps = group.steps()
         group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
         group.poll()
@@ -87,6 +124,27 @@ class ViewMachine:
         self._views.after_turn()
         busy = steps or self.oracle.flights
         return kernel.rng.random() * (0.002 if busy else 0.2)
+
+    def step(self, group: SimViewGroup, index: int, *, torn: bool = False) -> None:
+        """One thing that the group waits for is done; `torn`: its presence is not synced any
+        more."""
+        step = group.steps()[index]
+        group.step(index)
+        if step.kind != "disk" or not (step.op == FLUSH or step.flags & FUA):
+            return
+        files = self.files[step.disk]
+        data, presence = files.read()
+        self._views.stored[files] = (data, self._views.stored[files][1] if torn else presence)
+
+    def step_some(self) -> None:
+        """What was under way when the power was lost: some of it is done."""
+        rng = self.kernel.rng
+        for _ in range(rng.randrange(4)):
+            group = self.group
+            steps = group.steps() if group is not None else []
+            if group is None or not steps:
+                return
+            self.step(group, rng.randrange(len(steps)), torn=True)
 
     def ask(self, op: Any, disk: int, offset: int, length: int, data: bytes = b"") -> Any:
         """A command, and its result; GoneError when the process ends first."""
@@ -134,6 +192,8 @@ class SimViewGroup(GroupDriver):
         super().close(clean)
         if self.machine.group is self:
             self.machine.group = None
+        if clean:
+            self.machine.closed()
 
 
 class Views:
@@ -151,6 +211,8 @@ class Views:
         self.after_turn: Callable[[], None] = lambda: None
         self._door = door
         self._kept = False
+        self.stored: dict[ViewFiles, tuple[bytes, bytes]] = {}
+        """data and presence of each disk as they were synced last"""
         self.machines: dict[str, ViewMachine] = {}
         self.problems: list[str] = []
 
@@ -169,6 +231,35 @@ class Views:
                     self.kernel.note(problem)
 
         self.kernel.spawn(process, run, "keeper")
+
+    def keep_again(self) -> None:
+        """The site starts once more; its keeper does if it ran."""
+        if self._kept:
+            self._kept = False
+            self.keep()
+
+    def step_some(self) -> None:
+        for machine in list(self.machines.values()):
+            if not machine.process.dead:
+                machine.step_some()
+
+    def lose_power(self) -> bool:
+        """Of what views wrote and did not sync, all is there or not; whether any is not. Their
+        processes are dead. What belongs to a group now is not theirs any more: it was synced."""
+        rng, lost = self.kernel.rng, False
+        theirs = view_directories(self.host.paths)
+        kept = {view.root for view in theirs if view.load().state != PROTECTED}
+        for files, (data, presence) in list(self.stored.items()):
+            if files.presence.parent not in kept:
+                del self.stored[files]
+                continue
+            lost |= lose_sectors(files.presence, presence, rng, SECTOR_BYTES)
+            lost |= lose_sectors(files.data, data, rng, SECTOR_BYTES)
+            self.stored[files] = files.read()
+            with files.live.open("r+b") as live:  # another boot has another id
+                live.seek(LIVE_BOOT_AT)
+                live.write(rng.randbytes(8))
+        return lost
 
     def process(self, name: str) -> Process:
         """A process of this host that may begin views."""
