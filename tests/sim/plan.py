@@ -44,6 +44,8 @@ FAULTS: Final = {
 """and how often each is drawn"""
 LANES: Final = 0.1
 """of the worlds have a group of two lanes"""
+HOSTS: Final = 0.6
+"""of those have them on two hosts"""
 AT_SOURCE: Final = (
     *("kill source", "kill filter", "power source", "close filter"),
     *("mark", "pause", "failed spill", "bad disk", "resize", "rotate"),
@@ -93,6 +95,8 @@ class Plan:
     failover_kept: bool = False
     lanes: bool = False
     """whether the group has two, and nothing of what follows"""
+    hosts: bool = False
+    """whether each of those lanes is of another host"""
     life: tuple[str, ...] = ()
     """what comes after it all: see `LIVES`"""
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -124,4 +128,5 @@ class Plan:
             timeouts=Timeouts(dead_after_s=rng.choice((4.0, 20.0)), ping_after_s=1.0),
             life=rng.choices(list(LIVES), list(LIVES.values()))[0],
             lanes=rng.random() < LANES,
+            hosts=rng.random() < HOSTS,
         )

@@ -60,6 +60,8 @@ EVER: Final = (
     *("cut of lanes", "recovery at a cut", "base"),
     *("view", "killed view", "export", "rotation", "cut off command"),
     *("move", "failover start", "failover rollback", "failover commit", "reverse", "failback"),
+    *("host power", "unsynced after a kill", "cuts in a window", "hold for another host"),
+    *("host away", "hosts apart", "cut without a host"),
 )
 """what every run has at least once"""
 COLLECT_EVERY: Final = 10
