@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -194,8 +195,21 @@ class SpillOs:
         self._kernel.event(what)
         self._kernel.maybe()
 
+    def _require_room(self) -> None:
+        if self._machine.full:
+            self._kernel.event("full disk of a source")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def statvfs(self, path: Any) -> Any:
+        """It says so before a write fails, or somebody else was faster."""
+        if self._machine.full and self._kernel.rng.random() < 0.5:
+            return types.SimpleNamespace(f_bavail=0, f_frsize=4096)
+        return os.statvfs(path)
+
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         self._process.burn()
+        if flags & os.O_CREAT:
+            self._require_room()
         fd = self._descriptors.add(os.open(path, flags, mode))
         self._paths[fd] = str(path)
         return fd
@@ -204,6 +218,8 @@ class SpillOs:
         self._operation("write")
         whole = bytes(data)
         count = len(whole)
+        if offset + count > os.fstat(fd).st_size:
+            self._require_room()
         if count > SECTOR_BYTES and self._kernel.rng.random() < 0.1:
             count = self._kernel.rng.randrange(1, count)  # a short write
         before = os.pread(fd, count, offset)
@@ -231,6 +247,7 @@ class SpillDisk:
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self.fail_syncs = 0.0
+        self.full = False
         self._pending: dict[str, list[tuple[int, bytes, int]]] = {}
 
     def wrote(self, path: str, offset: int, before: bytes, size: int) -> None:

@@ -193,6 +193,12 @@ class Faults:
         self._kernel.sleep(self._rng.random() * 3)
         self._west.spill_disk.fail_syncs = 0.0
 
+    def _full_source(self) -> None:
+        """The disk of its state and its spill takes nothing more, for a while."""
+        self._west.fill(True)
+        self._kernel.sleep(self._rng.random() * 4)
+        self._west.fill(False)
+
     def _bad_disk(self) -> None:
         """Requests to the guest's disks fail, for a while."""
         self._oracle.may_fail = True

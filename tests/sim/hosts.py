@@ -7,6 +7,7 @@ thread calls: several processes of one program run side by side here, and so do 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import os
@@ -105,6 +106,8 @@ class Host:
                 fold_rate=0,
             ),
         )
+        self.full = False
+        """its disk takes no new file"""
         self._network = network
         self._peers = Peers([peer, *others])
         self._pids: dict[int, Process] = {}
@@ -361,10 +364,14 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         kernel.event("spill")
 
     def written(*args: Any, **options: Any) -> None:
-        """A process may end before or behind each file that it writes."""
+        """A process may end before or behind each file that it writes; a full disk takes none."""
         process = _caller(kernel)
         if process is not None:
             process.burn()
+            host = process.names.get("host")
+            if host is not None and host.full:
+                kernel.event("full disk of a source")
+                raise OSError(errno.ENOSPC, "No space left on device")
         write_atomic(*args, **options)
         if process is not None:
             process.burn()

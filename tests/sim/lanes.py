@@ -59,6 +59,7 @@ FAULTS: Final = {
     "full target": 1,
     "failed sync": 1,
     "failed spill": 1,
+    "full source": 2,
 }
 BETWEEN: Final = {"away": 3, "apart": 3, "kill peer": 2}
 """and these, when lanes are of two hosts"""
@@ -281,6 +282,12 @@ class LaneWorld:
         disk.fail_syncs = 0.3
         self.kernel.sleep(self.rng.random() * 3)
         disk.fail_syncs = 0.0
+
+    def _full_source(self) -> None:
+        site = self._machine()[0]
+        site.fill(True)
+        self.kernel.sleep(self.rng.random() * 4)
+        site.fill(False)
 
     def _cut(self) -> None:
         self.kernel.wait_until(lambda: self.network.connected, 20.0)

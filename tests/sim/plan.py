@@ -33,6 +33,7 @@ FAULTS: Final = {
     "full target": 1,
     "failed sync": 1,
     "failed spill": 1,
+    "full source": 2,
     "old target": 1,
     "bad disk": 2,
     "clock": 1,
@@ -48,7 +49,7 @@ HOSTS: Final = 0.6
 """of those have them on two hosts"""
 AT_SOURCE: Final = (
     *("kill source", "kill filter", "power source", "close filter"),
-    *("mark", "pause", "failed spill", "bad disk", "resize", "rotate"),
+    *("mark", "pause", "failed spill", "full source", "bad disk", "resize", "rotate"),
 )
 """these break while others do at the target and between the sites"""
 AGAIN: Final = {

@@ -342,6 +342,10 @@ class SourceSite:
             reader.close()
         self._readers.clear()
 
+    def fill(self, full: bool) -> None:
+        """Whether the disk of its state and its spill is full."""
+        self.host.full = self.spill_disk.full = full
+
     def keep_reader(self, reader: RingReader) -> None:
         self._readers.append(reader)
 

@@ -109,6 +109,7 @@ class World:
         west, east = self.west, self.east
         self.network.hung_until_ns = self.network.down_until_ns = 0
         west.spill_disk.fail_syncs = west.bad_disk = 0.0
+        west.fill(False)
         for process, start in (
             (west.filter, west.start_filter),
             (west.source, west.start_source),
