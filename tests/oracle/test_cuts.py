@@ -428,6 +428,23 @@ def test_a_hole_in_the_order_of_a_lane_is_refused_after_a_restart(group: Group) 
     lane.commit()
 
 
+def test_a_lane_whose_manifest_is_damaged_is_not_left_out(group: Group, tmp_path: Path) -> None:
+    """It is no lane of another target, whose part of a cut is a point without it."""
+    group.cut(label="all")
+    group.close()
+    newest = max((group.root / "store" / group.lanes[1].group_id.hex()).glob("manifest-*"))
+    data = bytearray(newest.read_bytes())
+    data[40] ^= 1
+    newest.write_bytes(data)
+    for name in ("web", group.group_id.hex()):
+        with pytest.raises(errors.CorruptError, match="manifest"):
+            group.site.export(name, tmp_path / "out", at="all")
+    assert not (tmp_path / "out").exists()
+    newest.unlink()
+    for lane in group.lanes[:1]:
+        lane.open()
+
+
 def test_names_and_ids_of_lanes(group: Group, tmp_path: Path, rng: random.Random) -> None:
     held = find_lanes(group.site.paths, group.group_id.hex())
     assert held is not None

@@ -69,21 +69,23 @@ class HeldLanes:
 
 def find_lanes(paths: SitePaths, text: str) -> HeldLanes | None:
     """The group of several lanes with this name or id; None when there is none. A lane's own
-    name is that lane alone. Two sites may use one name: then the id is asked for."""
+    name is that lane alone. Two sites may use one name: then the id is asked for. What is wrong
+    with the manifest of any of its lanes is raised: one that is left out would seem to be held
+    elsewhere, and the rest of a cut would be taken for a point without it."""
     found: dict[str, list[HeldGroup]] = {}
-    damaged: IntegrityError | None = None
+    damaged: dict[str, IntegrityError] = {}
     wanted = text[:28] if len(text) == 32 and text.endswith("0000") else None
-    for _id, held in held_groups(paths):
+    for group_id, held in held_groups(paths):
         if isinstance(held, IntegrityError):
-            if wanted is not None and _id.hex().startswith(wanted):
-                damaged = held
+            damaged[group_id.hex()[:28]] = held
             continue
         if is_lane(held.name) and (
             held.hex.startswith(wanted) if wanted is not None else group_of(held.name) == text
         ):
             found.setdefault(held.hex[:28], []).append(held)
-    if damaged is not None:
-        raise damaged
+    for prefix in (wanted, *found):
+        if prefix in damaged:
+            raise damaged[prefix]
     if len(found) > 1:
         ids = ", ".join(f"{prefix}0000" for prefix in found)
         raise InvalidError(f"{len(found)} groups are called {text!r}: give an id: {ids}")
