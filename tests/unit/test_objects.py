@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vrep.app.publishing import Publisher
-from vrep.errors import CorruptError, FullError
+from vrep.errors import CorruptError, FullError, StorageError
 from vrep.objects import ObjectDirectory, parse, plaintext
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", fullmatch=True)
@@ -95,3 +95,30 @@ def test_what_may_be_lost_is_put_again(tmp_path: Path) -> None:
     assert objects.due() == {}
     again.lost()
     assert len(objects.due()) == 2
+
+
+def test_what_was_lost_on_a_full_disk_is_put_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That all are due cannot be written down; what was on its way is due still, and its record
+    is gone, however far the target is durable."""
+    objects, order = ObjectDirectory(tmp_path), Order()
+    publisher = Publisher("web", tmp_path)
+    one = objects.put("a", b"1", 1)
+    publisher.step(order)
+
+    def full(_self: ObjectDirectory) -> None:
+        raise StorageError("there is no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectDirectory, "all_due", full)
+        publisher.lost()
+        order.durable = 1
+        publisher.step(order)
+        publisher.step(order)
+        assert one in objects.due()
+        assert len(order.records) == 2  # and not again and again
+    publisher.step(order)
+    order.durable = len(order.records)
+    publisher.step(order)
+    assert objects.due() == {}

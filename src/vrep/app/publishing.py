@@ -39,6 +39,11 @@ class Publisher:
 
     def lost(self) -> None:
         """Records of the past may be lost, on their way or at the target."""
+        self.published.clear()  # a durable position above them proves nothing any more
+        self._note()
+
+    def _note(self) -> None:
+        """All are due, durably."""
         try:
             ObjectDirectory(self.path).all_due()
             self.unnoted = False
@@ -50,7 +55,7 @@ class Publisher:
         """Publish what is due, settle what is durable."""
         objects = ObjectDirectory(self.path)
         if self.unnoted:
-            self.lost()
+            self._note()
         try:
             due = objects.due()
             if not due:
