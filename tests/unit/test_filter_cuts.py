@@ -12,6 +12,8 @@ import pytest
 from vrep import errors
 from vrep._core.filter import Disk, Group, cut_all, cut_hold, cut_release
 from vrep._core.serve import Server
+from vrep.app.filter_cuts import FilterCuts
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory
 
 ONE, OTHER = b"1" * 16, b"2" * 16
 
@@ -88,3 +90,28 @@ def test_a_hold_that_one_lane_refuses_leaves_none(lanes: list[Group]) -> None:
     with pytest.raises(errors.TimeLimitError):
         cut_release(lanes[:1], ONE)
     assert len(cut_all(lanes[:1], OTHER)) == 1
+
+
+def test_no_record_of_a_cut_is_put_into_a_lane_that_is_halted(
+    lanes: list[Group], tmp_path: Path
+) -> None:
+    """A move takes it at the position that it has named."""
+    groups = GroupDirectory(tmp_path / "site")
+    for number in range(2):
+        groups.store(
+            GroupDefinition(
+                version=VERSION, group_id="0" * 28 + f"{number:04x}", name=f"web@{number}",
+                disks=(DiskDefinition("root", "file:/nowhere", 1 << 20, 0),), to_site="d" * 32,
+                key="acme", tenant_key_id="", epoch=1, epoch_id="2" * 32, wrapped_keys=(),
+                created=0.0, halted=number == 1,
+            )
+        )  # fmt: skip
+    cuts = FilterCuts(groups, lambda name: lanes[int(name[-1])])
+    heads = [one.status()["head"] for one in lanes]
+    at = [[1, number, head] for number, head in enumerate(heads)]
+    asked = {"lane": "web@0", "also": ["web@1"], "cut_id": ONE.hex(), "at": at}
+    made = cuts.complete(asked)
+    assert (made["seq"], made["also"]) == (heads[0] + 1, {})
+    assert [one.status()["head"] for one in lanes] == [heads[0] + 1, heads[1]]
+    groups.update("web@1", halted=False)
+    assert cuts.complete(asked)["also"] == {"web@1": heads[1] + 1}

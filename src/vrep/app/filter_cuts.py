@@ -131,5 +131,6 @@ class FilterCuts:
         also: dict[str, int] = {}
         for other in params.get("also", ()):
             with contextlib.suppress(VrepError):  # its target has one point less
+                self._epochs([other])
                 also[other] = self._group_of(other).cut_complete(cut_id, at, label)
         return {"at": at, "seq": seq, "also": also, "wall_ns": time.time_ns()}
