@@ -256,17 +256,21 @@ static void connected(struct vrep_accept *accept, int fd)
 
 /* ---- the loop's side ------------------------------------------------------------------------- */
 
-static void connection_turn(struct vhost_connection *c)
+/* True: a queue has more. */
+static bool connection_turn(struct vhost_connection *c)
 {
     struct vrep_vhost_server *server = c->server;
+    bool more = false;
     /* Nothing starts before everything of an earlier connection is complete. */
     bool serves = c->open && server->orphans == 0 && !server->stopping;
     for (uint32_t i = 0; i < VREP_VHOST_QUEUES_MAX && c->open; i++) {
         struct vhost_queue *queue = &c->queue[i];
         if (!queue->started)
             continue;
-        if (serves && queue->again && (queue->enabled || queue->stopping))
+        if (serves && queue->again && (queue->enabled || queue->stopping)) {
             queue->again = !vhost_block_run(queue);
+            more |= queue->again && queue->more;
+        }
         vhost_queue_publish(queue);
         if (queue->stopping && server->orphans == 0 && vhost_queue_is_drained(queue)) {
             if (vhost_answer_base(c, queue) < 0)
@@ -277,16 +281,18 @@ static void connection_turn(struct vhost_connection *c)
     }
     if (server->stopping && c->open && c->requests == NULL)
         vhost_end(c, "the server stops");
+    return more && c->open;
 }
 
 static bool front_turn(struct vrep_front *front)
 {
     struct vrep_vhost_server *server = (struct vrep_vhost_server *)front;
+    bool more = false;
     for (uint32_t i = 0; i < VREP_VHOST_MONITORS_MAX; i++)
-        connection_turn(&server->connection[i]);
+        more |= connection_turn(&server->connection[i]);
     front->requests = server->received;
     server->received = 0;
-    return false; /* what waits, waits for an event */
+    return more; /* what waits otherwise, waits for an event */
 }
 
 /* A queue that found no room looks again in each turn. */

@@ -5,6 +5,10 @@
 #include "serve/vhost_internal.h"
 
 #define DATA_BYTES_MAX (32u << 20)
+#define CHAINS_A_TURN 64u /* of a queue: others, and the group's consumers, wait meanwhile */
+/* What is done is shown while the next is done, so that the guest works beside us; more often, and
+ * the interrupts cost more than that gains. */
+#define SHOWN_TOGETHER 16u
 
 struct vhost_request *vhost_request_take(struct vrep_vhost_server *server)
 {
@@ -123,7 +127,8 @@ static void log_data(struct vhost_request *request, uint64_t bytes)
 
 /* ---- the end of a request ---------------------------------------------------------- */
 
-/* The guest learns it when the turn ends. `data` bytes of what it reads were filled. */
+/* The guest learns it when the turn ends at the latest. `data` bytes of what it reads were filled.
+ */
 static void finish(struct vhost_request *request, uint8_t status, uint64_t data)
 {
     struct vhost_queue *queue = request->queue;
@@ -135,6 +140,8 @@ static void finish(struct vhost_request *request, uint8_t status, uint64_t data)
     if (status != VREP_VIRTIO_OK)
         vrep_count(&c->server->stats.traffic.errors, 1);
     vhost_queue_give(queue, request->chain.head, (uint32_t)(data + 1));
+    if (queue->given >= SHOWN_TOGETHER)
+        vhost_queue_publish(queue);
     queue->again = true;
     unlink_request(c, request);
     vhost_request_give(c->server, request);
@@ -309,9 +316,14 @@ static bool begin(struct vhost_request *request)
 bool vhost_block_run(struct vhost_queue *queue)
 {
     struct vrep_vhost_server *server = queue->connection->server;
+    queue->more = false;
     if (queue->waiting != NULL && !prepare(queue->waiting))
         return false;
-    while (!queue->broken) {
+    for (uint32_t taken = 0; !queue->broken; taken++) {
+        if (taken == CHAINS_A_TURN) {
+            queue->more = true;
+            return false;
+        }
         struct vhost_request *request = vhost_request_take(server);
         if (request == NULL)
             return false;

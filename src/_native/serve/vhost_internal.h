@@ -72,6 +72,7 @@ struct vhost_queue {
     uint16_t number;
     bool started, enabled, stopping;
     bool again; /* there may be chains, or room for one that waits: looked at in the next turn */
+    bool more;  /* the turn ended before its chains did */
     struct vhost_request *waiting; /* taken; prepared again when there is payload memory */
     uint64_t address_descriptors, address_available, address_used, address_log;
     bool log_used;
@@ -131,7 +132,7 @@ struct vhost_request {
     struct iovec iov[VHOST_SEGMENTS_MAX]; /* a command may consume it */
 };
 
-/* Takes chains until there are none, or no room: then false. */
+/* Takes chains until there are none; false: no room, or (`more`) enough for a turn. */
 bool vhost_block_run(struct vhost_queue *queue);
 
 /* ---- vhost.c ------------------------------------------------------------------------- */
