@@ -27,6 +27,8 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 
 int sched_yield(void)
 {
+    if (vrep_load_acquire_u64(&clock_now) == 0) /* a sanitizer, at the end */
+        return (int)syscall(SYS_sched_yield);
     CHECK(yields < TURNS_MAX);
     yielded_at[yields++] = clock_now;
     vrep_store_release_u64(&clock_now, clock_now + yield_cost);
