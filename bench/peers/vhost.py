@@ -10,6 +10,8 @@ import json
 import subprocess
 from pathlib import Path
 
+from bench.peers.iscsi import cpu_s
+
 __all__ = ["load", "load_program", "qemu_storage_daemon"]
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +44,15 @@ def load_program(directory: Path) -> Path:
 
 
 def load(
-    program: Path, socket: Path, *, rw: str, block: int, depth: int, size: int, seconds: float
-) -> dict[str, float]:
-    """One timed load: IOPS, percentiles of a request's time and the client's CPU time, in µs."""
+    program: Path, socket: Path, pid: int, *, rw: str, block: int, depth: int, size: int,
+    seconds: float,
+) -> dict[str, float]:  # fmt: skip
+    """One timed load: IOPS, MB/s, percentiles of a request's time, and CPU time for each of the
+    client and of the server `pid`, in µs."""
     command = [str(program), str(socket), str(size), rw, str(block), str(depth), str(seconds)]
+    before = cpu_s(pid)
     done = subprocess.run(command, capture_output=True, check=True, timeout=seconds + 60)
-    return {name: float(value) for name, value in json.loads(done.stdout).items()}
+    got = {name: float(value) for name, value in json.loads(done.stdout).items()}
+    got["server_us"] = (cpu_s(pid) - before) * 1e6 / (got["iops"] * seconds)
+    got["mb_s"] = got["iops"] * block / 1e6
+    return got

@@ -67,6 +67,12 @@ static bool wants_kick(uint16_t before)
     return (uint16_t)(m.queue[0].offered - event - 1) < (uint16_t)(m.queue[0].offered - before);
 }
 
+/* Slots are of 64 KiB: how many a request needs. */
+static uint32_t stride(uint32_t bytes)
+{
+    return (4096 + bytes + (64u << 10) - 1) / (64u << 10);
+}
+
 static void offer(uint16_t slot, bool write, uint64_t blocks, uint32_t bytes)
 {
     static uint64_t seed = 88172645463325252u;
@@ -89,14 +95,16 @@ int main(int argc, char **argv)
     bool write = strcmp(argv[3], "write") == 0;
     uint32_t bytes = (uint32_t)strtoul(argv[4], NULL, 0),
              depth = (uint32_t)strtoul(argv[5], NULL, 0);
-    CHECK(bytes % 512 == 0 && bytes <= 32768 && depth > 0 && depth <= DEPTH_MAX);
+    CHECK(bytes % 512 == 0 && bytes <= 1u << 20 && depth > 0);
+    uint32_t step = stride(bytes);
+    CHECK(depth <= DEPTH_MAX && depth * step <= DEPTH_MAX);
     blocks /= bytes;
     monitor_create(&m);
     monitor_connect(&m, argv[1]);
     greet();
     monitor_give_memory(&m);
     monitor_start(&m, 0, SIZE, 0);
-    for (uint16_t slot = 0; slot < depth; slot++) {
+    for (uint16_t slot = 0; slot < depth * step; slot = (uint16_t)(slot + step)) {
         uint8_t *data =
             guest_request(&m, 0, slot, write ? VREP_VIRTIO_OUT : VREP_VIRTIO_IN, 0, bytes);
         for (uint32_t i = 0; i < bytes; i++)
@@ -107,7 +115,7 @@ int main(int argc, char **argv)
     uint32_t inflight = 0;
     uint16_t before = 0;
     for (; inflight < depth; inflight++)
-        offer((uint16_t)inflight, write, blocks, bytes);
+        offer((uint16_t)(inflight * step), write, blocks, bytes);
     if (wants_kick(before))
         guest_kick(&m, 0);
     while (inflight > 0) {

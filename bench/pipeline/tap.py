@@ -55,8 +55,9 @@ def follower(directory: Path) -> Path:
 
 
 @contextmanager
-def running(command: list[str], socket: Path, said: dict[str, Any] | None = None) -> Iterator[None]:
-    """A server for the time of one load; what it prints at its end goes into ``said``."""
+def running(command: list[str], socket: Path, said: dict[str, Any] | None = None) -> Iterator[int]:
+    """A server for the time of one load: its process; what it prints at its end goes into
+    ``said``."""
     socket.unlink(missing_ok=True)
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -67,7 +68,7 @@ def running(command: list[str], socket: Path, said: dict[str, Any] | None = None
                 raise RuntimeError(f"{command[0]}: {(server.stderr or sys.stdin).read()!r}")
             time.sleep(0.01)
         time.sleep(0.2)
-        yield
+        yield server.pid
     finally:
         server.send_signal(signal.SIGTERM)
         out, _ = server.communicate(timeout=120)
