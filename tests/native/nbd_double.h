@@ -52,7 +52,8 @@ struct vrep_group {
     uint32_t used;      /* commands taken and not given back */
     uint32_t flags_seen;
     uint32_t disowned;
-    uint32_t turns; /* flush_wakeups called */
+    uint32_t turns;    /* flush_wakeups called */
+    uint32_t timeless; /* it asks for no turn by itself */
 };
 
 bool vrep_group_is_mirror(const struct vrep_group *group)
@@ -199,8 +200,7 @@ int vrep_group_fd(const struct vrep_group *group)
 
 int vrep_group_timeout_ms(const struct vrep_group *group)
 {
-    (void)group;
-    return 1000;
+    return vrep_load_acquire_u32(&group->timeless) ? -1 : 1000;
 }
 
 void vrep_group_flush_wakeups(struct vrep_group *group)
