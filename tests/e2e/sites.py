@@ -88,6 +88,10 @@ class Pair:
         self.cable.target = ("127.0.0.1", free_port())
         listen, advertise = f"127.0.0.1:{self.cable.target[1]}", self.cable.address
         self._enter: dict[str, list[str]] = {}
+        self.enter: dict[str, list[str]] = {}
+        """what each role is started by, if by anything"""
+        self.env: dict[str, dict[str, str]] = {}
+        """what each role has in its environment besides"""
         if packets is not None:
             listen = advertise = f"{ADDRESSES[1]}:{self.cable.target[1]}"
             self._enter = dict(zip(("a", "b"), (s.enter for s in packets.sides), strict=True))
@@ -129,12 +133,14 @@ class Pair:
                 self.processes[role] = subprocess.Popen(
                     [
                         *self._enter.get(self._site(role).paths.root.name, []),
+                        *self.enter.get(role, []),
                         *(sys.executable, "-m", "vrep.app.daemon"),
                         *(role, self._site(role).paths.root),
                     ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    env={**os.environ, **self.env.get(role, {})},
                 )
 
     def kill(self, *roles: str) -> None:
