@@ -58,8 +58,16 @@ class Hosts:
         at.site.protect(GROUP, disks, to="vault", key=KEY, options=options, **how)
 
     def settle(self, *places: Place) -> None:
+        """All is durable, and who came is known to all."""
+
         def settled() -> bool:
-            return all(
+            joining = [
+                one.name
+                for place in places or (self.north, self.south)
+                for one in place.site.groups.readable()
+                if one.joining
+            ]
+            return not joining and all(
                 one["state"] == "replicating"
                 and one["targets"][0]["seq"] == one["targets"][0]["durable_seq"]
                 for place in places or (self.north, self.south)

@@ -150,6 +150,9 @@ def test_a_host_that_never_came_is_not_missed_and_one_that_came_is(groups: Group
     made = cutter(groups, played, clock=lambda: now[0])
     absent = made._hosts[SITES[2]]
     absent.away = True  # type: ignore[attr-defined]
+    with pytest.raises(errors.AgainError, match="lane 2"):  # it may come at once
+        made.cut("now", try_s=-1.0)
+    now[0] = 5.0
     assert made.tend()
     assert (made.view()["absent"], made.view()["joining"]) == ([], [2])
     assert [lane for _epoch, lane, _seq in made.cut("now", try_s=0.0)["at"]] == [1, 0]
@@ -160,6 +163,28 @@ def test_a_host_that_never_came_is_not_missed_and_one_that_came_is(groups: Group
     absent.away = True  # type: ignore[attr-defined]
     with pytest.raises(errors.AgainError, match="lane 2"):
         made.cut("now", try_s=-1.0)
+
+
+def test_one_that_is_copied_for_the_first_time_is_in_no_cut(groups: GroupDirectory) -> None:
+    """And stops none: until it is whole, from which moment on its gaps count."""
+    played = Played()
+    groups.update("web@0", joining=(1,))
+    made = cutter(groups, played)
+    for each in made._hosts.values():
+        each.look = lambda: None  # type: ignore[method-assign]
+    played.gap = True
+    assert made.tend()
+    assert played.asked.count("cut_complete") == 1
+    assert "hold 1" not in played.asked
+    assert groups.load("web@0").joining == (1,)
+    played.gap = False
+    assert made.tend()
+    assert groups.load("web@0").joining == ()
+    assert made.cut("now", try_s=0.0)["absent"] == []
+    assert "hold 1" in played.asked
+    played.gap = True
+    with pytest.raises(errors.GapError):
+        made.cut("now", try_s=0.0)
 
 
 def test_who_does_not_lead_takes_nobody_in(groups: GroupDirectory) -> None:

@@ -154,8 +154,8 @@ def protect(
     as_json: Json = False,
 ) -> None:
     """Replicate disks to another site, as one group recovered to one instant. For a group that is
-    protected, --window and --quota alone change what the target keeps of it, and --front alone how
-    its VM, which must be off, reaches its disks."""
+    protected, --disk alone adds disks to it if it has lanes, --window and --quota alone change what
+    the target keeps of it, and --front alone how its VM, which must be off, reaches its disks."""
     site = site_of(directory)
     fronts = parse_fronts(front or [])
     window_s = None if window is None else int(parse_duration(window))
@@ -174,6 +174,13 @@ def protect(
     if not (disk or to or key) and fronts:
         definition = site.set_fronts(group, fronts, **served)
         _emit_disks(site, group, definition, f"{group}: a VM finds its disks at", as_json)
+        return
+    if disk and not (to or key or beside) and site.lanes_of(group):
+        definition = site.add_disks(group, parse_disks(disk), fronts=fronts, lanes=max(1, lanes))
+        if wait:
+            _wait(site, group, as_json)
+        text = f"{group} has further disks; a VM finds its disks at"
+        _emit_disks(site, group, definition, text, as_json)
         return
     if not (disk and to and key):
         raise UsageError("protect: a new group needs --disk, --to and --key")

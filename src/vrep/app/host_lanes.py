@@ -30,6 +30,7 @@ from vrep.keys.identity import SiteIdentity
 from vrep.keys.membership import membership_proof
 from vrep.keys.tenant import TenantKeyring
 from vrep.lanes import LANES_MAX, group_of, lane_of, lanes_among
+from vrep.numbering import give_numbers
 from vrep.paths import SitePaths
 from vrep.wire import messages as m
 
@@ -140,8 +141,8 @@ class HostLanes:
 
     def admit(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:
         """Give a site new lanes of a group: their `lanes`, and what their definitions need. Those
-        that it got before and never served are withdrawn: it knows nothing of them, or would not
-        ask again. AuthError: it does not hold the group's tenant key."""
+        that it got before, never served and does not name as those that it `has` are withdrawn.
+        AuthError: it does not hold the group's tenant key."""
         group, count = str(params["group"]), int(params["count"])
         names = lanes_among(group, self._groups.names())
         if not names:
@@ -166,33 +167,15 @@ class HostLanes:
         taken = {disk.name for one in mine for disk in one.disks} & set(params["names"])
         if taken:
             raise ExistsError(f"the group has a disk {min(taken)!r} already")
-        lanes: list[int] = []
-
-        def number(one: GroupDefinition) -> dict[str, Any]:
-            hosts = dict(one.hosts) or dict.fromkeys(one.lanes, self._site_id)
-            if not lanes:  # the first definition has the say, under its lock
-                begin = max(one.numbered, *(lane + 1 for lane in hosts))
-                if count < 1 or begin + count > LANES_MAX:
-                    raise StateError(f"{group!r} has had {begin} lanes of {LANES_MAX}")
-                lanes.extend(range(begin, begin + count))
-            void = {lane for lane in one.joining if hosts.get(lane) == site_id}
-            hosts = {lane: site for lane, site in hosts.items() if lane not in void}
-            hosts |= dict.fromkeys(lanes, site_id)
-            return {
-                "hosts": tuple(sorted(hosts.items())),
-                "lanes": tuple(sorted(hosts)),
-                "joining": tuple(sorted({*one.joining, *lanes} - void)),
-                "numbered": lanes[-1] + 1,
-            }
-
-        hosts = self._groups.revise(names[0], number).hosts
-        for name in names[1:]:
-            self._groups.revise(name, number)
+        has = {int(lane) for lane in params.get("has", ())}
+        lanes, shared = give_numbers(
+            self._groups, names, count, own=self._site_id, site=site_id, has=has
+        )
         self._tell_source()
         return {
             "group_id": first.group_id[:28] + "0000",
             "lanes": lanes,
-            "hosts": [list(each) for each in hosts],
+            "hosts": [list(each) for each in shared.hosts],
         }
 
     def leave(self, site_id: str, params: Mapping[str, Any]) -> dict[str, Any]:

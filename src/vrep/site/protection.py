@@ -66,6 +66,25 @@ class Protection(SiteBase):
         self._tell("source", "reload")
         return made[0]
 
+    def add_disks(
+        self,
+        group: str,
+        disks: Mapping[str, str],
+        *,
+        fronts: Mapping[str, str] | None = None,
+        lanes: int = 1,
+    ) -> GroupDefinition:
+        """Bring further disks into a group that this site protects with lanes, as lanes of their
+        own: only they are copied. Points keep the disks that the group had when they were made, and
+        go on without the new ones until these are whole. UnsupportedError for a group without
+        lanes."""
+        from vrep.protect import add
+
+        made = add(self, group, disks, fronts=fronts or {}, lanes=lanes)
+        self._tell("filter", "reload")
+        self._tell("source", "reload")
+        return made[0]
+
     def unprotect(self, group: str, *, delete_history: bool = False) -> str:
         """Stop replicating a group and forget it here; its disks stay as they are. With
         `delete_history` the target deletes what it holds as well; that needs the target. The

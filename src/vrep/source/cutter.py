@@ -214,7 +214,8 @@ class Cutter:
                 status = self._look()
                 self._greet(status)
                 self._note(status)
-                if not self._every_s or not self._leads() or not self._is_due(status):
+                taken = self._joined(status)
+                if not self._every_s or not self._leads() or not self._is_due(taken):
                     return True
                 if self._wanted_since is None:
                     self._wanted_since = self._clock()
@@ -286,16 +287,19 @@ class Cutter:
     def _take(
         self, status: Mapping[str, Mapping[str, Any]], label: str
     ) -> tuple[_Made, dict[str, Any]]:
-        definitions = self._definitions()
-        lanes = sorted(status, key=lane_of)
-        own = [name for name in lanes if name in definitions]
-        if not own:
-            raise AgainError(f"no lane of {self.group!r} is served here")
-        self._absent = self._gone(definitions, lanes)
-        if any(status[name]["gap"] for name in lanes if name not in own):
+        definitions, served = self._definitions(), status
+        if any(one["gap"] for name, one in served.items() if name not in definitions):
             for host in self._hosts.values():
                 host.look()  # it may have ended since
-            status = {**status, **self._theirs()}
+            served = {**served, **self._theirs()}
+        status = self._joined(served)
+        lanes = sorted(status, key=lane_of)
+        own = [name for name in lanes if name in definitions]
+        if not own and any(name in definitions for name in served):
+            raise GapError(f"what is here of {self.group!r} joins it when its sync has ended")
+        if not own:
+            raise AgainError(f"no lane of {self.group!r} is served here")
+        self._absent = self._gone(definitions, list(served))
         in_gap = [name for name in lanes if name not in status or status[name]["gap"]]
         if in_gap:
             raise GapError(
@@ -360,23 +364,33 @@ class Cutter:
         return answer
 
     def _gone(self, definitions: Mapping[str, GroupDefinition], served: list[str]) -> list[int]:
-        """The lanes that cuts do without; AgainError while one is waited for."""
+        """The lanes that cuts do without, and say so; AgainError while one is waited for."""
         now = self._clock()
-        known = {lane for one in definitions.values() for lane in one.lanes}
-        known -= {lane for one in definitions.values() for lane in one.joining}
-        known |= {lane_of(name) for name in definitions}
+        known = {lane_of(name) for name in definitions}
+        known |= {lane for one in definitions.values() for lane in one.lanes}
         missing = sorted(known - {lane_of(name) for name in served})
         self._missing = {lane: self._missing.get(lane, now) for lane in missing}
         waited = [lane for lane in missing if now - self._missing[lane] < self._gone_s]
         if waited:
             raise AgainError(f"lane {', '.join(map(str, waited))} of {self.group!r} is not served")
-        return missing
+        joining = {lane for one in definitions.values() for lane in one.joining}
+        return [lane for lane in missing if lane not in joining]
 
-    def _greet(self, status: Mapping[str, Any]) -> None:
-        """A lane that is served for the first time has joined: from then on it is missed when it
-        is not served. Who leads says so to the others."""
+    def _joined(self, status: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Without the lanes that are joining and not whole yet: cuts do without them."""
+        definitions = self._definitions().values()
+        joining = {lane for one in definitions for lane in one.joining}
+        return {
+            name: one
+            for name, one in status.items()
+            if not one["gap"] or lane_of(name) not in joining
+        }
+
+    def _greet(self, status: Mapping[str, Mapping[str, Any]]) -> None:
+        """A lane that is served and whole for the first time has joined: from then on it is missed
+        when it is not. Who leads says so to the others."""
         definitions = self._definitions()
-        served = {lane_of(name) for name in status}
+        served = {lane_of(name) for name, one in status.items() if not one["gap"]}
         self._joining = sorted({lane for one in definitions.values() for lane in one.joining})
         if served.isdisjoint(self._joining) or not self._leads():
             return
