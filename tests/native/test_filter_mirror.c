@@ -1,6 +1,8 @@
 /* A VM keeps its disk and sends a copy of each write: the test writes the image, as the VM does,
  * and sends the copies. One end of a socket pair stands for the VM's connection. */
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <time.h>
 
 #include "disk/disk.h"
 #include "filter_rig.h"
@@ -377,6 +379,126 @@ static void marks_out_of_bounds_are_refused_whole(void)
     rig_free(&rig);
 }
 
+/* Rule 5. */
+static struct vrep_image_id here(void)
+{
+    struct stat st;
+    CHECK(fstat(image, &st) == 0);
+    return (struct vrep_image_id){.device = st.st_dev, .inode = st.st_ino};
+}
+
+static void quiet(void)
+{
+    struct timespec old[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_sec = time(NULL) - 3600}};
+    CHECK(futimens(image, old) == 0);
+    usleep(5100 * 1000); /* its change time cannot be set */
+}
+
+static int rest(void)
+{
+    struct vrep_image_id id = here();
+    return vrep_group_mirror_rest(rig.group, &id, 1);
+}
+
+static void lock_image(short type)
+{
+    struct flock lock = {.l_type = type, .l_whence = SEEK_SET, .l_start = 101, .l_len = 1};
+    CHECK(fcntl(image, F_OFD_SETLK, &lock) == 0);
+}
+
+static void rested(void)
+{
+    CHECK_OK(rest());
+    CHECK_EQ(rig_status(&rig).mirror_rests, 1);
+    CHECK_EQ(rig_status(&rig).unverified, VREP_UNVERIFIED_PAST);
+    rig_settle(&rig);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    CHECK_EQ(rig_status(&rig).unverified, 0);
+    CHECK_EQ(rig_status(&rig).mirror_waits, 0);
+    rig_compare(&rig);
+}
+
+static void what_a_vm_wrote_before_it_went_off_is_copied(void)
+{
+    synced();
+    guest_writes(4096, 4096, 5);
+    CHECK_EQ(rest(), VREP_E_BUSY); /* it is live */
+    disconnect_vm();
+    vm_writes(9 * RIG_BIT, 4096, 41); /* its last, which was not sent */
+    polls(2);
+    CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
+    CHECK_EQ(rest(), VREP_E_AGAIN);
+    quiet();
+    lock_image(F_RDLCK);
+    CHECK_EQ(rest(), VREP_E_LOCKED);
+    lock_image(F_UNLCK);
+    struct vrep_image_id other = here();
+    other.inode++;
+    CHECK_EQ(vrep_group_mirror_rest(rig.group, &other, 1), VREP_E_GONE);
+    CHECK_EQ(vrep_group_mirror_rest(rig.group, &other, 0), VREP_E_INVALID);
+    CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
+    uint64_t gaps = rig_status(&rig).gaps;
+    rested();
+    CHECK_EQ(rig_status(&rig).gaps, gaps);
+    uint64_t seq;
+    CHECK_OK(vrep_group_mark(rig.group, "off", 3, &seq));
+    CHECK_EQ(rest(), VREP_E_BUSY);
+
+    /* It starts. */
+    lock_image(F_RDLCK);
+    CHECK_EQ(vrep_group_mark(rig.group, "on", 2, &seq), VREP_E_GONE); /* without a poll */
+    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
+    lock_image(F_UNLCK);
+    rested();
+
+    /* It starts without locks, and writes. */
+    vm_writes(11 * RIG_BIT, 512, 42);
+    for (int i = 0; rig_status(&rig).mirror_rests && i < 4000; i++)
+        polls(1);
+    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    quiet();
+    rested();
+
+    /* It sends before anybody has seen it. */
+    connect_vm();
+    CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
+    CHECK_EQ(rest(), VREP_E_BUSY);
+    CHECK_OK(vrep_group_mirror_distrust(rig.group));
+    CHECK_OK(vrep_group_mirror_live(rig.group));
+    guest_writes(0, 4096, 43);
+    polls(30);
+    CHECK_EQ(rig_status(&rig).gap, 1); /* a live one needs its barrier */
+    copied();
+    drained();
+    rig_compare(&rig);
+    end();
+}
+
+/* What is copied while it changes is not whole. */
+static void an_image_that_changes_while_it_is_compared_ends_no_gap(void)
+{
+    synced();
+    disconnect_vm();
+    quiet();
+    CHECK_OK(vrep_group_resync(rig.group, false, 0, false));
+    CHECK_OK(rest());
+    polls(5);
+    CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
+    uint64_t all = rig_status(&rig).unshipped_bytes;
+    CHECK(all > 0);
+    for (int i = 0; rig_status(&rig).unshipped_bytes == all && i < 4000; i++)
+        vrep_group_poll(rig.group);
+    CHECK(rig_status(&rig).unshipped_bytes > 0); /* and not all is copied */
+    vm_writes(0, 512, 44);
+    polls(50);
+    CHECK_EQ(rig_status(&rig).gap, 1);
+    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    connect_vm();
+    end();
+}
+
 int main(void)
 {
     RUN(copies_are_recorded_and_written_nowhere);
@@ -393,5 +515,7 @@ int main(void)
     RUN(nothing_is_believed_without_the_same_mirror);
     RUN(what_is_distrusted_is_copied_whole);
     RUN(marks_out_of_bounds_are_refused_whole);
+    RUN(what_a_vm_wrote_before_it_went_off_is_copied);
+    RUN(an_image_that_changes_while_it_is_compared_ends_no_gap);
     return check_report();
 }

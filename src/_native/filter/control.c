@@ -222,6 +222,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
                         vrep_map_unshipped_bits(group->map) == 0 && !vrep_mirror_settled(group);
     out->mirror_copies = group->mirror.on ? vrep_mirror_copied(group) : 0;
     out->mirror_losses = group->mirror.losses;
+    out->mirror_rests = group->mirror.rests;
     return VREP_OK;
 }
 

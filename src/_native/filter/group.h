@@ -217,6 +217,15 @@ int vrep_group_mirror_mark(struct vrep_group *group, uint32_t disk,
                            const struct vrep_since_range *ranges, size_t count);
 /* Anything may have been written: all is unshipped and unverified (VREP_UNVERIFIED_PAST). */
 int vrep_group_mirror_distrust(struct vrep_group *group);
+/* The VM is off: nobody writes its images, which are compared as they are, and a gap ends behind
+ * that, until one is locked, has other times or a connection.  `ids` are the device and inode that
+ * the path of each disk has now.  LOCKED: somebody has an image open; AGAIN: it was written in the
+ * last seconds; GONE: it was replaced, or has another size; BUSY: live, or somebody is connected;
+ * UNSUPPORTED: a disk is no file, or is read through its VM. */
+struct vrep_image_id {
+    uint64_t device, inode;
+};
+int vrep_group_mirror_rest(struct vrep_group *group, const struct vrep_image_id *ids, size_t count);
 /* The VM's writes were drained after `copies` (of the status) was read.  GONE: a connection
  * closed. */
 int vrep_group_mirror_barrier(struct vrep_group *group, uint64_t copies);
@@ -259,6 +268,7 @@ struct vrep_group_status {
     uint64_t mirror_copies;    /* sync copies that ended, of which none before is under way */
     uint64_t mirror_losses;    /* times that a connection of a live one closed */
     uint64_t mirror_yields;    /* copies that gave way to the VM that they read through */
+    uint32_t mirror_rests;     /* its VM is off, and nobody writes the images */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

@@ -139,6 +139,7 @@ struct disk {
     uint64_t planned_was;     /* what it had when it was to get another size; 0: it was not */
     uint64_t told_bytes;      /* the size that the durable state names: its last record's */
     struct vrep_since *since; /* of a view with a base point */
+    uint64_t rest_mtime_ns, rest_ctime_ns; /* of an image whose VM is off */
 };
 
 struct vrep_group {
@@ -241,6 +242,8 @@ struct vrep_group {
         uint16_t disk_of[MIRROR_CLIENTS];
         uint32_t clients_count;
         uint64_t copies, barrier, losses;
+        bool rests; /* its VM is off: see mirror.c, rule 5 */
+        uint64_t looked_ns;
         uint64_t
             yield_ns; /* when copies that read through the VM give way to it; 0: it waits for none
                        */
@@ -424,6 +427,9 @@ static inline bool vrep_handover_blind(const struct vrep_group *group)
 }
 
 /* mirror.c */
+/* Every so often: whether the image of a VM that is off is still as it was. */
+void vrep_mirror_poll(struct vrep_group *group);
+int vrep_mirror_timeout_ms(const struct vrep_group *group);
 /* Whether nothing is missing of what a live mirror sends; when a connection closed, the gap has
  * begun. */
 bool vrep_mirror_whole(struct vrep_group *group);

@@ -237,6 +237,16 @@ cdef int run_mirror_distrust(vrep_group *group, void *argument) noexcept nogil:
     return vrep_group_mirror_distrust(group)
 
 
+cdef struct rest_request:
+    const vrep_image_id *ids
+    size_t count
+
+
+cdef int run_mirror_rest(vrep_group *group, void *argument) noexcept nogil:
+    cdef rest_request *request = <rest_request *>argument
+    return vrep_group_mirror_rest(group, request.ids, request.count)
+
+
 cdef int run_mirror_barrier(vrep_group *group, void *argument) noexcept nogil:
     return vrep_group_mirror_barrier(group, (<uint64_t *>argument)[0])
 
@@ -375,7 +385,7 @@ cdef class Group:
         result = dict(status)
         result["dirty_bytes"] = dirty
         for flag in ("gap", "flush_failed", "resync_allowed", "handover_waiting", "mirror",
-                     "mirror_waits"):
+                     "mirror_waits", "mirror_rests"):
             result[flag] = bool(result[flag])
         result["opened_as"] = OPENED.get(status.opened_as, "")
         result["unverified"] = UNVERIFIED[status.unverified]
@@ -603,6 +613,27 @@ cdef class Group:
     def mirror_barrier(self, uint64_t copies):
         """The VM's writes were drained after the status' ``mirror_copies`` was read."""
         self.call(run_mirror_barrier, &copies)
+
+    def mirror_rest(self, ids):
+        """The VM is off: compare the images, as long as nobody has one open or writes it. ``ids``:
+        device and inode of each disk's path. LockedError: somebody has one open; AgainError: it was
+        written in the last seconds; GoneError: it was replaced, or has another size; BusyError: the
+        mirror is live; UnsupportedError: a disk is no file, or is read through its VM."""
+        cdef rest_request request
+        cdef vrep_image_id *array
+        cdef size_t count = len(ids)
+        array = <vrep_image_id *>calloc(count + 1, sizeof(vrep_image_id))
+        if array == NULL:
+            raise MemoryError
+        try:
+            for i, (device, inode) in enumerate(ids):
+                array[i].device = device
+                array[i].inode = inode
+            request.ids = array
+            request.count = count
+            self.call(run_mirror_rest, &request)
+        finally:
+            free(array)
 
     def misses(self, uint32_t most=MISSES_MAX, timeout=None):
         """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""

@@ -25,6 +25,7 @@ from vrep.app.filter_cuts import FilterCuts
 from vrep.app.hosted import Hosted, close, open_group, serve, serve_or_close
 from vrep.app.publishing import Publisher
 from vrep.app.resizing import note_sizes, plan_resize
+from vrep.app.rest import rest
 from vrep.app.strangers import note_stranger
 from vrep.control import ControlServer, Reply
 from vrep.errors import (
@@ -131,6 +132,7 @@ class FilterHost:
                 "mirror_mark": self._mirror_mark,
                 "mirror_distrust": self._mirror_distrust,
                 "mirror_barrier": self._mirror_barrier,
+                "mirror_rest": lambda params: rest(self._host(params)),
                 "mirror_end": self._mirror_end,
                 "stop": self._stop_requested,
             },

@@ -3,7 +3,8 @@
 It runs beside the filter, in `vrep run`, and is what such a VM has instead of a path through the
 filter: when the filter hangs it cuts the VM loose (until then the VM's writes wait); when a mirror
 was interrupted it begins it again; when a gap could end it gives the barrier; when a write failed
-at the VM's image it has it copied. A filter that is killed needs no keeper: its sockets close.
+at the VM's image it has it copied; when the VM is off it has the images compared. A filter that is
+killed needs no keeper: its sockets close.
 
 One thread. Times in seconds.
 """
@@ -39,6 +40,8 @@ LOOK_S: Final = 2.0
 SETTLE_S: Final = 300.0
 """a bitmap holds what was written for so long at least, and twice that at most"""
 RETRY_MAX_S: Final = 5.0
+OFF: Final = (errors.UnreachableError, errors.NotFoundError)
+"""how a VM answers that is off, or whose monitor is elsewhere"""
 
 log = structlog.get_logger("vrep.keeper")
 
@@ -116,7 +119,12 @@ class Keeper:
         if now < watch.not_before or not status["mirror"]:
             return
         if status["handover"] == "mirror":
-            self._begin_again(name, record)
+            self._begin_or_rest(name, record)
+        elif status["mirror_rests"]:
+            if now > watch.looked + LOOK_S:
+                watch.looked = now
+                with contextlib.suppress(*OFF):
+                    self._begin_again(name, record)
         elif status["mirror_waits"] or now > watch.settled + SETTLE_S:
             with self._mirrored(name, record) as mirrored:
                 if mirrored.settle():
@@ -124,6 +132,17 @@ class Keeper:
         elif now > watch.looked + LOOK_S:
             self._look_for_failures(name, record)
             watch.looked = now
+
+    def _begin_or_rest(self, name: str, record: Attachment) -> None:
+        """A VM that cannot be asked is off when nobody has its images open; the filter looks."""
+        try:
+            self._begin_again(name, record)
+        except OFF as error:
+            try:
+                self._filter.call("mirror_rest", group=name)
+            except errors.VrepError as why:
+                error.detail += f"; and its disks are not compared as they are: {why}"
+                raise error from None
 
     def _begin_again(self, name: str, record: Attachment) -> None:
         with self._mirrored(name, record) as mirrored:

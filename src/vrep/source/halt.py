@@ -96,11 +96,7 @@ class Halt:
         with self._lock:
             self._require_open()
             before = self._control.call("status", group=self._name)
-            if before.get("mirror"):
-                raise UnsupportedError(
-                    f"the VM of {self._name!r} writes its disks itself, which nobody here can "
-                    "stop: shut it down, and 'vrep detach' it first"
-                )
+            self._require_filtered(before)
             if before["clients"] and not pause:
                 raise BusyError(
                     f"{before['clients']} client(s) use {self._name!r}: shut the VM down first"
@@ -111,6 +107,7 @@ class Halt:
             try:
                 self._control.call("pause_guest", group=self._name, paused=True, timeout=30.0)
                 after = self._control.call("status", group=self._name)
+                self._require_filtered(after)
                 self._require_whole(after)
             except BaseException:
                 go_on(self._groups, self._control, self._name)
@@ -127,6 +124,14 @@ class Halt:
     def _require_open(self) -> None:
         if self._closed:
             raise StateError("the session has ended")
+
+    def _require_filtered(self, status: dict[str, Any]) -> None:
+        """The guest's writes pass through the filter, or there are none."""
+        if status.get("mirror") and not status.get("mirror_rests"):
+            raise UnsupportedError(
+                f"the VM of {self._name!r} writes its disks itself, which nobody here can stop: "
+                "shut it down, and move the group once 'vrep status' has 'replicating' again"
+            )
 
     def _require_whole(self, status: dict[str, Any]) -> None:
         if status["gap"] or status["unshipped_bytes"] or status["unverified"]:

@@ -1,0 +1,115 @@
+"""A VM that mirrors is shut down: its disks are compared as they are, replicated, and can be moved;
+and nothing keeps it from starting again."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sites import GROUP, MIB, Client, Pair, compare, wait_until
+from test_mirror import A, format_disk, kept, replicates
+from vm import DeviceLoad, Vm
+
+from vrep import errors
+from vrep.wire.transport import PeerRefusedError
+
+pytestmark = pytest.mark.e2e
+Made = Callable[..., Pair]
+
+SIZE = 16 * MIB
+
+
+def rests(pair: Pair) -> bool:
+    status = pair.status()
+    return bool(status["filter"] and status["filter"]["mirror_rests"])
+
+
+def off(pair: Pair) -> dict[str, Any]:
+    """Until the disks of a VM that is off are at the target, as they are."""
+    wait_until("its disks are compared", lambda: rests(pair), 60)
+    status = replicates(pair)
+    assert "mirror-lost" not in status["conditions"]
+    pair.settle()
+    return status
+
+
+def same(pair: Pair) -> None:
+    held = pair.images["root"].read_bytes()
+    compare("root", pair.read_view()["root"], held)
+
+
+def test_the_disks_of_a_vm_that_is_off_are_replicated(make_pair: Made, rng: random.Random) -> None:
+    """Also when it was killed while it wrote; when a tool writes the disk meanwhile; and when it
+    starts again, which no lock hinders."""
+    pair = make_pair(disks={"root": SIZE})
+    pair.images["root"].write_bytes(rng.randbytes(SIZE))
+    address = pair.root / "vm.sock"
+    with kept(pair):
+        with Vm(*format_disk(pair)) as vm:
+            pair.up_beside()
+            load = DeviceLoad(vm, A)
+            address.symlink_to(vm.qmp)
+            pair.a.attach(GROUP, f"qmp:{address}", mode="mirror")
+            replicates(pair)
+            load.goes_on()
+            vm.process.kill()
+            vm.process.wait(30)
+        wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+        status = off(pair)
+        assert status["filter"]["equal_bytes"] > SIZE // 2  # compared, and not sent
+        pair.a.checkpoint(GROUP, "off", wait_s=60)
+        same(pair)
+        subprocess.run(
+            ["qemu-io", "-f", "raw", "-c", "write -q -P 9 3M 64k", str(pair.images["root"])],
+            check=True,
+        )
+        wait_until("it is noticed", lambda: pair.status()["state"] != "replicating")
+        off(pair)
+        same(pair)
+        pair.kill("filter")
+        pair.start("filter")
+        off(pair)
+        address.unlink()
+        with Vm(*format_disk(pair)) as vm:
+            assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
+            address.symlink_to(vm.qmp)
+            wait_until("it is found", lambda: not rests(pair), 30)
+            load = DeviceLoad(vm, A)
+            replicates(pair)
+            assert not rests(pair)
+            load.goes_on()
+            load.stop()
+            pair.settle()
+            same(pair)
+            load.check(pair.images["root"].read_bytes())
+
+
+def test_a_group_that_is_mirrored_is_moved_once_its_vm_is_off(make_pair: Made) -> None:
+    pair = make_pair(disks={"root": SIZE})
+    with kept(pair):
+        with Vm(*format_disk(pair)) as vm:
+            pair.up_beside()
+            pair.a.attach(GROUP, vm.vm, mode="mirror")
+            replicates(pair)
+            pair.settle()
+            for pause in (False, True):
+                with pytest.raises(
+                    (errors.VrepError, PeerRefusedError), match="writes its disks itself"
+                ):
+                    pair.b.move(GROUP, pause=pause)
+            assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
+            assert pair.status()["conditions"] == []
+        held = pair.images["root"].read_bytes()
+        assert held[2 * MIB] == 6
+        wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+        with pytest.raises(errors.VrepError):
+            pair.b.move(GROUP)  # at once: what it wrote last may be missing
+        off(pair)
+        view = pair.b.move(GROUP)
+        with Client(view.disks[0].uri, 60.0) as client:
+            compare("root", client.read_all(), held)
+        wait_until("it is replaced", lambda: "fenced" in pair.status()["conditions"])
+        assert pair.images["root"].read_bytes() == held
