@@ -484,6 +484,15 @@ static void random_looking_data_skip_zstd(void)
     }
     fill_random(data, 131072);
     CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_NONE);
+    for (size_t page = 0; page < 131072; page += 4096)
+        memset(data + page, 0, 32); /* a header of each page saves less than 1/16 */
+    for (size_t len = 8192; len <= 131072; len *= 2)
+        CHECK(vrep_squeeze_judge(&squeeze, data, len) == VREP_SQUEEZE_NONE);
+    for (size_t i = 0; i < 131072; i++)
+        data[i] = (uint8_t)i;
+    for (size_t len = 4096; len <= 131072; len *= 2)
+        CHECK(vrep_squeeze_judge(&squeeze, data, len) == VREP_SQUEEZE_SURE);
+    fill_random(data, 131072);
     memset(data, 0, 131072 / 4);
     CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_SURE);
     memset(data, 0, 4096);

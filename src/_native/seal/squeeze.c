@@ -10,6 +10,8 @@ enum {
     SAMPLE_RUN = 16,    /* the sample is taken in runs of this, from end to end of a piece */
     LOG_ONE = 65536,    /* unit of the table */
     MISSES_MAX = 15,
+    PAGE = 4096,
+    SHIFT = 256, /* so that a table of every byte value looks as it is */
 };
 
 /* Bits of sum(count * log2 count) over the values of a sample of random bytes: 721.7 on average,
@@ -52,17 +54,23 @@ enum vrep_squeeze_hope vrep_squeeze_judge(const struct vrep_squeeze *squeeze, co
 {
     uint8_t counts[4][256] = {{0}};
     int32_t sum = -RANDOM_SUM;
-    size_t step;
+    size_t step, shifts, lead;
 
     if (len < SQUEEZE_LEAST)
         return VREP_SQUEEZE_NONE;
     if (len < VREP_SQUEEZE_SAMPLE)
         return VREP_SQUEEZE_SURE;
     step = len / (VREP_SQUEEZE_SAMPLE / SAMPLE_RUN);
-    for (size_t run = 0; run < VREP_SQUEEZE_SAMPLE / SAMPLE_RUN; run++, data += step)
+    shifts = step > SHIFT ? step / SHIFT : 1;
+    lead = step < SHIFT ? 0 : SHIFT / 2;
+    for (size_t run = 0; run < VREP_SQUEEZE_SAMPLE / SAMPLE_RUN; run++) {
+        /* Each page elsewhere: what stands at the head of every page is not what is seen. */
+        const uint8_t *at = data + run * step + run * step / PAGE % shifts * SHIFT + lead;
+
         for (size_t i = 0; i < SAMPLE_RUN; i += 4)
             for (size_t table = 0; table < 4; table++)
-                counts[table][data[i + table]]++;
+                counts[table][at[i + table]]++;
+    }
     for (unsigned value = 0; value < 256; value++) {
         unsigned count =
             0u + counts[0][value] + counts[1][value] + counts[2][value] + counts[3][value];
