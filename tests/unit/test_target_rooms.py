@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 
@@ -48,3 +49,38 @@ def test_what_waits_is_bounded() -> None:
     views = [rooms.room(0, 1 << 20) for _ in range(5)]
     views.clear()
     assert rooms.waiting_bytes == 2 << 20
+
+
+def test_what_is_held_counts_with_what_waits() -> None:
+    rooms = Rooms(kept_bytes=4 << 20)
+    held = [rooms.room(0, 1 << 20) for _ in range(6)]
+    assert (rooms.held_bytes, rooms.waiting_bytes) == (6 << 20, 0)
+    del held[5]
+    assert (rooms.held_bytes, rooms.waiting_bytes) == (5 << 20, 0)  # the bound is passed as it is
+    del held[3:]
+    assert (rooms.held_bytes, rooms.waiting_bytes) == (3 << 20, 1 << 20)
+
+
+def test_a_size_that_nobody_asks_for_gives_way() -> None:
+    rooms = Rooms(kept_bytes=4 << 20)
+    for length in (2 << 20, 1 << 20):
+        views = [rooms.room(0, length) for _ in range((4 << 20) // length)]
+        views.clear()
+        assert rooms.waiting_bytes == 4 << 20
+    address = np.frombuffer(rooms.room(0, 1 << 20), np.uint8).ctypes.data
+    views = [rooms.room(0, 1 << 20) for _ in range(4)]
+    assert address in [np.frombuffer(view, np.uint8).ctypes.data for view in views]
+    assert rooms.held_bytes + rooms.waiting_bytes == 4 << 20
+
+
+def test_memory_goes_back_to_the_host() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    rooms = Rooms(kept_bytes=1 << 20)
+    before = resident()
+    view = rooms.room(0, 64 << 20)
+    np.frombuffer(view, np.uint8)[:] = 1
+    assert resident() - before > 56 << 20
+    del view
+    assert resident() - before < 8 << 20
