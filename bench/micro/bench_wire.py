@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import socket
+import ssl
 import statistics
 import tempfile
 import threading
@@ -23,20 +24,31 @@ from vrep.keys import SiteIdentity
 from vrep.wire import messages as m
 from vrep.wire.invite import InviteBook
 from vrep.wire.peers import PeerRegistry
-from vrep.wire.site import Listener, client_context, connect, server_context
+from vrep.wire.site import Listener, connect
 from vrep.wire.transport import FrameTransport
 
 WINDOW = 16 << 20
 
 
+def contexts(identity: SiteIdentity) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of the standard library: client, server."""
+    client, server = (
+        ssl.SSLContext(each) for each in (ssl.PROTOCOL_TLS_CLIENT, ssl.PROTOCOL_TLS_SERVER)
+    )
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    server.load_cert_chain(identity.certificate_path, identity.key_path)
+    return client, server
+
+
 def plain(identity: SiteIdentity, size: int, seconds: float) -> float:
     """Bytes per second of sendall and recv_into."""
     server = socket.create_server(("127.0.0.1", 0))
+    here, there = contexts(identity)
     received = 0
 
     def receive() -> None:
         nonlocal received
-        with server_context(identity, []).wrap_socket(server.accept()[0], server_side=True) as sock:
+        with there.wrap_socket(server.accept()[0], server_side=True) as sock:
             buffer = memoryview(bytearray(size))
             while count := sock.recv_into(buffer):
                 received += count
@@ -45,7 +57,7 @@ def plain(identity: SiteIdentity, size: int, seconds: float) -> float:
     thread.start()
     raw = socket.create_connection(server.getsockname())
     payload = memoryview(bytearray(size))
-    with client_context(None).wrap_socket(raw) as sock:
+    with here.wrap_socket(raw) as sock:
         begin = time.perf_counter()
         while time.perf_counter() - begin < seconds:
             sock.sendall(payload)
