@@ -5,12 +5,14 @@ reads and checksums every record. Servers take turns, each with a fresh process 
 same warm file; a run of ours with a gap, an unrecorded write or a record that the
 follower did not see voids its rows. Beside the first load stands the least that a server
 can do (`null_nbd.c`, which only writes): what the client gets from it is the machine's limit.
+Beside large writes stands the least that a tap can do (`least_tap.c`), followed and not.
 """
 
 from __future__ import annotations
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -90,7 +92,9 @@ def rows(runs: int = 5, seconds: float = 2.0, only: str = "") -> Iterator[Row]:
         make(image, SIZE)
         host = [sys.executable, "-m", "bench.pipeline.host", str(socket), str(image)]
         follow = str(follower(directory))
-        least = [str(limits.program("null_nbd", directory)), str(socket), str(SIZE), str(image)]
+        served = [str(socket), str(SIZE), str(image)]
+        least = [str(limits.program("null_nbd", directory)), *served]
+        least_tap = [str(limits.program("least_tap", directory, "-lxxhash")), *served]
 
         def measure(
             command: list[str], load: tuple[Any, ...], span: float, said: Any = None
@@ -116,6 +120,8 @@ def rows(runs: int = 5, seconds: float = 2.0, only: str = "") -> Iterator[Row]:
             }
             if first(load):
                 servers["least"] = least
+            if large(load):
+                servers |= {"least tap": [*least_tap, "1"], "least tap, off": [*least_tap, "0"]}
             got: dict[str, list[dict[str, float]]] = {each: [] for each in servers}
             void = False
             for _ in range(runs):
@@ -128,6 +134,14 @@ def rows(runs: int = 5, seconds: float = 2.0, only: str = "") -> Iterator[Row]:
 
 def first(load: tuple[Any, ...]) -> bool:
     return load[3] == 32 and load[1] == "randwrite"
+
+
+def large(load: tuple[Any, ...]) -> bool:
+    return load[1] == "write"
+
+
+def middle_ratio(mine: list[float], theirs: list[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(mine, theirs, strict=True)), 2)
 
 
 def compare(load: tuple[Any, ...], got: dict[str, list[dict[str, float]]], void: bool) -> list[Row]:
@@ -160,6 +174,20 @@ def compare(load: tuple[Any, ...], got: dict[str, list[dict[str, float]]], void:
         row(f"tap: {name}", "IOPS", peer, of("tap", "iops"), of(peer, "iops"), target, void=void)
         for peer, target in targets.items()
     ]
+    if large(load):
+        limit = of("least tap", "iops")
+        table.append(
+            row(
+                f"tap: {name}",
+                "IOPS",
+                "least tap",
+                of("tap", "iops"),
+                limit,
+                void=void,
+                least_x_nbdkit=middle_ratio(limit, of("nbdkit", "iops")),
+                least_x_its_off=middle_ratio(limit, of("least tap, off", "iops")),
+            )
+        )
     if first(load):
         table.append(
             row(
