@@ -197,7 +197,7 @@ class SpillOs:
 
     def _require_room(self) -> None:
         if self._machine.full:
-            self._kernel.event("full disk of a source")
+            self._kernel.event("no room at a source")
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def statvfs(self, path: Any) -> Any:

@@ -194,8 +194,11 @@ class Faults:
         self._west.spill_disk.fail_syncs = 0.0
 
     def _full_source(self) -> None:
-        """The disk of its state and its spill takes nothing more, for a while."""
+        """The disk of its state and its spill takes nothing more, for a while; in which the target
+        is gone, perhaps, so that it would be needed."""
         self._west.fill(True)
+        if self._rng.random() < 0.5:
+            self._down()
         self._kernel.sleep(self._rng.random() * 4)
         self._west.fill(False)
 

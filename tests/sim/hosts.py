@@ -370,7 +370,7 @@ def small_world(kernel: Kernel) -> Iterator[None]:
             process.burn()
             host = process.names.get("host")
             if host is not None and host.full:
-                kernel.event("full disk of a source")
+                kernel.event("no room at a source")
                 raise OSError(errno.ENOSPC, "No space left on device")
         write_atomic(*args, **options)
         if process is not None:

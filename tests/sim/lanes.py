@@ -286,6 +286,8 @@ class LaneWorld:
     def _full_source(self) -> None:
         site = self._machine()[0]
         site.fill(True)
+        if self.rng.random() < 0.5:
+            self._down()
         self.kernel.sleep(self.rng.random() * 4)
         site.fill(False)
 

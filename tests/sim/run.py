@@ -61,7 +61,7 @@ EVER: Final = (
     *("view", "killed view", "export", "rotation", "cut off command"),
     *("move", "failover start", "failover rollback", "failover commit", "reverse", "failback"),
     *("host power", "unsynced after a kill", "cuts in a window", "hold for another host"),
-    *("full disk of a source", "host away", "hosts apart", "cut without a host"),
+    *("fault full source", "host away", "hosts apart", "cut without a host"),
 )
 """what every run has at least once"""
 COLLECT_EVERY: Final = 10
