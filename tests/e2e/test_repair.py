@@ -91,6 +91,52 @@ def test_lost_segments_cost_what_stood_behind_them(pair: Pair, rng: random.Rando
     pair.alive()
 
 
+@pytest.mark.parametrize(
+    ("place", "killed"), [("middle", ("target",)), ("first", ("target", "source"))]
+)
+def test_what_is_sound_behind_a_loss_is_not_sent_again(
+    pair: Pair, rng: random.Random, place: str, killed: tuple[str, ...]
+) -> None:
+    """One segment is gone, of the first sync or of later writes. The source compares all, and sends
+    what that segment held; it may be killed meanwhile, as may the target."""
+    pair.images["root"].write_bytes(rng.randbytes(SIZE))
+    pair.up()
+    pair.settle()
+    for _ in range(4):
+        write_some(pair, rng, 20)
+    pair.a.checkpoint(GROUP, "early")
+    pair.settle()
+    pair.stop("target")
+    rows = load_newest(pair.store, pair.group_id).segments
+    row = rows[0] if place == "first" else rows[len(rows) // 2]
+    entry_path(pair.store, row).unlink()
+    report = pair.b.repair(GROUP, resend=True)
+    assert report.salvaged_bytes > SIZE // 4
+    if place == "first":
+        assert pair.b.points(GROUP).ranges == []
+    before = sent(pair)
+    pair.start("target")
+    wait_until("it is told", lambda: "history-lost" in pair.status()["conditions"])
+    pair.kill(*killed)
+    pair.start(*killed)
+    if "source" not in killed:  # it counts from its start
+        wait_until("it is compared", lambda: pair.status()["targets"][0]["compared_bytes"] > 0)
+    pair.settle()
+    if "source" not in killed:
+        assert sent(pair) - before <= int(row["data_bytes"]) * 1.05 + 65536
+    pair.same_as_source()
+    points = pair.b.points(GROUP)
+    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
+    assert not points.gaps[-1].open
+    with pytest.raises(errors.VrepError):
+        _export(pair, "early")
+    write_some(pair, rng, 5)
+    pair.a.checkpoint(GROUP, "late")
+    pair.settle()
+    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
+    pair.alive()
+
+
 def _export(pair: Pair, at: str) -> bytes:
     out = pair.root / f"out-{at}-{time.monotonic_ns()}"
     return Path(pair.b.export(GROUP, out, at=at).disks[0].path).read_bytes()

@@ -125,6 +125,16 @@ MESSAGES: dict[str, tuple[int, m.Message]] = {
             points=_POINTS,
         ),
     ),
+    "group_opened_compare": (
+        1,
+        m.GroupOpened(
+            epoch=_EPOCH,
+            lanes=[m.LaneState(durable=_POSITION, received=_POSITION)],
+            credit_bytes=64 << 20,
+            empty=False,
+            compare=True,
+        ),
+    ),
 }
 
 RECORDS = b"VEPR" + bytes(range(124))

@@ -22,6 +22,7 @@ from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.settings import SourceConfig, load_config
 from vrep.source import daemon, holder, session, spiller
+from vrep.source.feed import Feed
 from vrep.source.holder import SealKeys
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
 from vrep.source.ship import BUFFER_BYTES
@@ -289,7 +290,7 @@ def test_what_shipped_is_freed_with_its_attempt(
     monkeypatch.setattr(session, "Shipper", Failing)
     monkeypatch.setattr(session, "Sealer", mock.Mock())
     monkeypatch.setattr(GroupSession, "_listen", listen)
-    monkeypatch.setattr(GroupSession, "_settle", lambda *_: None)
+    monkeypatch.setattr(GroupSession, "_settle", lambda *_, **_options: None)
     monkeypatch.setattr(session, "stream_of", lambda *_: None)
     one = make_session(paths)
     gc.disable()
@@ -604,3 +605,23 @@ def test_the_keys_that_were_sent_are_noted_and_no_others(
     one.reload()
     assert link.closed.is_set()
     one.stop()
+
+
+@pytest.mark.parametrize("compare", [False, True])
+def test_what_was_spilled_never_follows_a_history_that_was_repaired(
+    paths: SitePaths, compare: bool
+) -> None:
+    """A gap-end in it would end the gap of the repair. The target holds all that was acknowledged,
+    or says that it does not: then everything is unshipped before anything is let go of."""
+    done: list[str] = []
+    hold, spill = mock.Mock(), mock.Mock(after=40, last=90)
+    hold.reader = mock.Mock(head=100, released=60)
+    hold.status.return_value = {"acknowledged": 40}
+    hold.resync_all.side_effect = lambda: done.append("all is unshipped")
+    hold.lose_ring.side_effect = lambda: done.append("the ring is lost")
+    spill.cut.side_effect = lambda last: done.append(f"spill cut at {last}")
+    feed = Feed(hold.reader, spill, None)
+    one = make_session(paths)
+    one._settle(hold, feed, 40, compare=compare)
+    assert done == (["all is unshipped", "spill cut at 0", "the ring is lost"] if compare else [])
+    assert one.view.history_lost is compare

@@ -284,6 +284,7 @@ const struct vrep_described_struct vrep_described_structs[] = {
     }
 const struct vrep_described_constant vrep_described_constants[] = {
     CONSTANT(VREP_DISKS_MAX),
+    CONSTANT(VREP_MONO_REPAIRED),
     CONSTANT(VREP_LANES_MAX),
     CONSTANT(VREP_TARGETS_MAX),
     CONSTANT(VREP_GENERATIONS),

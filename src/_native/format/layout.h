@@ -71,6 +71,10 @@ enum vrep_kind {
 };
 #define VREP_KIND_LAST VREP_KIND_TALLY
 
+/* mono_ns of a gap-begin at which a repair ended a history of which its source must compare
+ * everything; no filter's host has just started at the moment of a record */
+#define VREP_MONO_REPAIRED 1u
+
 /* ---- record: wire, spill and journal ------------------------------------ */
 
 #define VREP_RECORD_MAGIC 0x52504556u /* "VEPR" */

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vrep.app.cli_common import Directory, Group, Json, site_of
-from vrep.app.cli_output import emit
+from vrep.app.cli_output import emit, size_text
 from vrep.errors import CorruptError
 
 app = typer.Typer()
@@ -20,7 +20,7 @@ def repair(
         bool,
         typer.Option(
             "--resend",
-            help="Keep what is sound before the first loss: the source sends what differs from it.",
+            help="Keep what is sound before and behind a loss: the source sends what differs.",
         ),
     ] = False,
     start_over: Annotated[
@@ -41,9 +41,11 @@ def repair(
         f"lost: {each.object}, {each.first or '?'} to {each.last or '?'}: {each.text}"
         for each in report.lost
     ]
-    if report.kept_to:
+    if report.kept_to or report.salvaged_bytes:
+        points = f"all points up to {report.kept_to}" if report.kept_to else "no point"
         lines += [
-            f"kept: all points up to {report.kept_to}; the rest is at {report.set_aside}",
+            f"kept: {points}, and {size_text(report.salvaged_bytes)} behind the loss to compare "
+            f"with; the damaged files are at {report.set_aside}",
             "no later point recovers before the source has sent again what differs",
         ]
     elif report.set_aside:
@@ -52,8 +54,8 @@ def repair(
     if report.lost and not report.set_aside:
         raise CorruptError(
             f"{len(report.lost)} file(s) of {group!r} are lost, and nothing was changed: "
-            "--resend keeps what is sound before, and the source sends what differs; --start-over "
-            "sets the store aside, and the source sends everything again"
+            "--resend keeps what is sound, and the source sends what differs; --start-over sets "
+            "the store aside, and the source sends everything again"
         )
 
 

@@ -4,9 +4,9 @@ Indexes at the ends of segments are made again out of the records before them, m
 dropped (the target merges them anew), a damaged manifest is made again from the one before it and
 the segments (`rebuild`), and one manifest names what stands now. Records are made by their source
 alone: a segment of which some are damaged or missing is named, with its positions, and nothing is
-changed. Then `resend` keeps what is sound before the first loss and lets the source send again what
-differs from it, and `start_over` sets the whole store aside, so that the source sends every block
-again into a new one, and no point is offered before that has ended.
+changed. Then `resend` keeps the points before the first loss, salvages what is sound behind it, and
+lets the source send again what differs from both; `start_over` sets the whole store aside, so that
+the source sends every block again into a new one, and no point is offered before that has ended.
 
 It holds the store's lock: the target's process must not have the group open. Each step can be
 repeated: a crash leaves a store that is damaged as before, or less. Sizes are bytes.
@@ -66,15 +66,18 @@ class RepairReport(msgspec.Struct, frozen=True):
     set_aside: str
     """where the damaged store, or what of it is not used any more, is now; empty: where it was"""
     kept_to: str = ""
-    """what is sound up to here was kept, and the source sends again what differs from it; empty:
-    everything, or nothing"""
+    """every point up to here was kept, and the source sends again what differs; empty: all, or
+    none"""
+    salvaged_bytes: int = 0
+    """data behind the first loss that were kept: the source need not send them, if its disks still
+    hold them"""
 
 
 def repair(
     paths: SitePaths, group: str, *, resend: bool = False, start_over: bool = False
 ) -> RepairReport:
     """Repair the store of a group (its name or id). LockedError while the target has it open;
-    StateError when `resend` would keep no point."""
+    StateError when `resend` would keep nothing that its source can go on from."""
     if resend and start_over:
         raise errors.InvalidError("what is sound is kept, or all is begun anew: not both")
     group_id, name = _find(paths, group)
@@ -88,11 +91,12 @@ def repair(
     try:
         repaired: list[str] = []
         kept_to = aside = ""
+        salvaged = 0
         try:
             lease = _loaded(paths, directory, group_id, lease, repaired)
             lost, first = _repair(directory, group_id, lease, repaired, anyway=resend)
             if lost and resend:
-                end, where = keep_sound(
+                kept = keep_sound(
                     paths,
                     group_id,
                     lease,
@@ -100,7 +104,8 @@ def repair(
                     lambda at: _stream_before(directory, lease.manifest.segments, at),
                 )
                 _forget_checks(paths, group_id)
-                kept_to, aside = f"pos:{end}", str(where)
+                kept_to = f"pos:{kept.end}" if kept.end.seq else ""
+                salvaged, aside = kept.salvaged_bytes, str(kept.aside)
         except errors.IntegrityError as error:  # the manifest: nothing says what there should be
             lost = [Lost("manifest", "", "", error.detail)]
         except OSError as error:
@@ -109,7 +114,7 @@ def repair(
             aside = _set_aside(paths, directory)
     finally:
         lease.close()
-    return RepairReport(name, group_id.hex(), repaired, lost, aside, kept_to)
+    return RepairReport(name, group_id.hex(), repaired, lost, aside, kept_to, salvaged)
 
 
 def _loaded(

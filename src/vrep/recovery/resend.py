@@ -1,11 +1,13 @@
 """Resend: what is left of a store when records are lost in its middle, for its source to go on.
 
 Nobody but the source can make records again. What stands before the first loss is sound, and every
-point of it recovers; what stands behind it is no point without what was lost, so it is set aside.
-The store then ends where it was sound. Its source finds that the target lost what it had
-acknowledged, begins a gap, compares every block with what is left here, and sends what differs. So
-the span that does not recover is a gap of the history like any other, from the first lost position
-to the gap's end.
+point of it recovers. What stands behind it is no point without what was lost, but the most of it is
+what the source's disks hold still: it is salvaged (`vrep.recovery.salvage`). The source compares
+every block with what is left here, and sends what differs: what was lost. So the span that does not
+recover is a gap of the history like any other, from the first lost position to the gap's end.
+
+When the loss is in the folded base, or anywhere else before the oldest point, no point is left:
+then the whole history becomes what the source compares with.
 
 One manifest is the step: before it the store is as damaged as it was (the file of a segment whose
 front is kept is replaced before, by that front), after it the store is whole. Sizes are bytes.
@@ -17,14 +19,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from vrep import errors
 from vrep._core import segment as native
+from vrep._core.index import Index
 from vrep.durable import make_private_directory, sync_directory
 from vrep.paths import SitePaths
+from vrep.recovery.salvage import Salvage, Source, index_of
 from vrep.recovery.view import points_in_use
 from vrep.target import runs
 from vrep.target.files import Files
@@ -32,7 +36,7 @@ from vrep.target.lease import Lease
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import entry_path, index_tail, scan_tail, segment_path, write_footer
 
-__all__ = ["aside_directory", "keep_sound", "sound_front"]
+__all__ = ["Kept", "aside_directory", "keep_sound", "sound_front"]
 
 _STEP: Final = 64
 
@@ -59,18 +63,29 @@ def sound_front(data: memoryview, group_id: bytes, number: int) -> int:
     return end
 
 
+class Kept(NamedTuple):
+    """What of a store is left."""
+
+    end: Position
+    """up to here every point recovers; seq 0: none does"""
+    salvaged_bytes: int
+    """data that the source need not send, if its disks still hold them"""
+    aside: Path
+    """where the rest is"""
+
+
 def keep_sound(
     paths: SitePaths,
     group_id: bytes,
     lease: Lease,
     first_lost: int,
     stream_before: Callable[[int], Any],
-) -> tuple[Position, Path]:
+) -> Kept:
     """End a store before its first loss: the closed segment in row `first_lost` of its manifest,
-    or, behind them all, the open one. Where it ends now, and where the rest was put.
+    or, behind them all, the open one; and salvage what stands behind it.
 
-    StateError when nothing would be gained: the oldest point that is kept, or the place where the
-    current epoch began, is lost too. BusyError while something reads a point that goes."""
+    StateError when nothing would be gained: nothing of the present epoch is left. BusyError while
+    something reads a point that goes."""
     manifest, directory = lease.manifest, lease.directory
     rows = manifest.segments[:first_lost].copy()
     number, generation = manifest.active_segment, 0
@@ -82,43 +97,83 @@ def keep_sound(
     end = Position.of(rows[-1]["last"]) if len(rows) else Position()
     if front:
         end = scan_tail(memoryview(front), group_id, number).last
-    _require(paths, group_id, manifest, end)
+    if not end.seq or not manifest.keeps(end):
+        # The oldest point is lost, and no other can be had without it.
+        rows, front, end, first_lost = rows[:0], b"", Position(), 0
+    salvage = Salvage(group_id, lease, *_behind(manifest, directory, first_lost))
+    # Else its source goes on from there by itself: nothing that it was told of stands behind it.
+    told = salvage.end > end and salvage.end.epoch == manifest.current_epoch.epoch
+    found = salvage.find(end) if told else 0
+    if not told:
+        _require_end(manifest, end)
+    _require_unused(paths, group_id, manifest, end)
     aside = aside_directory(paths, group_id)
     make_private_directory(aside)
     if path.exists():
         os.link(path, aside / path.name)
         sync_directory(aside)
+    made = salvage.write(end, manifest.next_segment) if told else manifest.segments[:0]
     if front:
         stream = stream_before(first_lost)
-        made = _write_front(directory, group_id, number, front, stream, lease)
-        rows = np.append(rows, made.reshape(1))
+        entry = _write_front(directory, group_id, number, front, stream, lease)
+        rows = np.append(rows, entry.reshape(1))
     kept = {int(row["segment"]) for row in rows}
     behind = [s for s in (*manifest.segments["segment"], manifest.active_segment) if s not in kept]
-    gone = manifest.runs["last_segment"] >= number
-    lease.publish(segments=rows, runs=manifest.runs[~gone], active_segment=0)
+    gone = manifest.runs["last_segment"] >= (number if len(rows) else 0)
+    lease.publish(
+        segments=np.append(rows, made),
+        runs=manifest.runs[~gone],
+        active_segment=0,
+        next_segment=manifest.next_segment + len(made),
+        horizon=manifest.horizon if end.seq else Position(),
+    )
     for row in manifest.segments[np.isin(manifest.segments["segment"], behind)]:
         _move(entry_path(directory, row), aside)
     if manifest.active_segment in behind:
         _move(segment_path(directory, manifest.active_segment), aside)
     sync_directory(aside)
     sync_directory(directory)
-    return end, aside
+    return Kept(end, found, aside)
 
 
-def _require(paths: SitePaths, group_id: bytes, manifest: Manifest, end: Position) -> None:
+def _behind(
+    manifest: Manifest, directory: Path, first_lost: int
+) -> tuple[list[Source], Index | None]:
+    """The segments from the first loss on, and the index of the one before them."""
+
+    def index(row: Any) -> Index | None:
+        wanted = row["index_digest"].tobytes()
+        return index_of(entry_path(directory, row), int(row["file_bytes"]), wanted)
+
+    rows = manifest.segments
+    sources = [
+        Source(entry_path(directory, row), int(row["segment"]), index(row))
+        for row in rows[first_lost:]
+    ]
+    if manifest.active_segment:
+        number = manifest.active_segment
+        sources.append(Source(segment_path(directory, number), number, None))
+    return sources, index(rows[first_lost - 1]) if first_lost else None
+
+
+def _require_end(manifest: Manifest, end: Position) -> None:
+    """StateError when a source could not go on from there."""
     current = manifest.current_epoch
     began = Position(current.parent.epoch, manifest.lane, current.parent.seq)
-    if not end.seq or (end.epoch != current.epoch and end != began):
+    if not end.seq:
+        raise errors.StateError(
+            "the oldest point that is kept is lost, and nothing of the present epoch can be "
+            "salvaged: only --start-over helps"
+        )
+    if end.epoch != current.epoch and end != began:
         raise errors.StateError(
             f"what is sound ends at {end}, before epoch {current.epoch} began: only --start-over "
             "helps"
         )
-    if not manifest.keeps(end):
-        raise errors.StateError(
-            f"what is sound ends at {end}, before the oldest point that is kept, "
-            f"{manifest.horizon}: only --start-over helps"
-        )
-    line = dict(manifest.ancestry(end))
+
+
+def _require_unused(paths: SitePaths, group_id: bytes, manifest: Manifest, end: Position) -> None:
+    line = dict(manifest.ancestry(end)) if end.seq else {}
     for point in points_in_use(paths, group_id):
         if point.seq > line.get(point.epoch, 0):
             raise errors.BusyError(f"a test or failover uses pos:{point}, which is lost: end it")

@@ -68,6 +68,12 @@ class Feed:
         if spill.after > after:
             spill.cut(0)
 
+    def drop(self) -> None:
+        """Forget all that was spilled. Nobody else uses the feed or the spill meanwhile."""
+        self._damaged = None
+        if self.spill is not None:
+            self.spill.cut(0)
+
     def report(self, *, received: int = 0, durable: int = 0, spilled: int = 0) -> None:
         """Tell the filter what the target has, and what the spill holds for it."""
         with self.lock:

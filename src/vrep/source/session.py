@@ -403,9 +403,11 @@ class GroupSession:
         log.info("new epoch", group=self.name, epoch=epoch.counter)
         return definition
 
-    def _settle(self, hold: RingHold, feed: Feed, durable_seq: int) -> None:
+    def _settle(
+        self, hold: RingHold, feed: Feed, durable_seq: int, *, compare: bool = False
+    ) -> None:
         """Make sure that everything that follows what the target holds is here, or is a gap.
-        Nothing is spilled meanwhile."""
+        Nothing is spilled meanwhile. `compare`: not all is there below that, it says."""
         reader = hold.reader
         if durable_seq > reader.head:
             raise StateError(
@@ -416,7 +418,7 @@ class GroupSession:
         if self._spiller is not None:
             self._spiller.durable = durable_seq
         feed.mend(durable_seq)
-        if durable_seq < acknowledged:
+        if durable_seq < acknowledged or compare:
             log.warning(
                 "the target lost what it had acknowledged: everything is compared or sent",
                 group=self.name,
@@ -426,6 +428,8 @@ class GroupSession:
             # In this order: cut off between the two, the next attempt finds the loss again.
             self.view.history_lost = True
             hold.resync_all()
+            if compare:  # what was spilled would follow, and end a gap of which it does not know
+                feed.drop()
             self._lose_ring(hold, feed)
         elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
             log.warning(
@@ -459,7 +463,7 @@ class GroupSession:
     ) -> None:
         durable = opened.lanes[0].durable.seq
         with self._spiller.still() if self._spiller else contextlib.nullcontext():
-            self._settle(hold, feed, durable)
+            self._settle(hold, feed, durable, compare=opened.compare)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),

@@ -200,6 +200,9 @@ class GroupHost:
             if verdict.code is not None:
                 raise RefusedError(verdict.code, verdict.text, wire_epoch(manifest, verdict.epoch))
             self._check_disks(store, message)
+            if store.salvaged and m.FEATURE_COMPARE not in transport.peer_features:
+                text = "records were lost here, and the source's release is too old to compare"
+                raise RefusedError("version", text)
             self._end_session(m.Bye(reason="the source connected again"))
             try:
                 store.commit(FULL_DRAIN_S if store.full else DRAIN_S)
@@ -221,6 +224,7 @@ class GroupHost:
                         lanes=[m.LaneState(durable=position, received=position, points=points)],
                         credit_bytes=self._window,
                         empty=not store.received.epoch,
+                        compare=store.salvaged,
                         conditions=self.conditions(),
                     ),
                     channel,

@@ -53,6 +53,8 @@ class _Turn:
     """the record of its epoch before it, where that was seen"""
     segment: int = 0
     """where it stands, when it was there already as the store was opened"""
+    at: int = 0
+    """byte of that segment"""
 
 
 class Span:
@@ -86,7 +88,8 @@ class Span:
         for row in events[np.isin(events["kind"], _TURNS)]:
             point = Point(Position.of(row["at"]), int(row["wall_ns"]))
             begins = int(row["kind"]) == layout.KIND_GAP_BEGIN
-            self._turns.append(_Turn(point, begins, segment=int(row["segment"])))
+            segment, at = int(row["segment"]), int(row["position"])
+            self._turns.append(_Turn(point, begins, segment=segment, at=at))
         for row in events[events["kind"] == layout.KIND_RESIZE]:
             self._resized(self._header(int(row["segment"]), int(row["position"])))
         epochs = index.times["at"]["epoch"]
@@ -165,6 +168,20 @@ class Span:
                 if reach != position.seq or manifest.epoch(epoch).parent.seq != position.seq:
                     return False
             return False
+
+    def repaired(self, manifest: Manifest, position: Position) -> bool:
+        """Whether a position stands for a gap-begin at which a repair ended the history. So it is
+        when that cannot be read."""
+        if all(entry.epoch != position.epoch for entry in manifest.epochs):
+            return False
+        with self._lock:
+            here = self._standing(manifest, position).position
+            turns = [t for t in self._turns if t.point.position == here and t.begins and t.segment]
+        try:
+            marks = [int(self._header(t.segment, t.at)["mono_ns"]) for t in turns]
+        except (VrepError, OSError):
+            return True
+        return layout.MONO_REPAIRED in marks
 
     def recoverable(self, manifest: Manifest, position: Position) -> bool:
         """Whether a record of this position is a recovery point of the line."""

@@ -549,6 +549,16 @@ class GroupStore:
 
     # ---- epochs ----------------------------------------------------------------------------
 
+    @property
+    def salvaged(self) -> bool:
+        """Whether the history ends with what a repair salvaged, of which its source does not know
+        yet: it must compare everything before anything that follows is a recovery point."""
+        here = self.received
+        epoch = self.manifest.current_epoch
+        return self._span.repaired(
+            self.manifest, here if here.epoch == epoch.epoch else epoch.parent
+        )
+
     def resume_position(self) -> Position:
         """Where the writer of the current epoch goes on."""
         epoch = self.manifest.current_epoch

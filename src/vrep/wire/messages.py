@@ -18,6 +18,7 @@ from vrep.wire.frames import FrameType
 
 __all__ = [
     "FEATURES",
+    "FEATURE_COMPARE",
     "FEATURE_HASHES",
     "HASHES_METHOD",
     "HASH_ANSWER_BYTES",
@@ -215,6 +216,9 @@ class GroupOpened(_Message, frozen=True, kw_only=True):
     credit_bytes: Bytes
     empty: bool
     """whether the target holds no history of the group at all"""
+    compare: bool = False
+    """the target lost records that it had acknowledged, though not the last: everything is to be
+    compared; said to a source with FEATURE_COMPARE alone"""
     conditions: Conditions = []
 
 
@@ -316,7 +320,9 @@ class Response(_Message, frozen=True, kw_only=True):
 
 FEATURE_HASHES: Final = "hashes"
 """a server that says so in WELCOME answers questions about the hashes of what it holds"""
-FEATURES: Final = (FEATURE_HASHES,)
+FEATURE_COMPARE: Final = "compare"
+"""a client that says so in HELLO compares everything when GROUP_OPENED asks for it"""
+FEATURES: Final = (FEATURE_HASHES, FEATURE_COMPARE)
 """of this release"""
 HASHES_METHOD: Final = "group.hashes"
 """a Request whose params are a HashQuestion, and its result a HashAnswer"""
