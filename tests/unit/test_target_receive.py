@@ -252,6 +252,18 @@ def test_another_site_is_refused(world: World) -> None:
         Client(world, "c").open()
 
 
+def test_a_history_that_was_repaired_is_compared_or_not_gone_on_with(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source that does not know the word would end the gap of the repair with one of its own."""
+    assert not Client(world).open().compare
+    monkeypatch.setattr(GroupStore, "salvaged", True)
+    assert Client(world).open().compare
+    monkeypatch.setattr(m, "FEATURES", (m.FEATURE_HASHES,))
+    with pytest.raises(RefusedByTarget, match="version"):
+        Client(world).open()
+
+
 def test_other_disks_are_refused_and_other_sizes_are_not(world: World) -> None:
     """A size may change in records that are to come."""
     Client(world).start()
