@@ -4,7 +4,7 @@ namespace. What the clocks are believed for is in `vrep.target.aging`."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,18 @@ def write_some(pair: Pair, rng: random.Random, total: int = 2 * MIB) -> bytes:
             client.write(rng.randrange(client.bytes // 4096 - 16) * 4096, rng.randbytes(65536))
     pair.settle()
     return pair.images["root"].read_bytes()
+
+
+@pytest.fixture(autouse=True)
+def shared_memory() -> Iterator[None]:
+    """What the library leaves behind of processes that were killed goes."""
+    yield
+    for path in [
+        *Path("/dev/shm").glob("faketime_shm_*"),
+        *Path("/dev/shm").glob("sem.faketime_*"),
+    ]:
+        if not Path(f"/proc/{path.name.rpartition('_')[2]}").exists():
+            path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("site", [pytest.param("source", marks=pytest.mark.slow), "target"])
