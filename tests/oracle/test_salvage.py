@@ -309,7 +309,17 @@ def test_what_is_sound_is_not_sent_again(lab: Any, tmp_path: Path, kind: str, tu
     line = ancestry(lab, head)
     must = {d: unknown_units(lab, left, line, d, len(content)) for d, content in enumerate(wanted)}
     ended, sent = resend(lab, wanted)
-    assert sent == must
+    # Of a large record of which little shows the hashes would cost more than they save.
+    large = {
+        d: {
+            unit
+            for c in left
+            if c.disk == d and c.length > 127 * BLOCK
+            for unit in range(c.offset // BLOCK, -(-(c.offset + c.length) // BLOCK))
+        }
+        for d in must
+    }
+    assert all(must[d] <= sent[d] <= must[d] | large[d] for d in must)
     assert shown(lab, ended) == wanted
     judge_positions_after(lab, ended, end, wanted, truth, tmp_path / "after")
 
