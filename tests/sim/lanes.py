@@ -175,6 +175,9 @@ class LaneWorld:
         for _ in range(20):
             if self.kernel.events["torn write"]:
                 break
+            # The guests may have ended, and the sources wait: something to write.
+            self.kernel.wait_until(self._can_be_cut, 20.0)
+            self._mark()
             self._power_target()
         for _ in range(20):
             if self.kernel.events["cut"]:
