@@ -219,6 +219,7 @@ class SourceSite:
             else:
                 self._step(index, steps[index])
             steps = group.steps()
+        self.look()  # a mark was put since, maybe, and is shipped: its room is given back below
         group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
         group.poll()
         self.look()
