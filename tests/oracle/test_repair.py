@@ -124,10 +124,13 @@ def test_lost_records_are_named_and_nothing_is_changed(lab: Any) -> None:
     grow(lab)
     manifest, directory = lab.store.manifest, lab.store.directory
     lab.close()
-    entry = manifest.segments[lab.rng.randrange(len(manifest.segments))]
+    entry = manifest.segments[lab.rng.randrange(1, len(manifest.segments))]
     path = entry_path(directory, entry)
-    for damage in ("byte", "file"):
-        whole = path.read_bytes()
+    other = entry_path(directory, manifest.segments[0])
+    for damage in ("byte", "file", "an index as well"):
+        whole, other_whole = path.read_bytes(), other.read_bytes()
+        if damage == "an index as well":  # which could be made again
+            flip(other, len(other_whole) - 100)
         if damage == "byte":
             flip(path, lab.rng.randrange(200, int(entry["data_end"]) - 200))
         else:
@@ -140,6 +143,7 @@ def test_lost_records_are_named_and_nothing_is_changed(lab: Any) -> None:
         assert report.lost[0].first == f"pos:{Position.of(entry['first'])}"
         assert report.lost[0].last == f"pos:{Position.of(entry['last'])}"
         path.write_bytes(whole)
+        other.write_bytes(other_whole)
     path.unlink()
     report = repair(lab.paths, "web", start_over=True)
     assert not directory.exists()
