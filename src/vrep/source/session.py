@@ -463,7 +463,7 @@ class GroupSession:
     ) -> None:
         durable = opened.lanes[0].durable.seq
         with self._spiller.still() if self._spiller else contextlib.nullcontext():
-            self._settle(hold, feed, durable, compare=opened.compare)
+            self._settle(hold, feed, durable, compare=opened.compare is True)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),

@@ -224,7 +224,7 @@ class GroupHost:
                         lanes=[m.LaneState(durable=position, received=position, points=points)],
                         credit_bytes=self._window,
                         empty=not store.received.epoch,
-                        compare=store.salvaged,
+                        compare=True if store.salvaged else m.UNSET,
                         conditions=self.conditions(),
                     ),
                     channel,

@@ -216,9 +216,9 @@ class GroupOpened(_Message, frozen=True, kw_only=True):
     credit_bytes: Bytes
     empty: bool
     """whether the target holds no history of the group at all"""
-    compare: bool = False
+    compare: bool | UnsetType = UNSET
     """the target lost records that it had acknowledged, though not the last: everything is to be
-    compared; said to a source with FEATURE_COMPARE alone"""
+    compared; said to a source with FEATURE_COMPARE alone, to others nothing"""
     conditions: Conditions = []
 
 
