@@ -17,7 +17,7 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 from kernel import Process, Task
 
@@ -49,7 +49,12 @@ def _same(fd: int, wanted: tuple[int, int]) -> bool:
 
 
 class Descriptors:
-    """Those that a process holds: closed when it is killed, as the kernel does."""
+    """Those that a process holds: closed when it is killed, as the kernel does. Nobody tells when
+    it closes one itself: its number, and with some luck its inode, may be another process's by
+    then."""
+
+    _owners: ClassVar[dict[int, Descriptors]] = {}
+    """by number: who opened it last"""
 
     def __init__(self, process: Process) -> None:
         self._open: dict[int, tuple[int, int]] = {}
@@ -58,11 +63,12 @@ class Descriptors:
     def add(self, fd: int) -> int:
         found = os.fstat(fd)
         self._open[fd] = (found.st_dev, found.st_ino)
+        self._owners[fd] = self
         return fd
 
     def close(self) -> None:
         for fd, wanted in self._open.items():
-            if _same(fd, wanted):  # nobody closed it, and perhaps opened another file
+            if self._owners.get(fd) is self and _same(fd, wanted):
                 os.close(fd)
         self._open.clear()
 
