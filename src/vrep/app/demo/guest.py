@@ -26,6 +26,7 @@ from vrep.app.demo.guest_image import GuestError, GuestImage
 
 _LINE = re.compile(r"LINE (\d+) (\d+)$")
 _CONSOLE_LINE_MAX = 4096
+_ERRORS_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -230,8 +231,8 @@ class Guest:
             target=self._read_console, name="guest-console", daemon=True
         )
         self._errors = threading.Thread(target=self._read_errors, name="guest-stderr", daemon=True)
-        self._reader.start()
         self._errors.start()
+        self._reader.start()
 
     def __enter__(self) -> Guest:
         if self._process is None:
@@ -364,6 +365,8 @@ class Guest:
             for raw in whole:
                 text = raw.decode(errors="replace").strip("\r")
                 self._hear(ConsoleLine(text, arrived_ms, arrived_s))
+        if self._errors is not None:  # why it ended, if QEMU says so, is told with the end
+            self._errors.join(_ERRORS_S)
         with self._changed:
             self._ended = True
             self._changed.notify_all()
