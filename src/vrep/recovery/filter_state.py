@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 
 from vrep._core import layout
+from vrep.checksum import CHECKSUM_BYTES, checksum32
 from vrep.groups import GroupDefinition
 from vrep.paths import SitePaths
 
 __all__ = ["written_past"]
 
-_SEED: Final = 0x76726570
-_CHECKSUM_BYTES: Final = 4
 _PAST: Final = layout.STATE_PAST | layout.STATE_BLIND | layout.STATE_MIRROR
 """a VM may write past the filter, a pass-through did, or the VM writes its image itself"""
 
@@ -55,7 +53,7 @@ def _newest(path: Path) -> Any:
     for at in range(0, len(data) - layout.STATE.itemsize + 1, layout.STATE.itemsize):
         raw = data[at : at + layout.STATE.itemsize]
         slot = np.frombuffer(raw, layout.STATE)[0]
-        wanted = xxhash.xxh3_64_intdigest(raw[:-_CHECKSUM_BYTES], seed=_SEED) & 0xFFFFFFFF
+        wanted = checksum32(raw[:-CHECKSUM_BYTES])
         whole = slot["magic"] == layout.STATE_MAGIC and slot["version"] == layout.STATE_VERSION
         if whole and int(slot["checksum"]) == wanted:
             found = slot if found is None or slot["counter"] > found["counter"] else found

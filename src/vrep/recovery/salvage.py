@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from vrep import errors
 from vrep._core import layout, record
 from vrep._core import segment as native
 from vrep._core.index import ExtentMap, Index, IndexBuilder
+from vrep.checksum import CHECKSUM_BYTES, checksum32
 from vrep.target.files import Files
 from vrep.target.lease import Lease
 from vrep.target.manifest import EpochEntry, Position
@@ -46,8 +46,6 @@ COMMIT_BYTES: Final = 4 << 20
 SEGMENT_BYTES: Final = 64 << 20
 _ALIGN: Final = 64
 _HEADER: Final = layout.RECORD.itemsize
-_SEED: Final = 0x76726570
-"""of the checksums (docs/internals/formats.md)"""
 _ASIDE: Final = (layout.KIND_STREAM, layout.KIND_TALLY)
 _LASTING: Final = (layout.KIND_RESIZE, layout.KIND_OBJECT)
 
@@ -87,7 +85,7 @@ def _blocks(data: memoryview, group_id: bytes, number: int) -> Iterator[tuple[in
             return
         block = np.frombuffer(raw, layout.COMMIT)[0]
         same = int(block["segment"]) == number and block["group_id"].tobytes() == group_id
-        if same and _checksum(raw[:-4]) == int(block["checksum"]):
+        if same and checksum32(raw[:-CHECKSUM_BYTES]) == int(block["checksum"]):
             yield at, block
 
 
@@ -106,10 +104,6 @@ def sound_commits(data: memoryview, group_id: bytes, number: int) -> list[tuple[
             reach = at + layout.COMMIT.itemsize
             found.append((start, end))
     return found
-
-
-def _checksum(raw: memoryview) -> int:
-    return xxhash.xxh3_64_intdigest(raw, _SEED) & 0xFFFFFFFF
 
 
 class Salvage:

@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import (
 )
 
 from vrep._core import layout
+from vrep.checksum import CHECKSUM_BYTES, checksum32
 from vrep.durable import make_private_directory, write_atomic
 from vrep.errors import AuthError, CorruptError, IntegrityError, StorageError, VersionError
 from vrep.keys.identity import SiteIdentity
@@ -63,8 +64,7 @@ TEXT_LETTERS_MAX: Final = 2000
 _HEADER: Final = layout.VERDICT_HEADER
 _SIGNATURE_BYTES: Final = 64
 _LABEL: Final = b"vrep verdict v1\0"
-_CHECKSUM_AT: Final = _HEADER.itemsize - 4
-_SEED: Final = 0x76726570
+_CHECKSUM_AT: Final = _HEADER.itemsize - CHECKSUM_BYTES
 _NAME: Final = re.compile(r"([0-9a-f]{8})-([0-9a-f]{4})-([0-9a-f]{16})")
 FILE_BYTES_MAX: Final = _HEADER.itemsize + layout.VERDICT_BODY_BYTES_MAX + _SIGNATURE_BYTES
 
@@ -171,10 +171,6 @@ def _digest(data: bytes) -> bytes:
     return xxhash.xxh3_128_intdigest(data).to_bytes(16, "little")
 
 
-def _checksum(data: bytes) -> int:
-    return xxhash.xxh3_64_intdigest(data, seed=_SEED) & 0xFFFFFFFF
-
-
 def encode(verdict: SignedVerdict, key: ec.EllipticCurvePrivateKey) -> bytes:
     """The bytes of a verdict, signed by a key."""
     body = msgspec.json.encode(verdict.finding)
@@ -188,7 +184,7 @@ def encode(verdict: SignedVerdict, key: ec.EllipticCurvePrivateKey) -> bytes:
     header["at"] = verdict.position.raw
     header["wall_ns"], header["signature_bytes"] = verdict.wall_ns, _SIGNATURE_BYTES
     header["digest"] = np.frombuffer(_digest(body), np.uint8)
-    header["checksum"] = _checksum(header.tobytes()[:_CHECKSUM_AT])
+    header["checksum"] = checksum32(header.tobytes()[:_CHECKSUM_AT])
     signed = header.tobytes() + body
     r, s = decode_dss_signature(key.sign(_LABEL + signed, ec.ECDSA(hashes.SHA256())))
     return signed + r.to_bytes(32, "big") + s.to_bytes(32, "big")
@@ -202,7 +198,7 @@ def decode(data: bytes, key: ec.EllipticCurvePublicKey | None) -> SignedVerdict:
     header = np.frombuffer(data[: _HEADER.itemsize], _HEADER)[0]
     if header["magic"] != layout.VERDICT_MAGIC:
         raise CorruptError("it does not begin as a verdict")
-    if int(header["checksum"]) != _checksum(data[:_CHECKSUM_AT]):
+    if int(header["checksum"]) != checksum32(data[:_CHECKSUM_AT]):
         raise CorruptError("the header's checksum is wrong")
     if header["version"] != layout.VERDICT_VERSION:
         raise VersionError(f"version {int(header['version'])} of a verdict is not known")
