@@ -3,8 +3,6 @@ plain list of all changes: through failovers, folds and damage a hash is never a
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import recovery_lab as lab_module
 
 from vrep._core import layout
 from vrep._core.filter import Window
@@ -26,19 +25,6 @@ from vrep.wire import messages as m
 
 BLOCK = 4096
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", (1 << 20) + 512, 0), DiskEntry("data", 300 * 1024 + 1536, 1)]
 WINDOWS = [Window(7, 0, 0, DISKS[0].bytes), Window(9, 1, 8192, DISKS[1].bytes - 8192)]
 

@@ -3,11 +3,9 @@ the others are refused. The oracle is the laboratory's plain list of all changes
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep._core import layout
 from vrep._core import segment as native
@@ -43,19 +42,6 @@ from vrep.target.manifest import DiskEntry, EpochState, Position, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.segment import entry_path
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", (192 << 10) + 512, 0), DiskEntry("data", 64 << 10, 1)]
 
 

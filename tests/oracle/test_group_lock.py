@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab
 
 from vrep import Site, errors
 from vrep.lanes import lane_id, lane_name
@@ -41,21 +41,6 @@ with group_lock(SitePaths(Path(sys.argv[1])), bytes.fromhex(sys.argv[2]), "web")
     print("held", flush=True)
     time.sleep(600)
 """
-
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-lab = load_lab()
 
 
 class World:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep._core import layout
@@ -18,20 +17,6 @@ from vrep.recovery.export import export
 from vrep.recovery.points import list_points
 from vrep.recovery.view import discard, start_test, stop_test, view_directories
 from vrep.target.manifest import DiskEntry, EpochState, Position
-
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 
 # Not multiples of a view's block, and one that is smaller than a record may be.
 DISKS = [DiskEntry("root", (1 << 20) + 512, 0), DiskEntry("data", 300 * 1024 + 1536, 1)]

@@ -6,16 +6,15 @@ every digest is right again.
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep._core import layout, record
@@ -33,19 +32,6 @@ from vrep.target.manifest import DiskEntry, Position, load_newest, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.segment import Batch, SegmentId, SegmentWriter, segment_path
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 HEADER = layout.RECORD.itemsize
 STRIDE = 64 * 1024  # a view fetches as much at once
 DISK = 16 * STRIDE

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep.recovery.export import export
@@ -19,19 +18,6 @@ from vrep.target.manifest import DiskEntry, Position
 from vrep.target.reader import StoreReader
 from vrep.target.segment import entry_path, run_path
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", 1 << 20, 0)]
 
 

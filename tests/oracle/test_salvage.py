@@ -6,15 +6,14 @@ of the records that are left."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep._core import layout
@@ -34,19 +33,6 @@ from vrep.target.reader import StoreReader
 from vrep.target.segment import entry_path, segment_path
 from vrep.wire import messages as m
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", 1 << 20, 0), DiskEntry("data", 300 * 1024 + 1536, 1)]
 BLOCK = layout.HASH_BLOCK_BYTES
 

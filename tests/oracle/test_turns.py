@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import secrets
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep._core import layout
@@ -21,19 +20,6 @@ from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
 from vrep.target.reign import followed, left_at
 from vrep.target.store import StoreReader
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 OURS = b"t" * 16
 
 
