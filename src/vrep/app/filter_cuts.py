@@ -7,12 +7,13 @@ that is asked to (`hold`) goes on when it is told to (`release`), and the one wh
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
+
+import structlog
 
 from vrep._core.filter import Group, cut_all, cut_hold, cut_release
 from vrep.errors import (
@@ -29,6 +30,8 @@ from vrep.groups import GroupDirectory
 from vrep.lanes import lane_of
 
 __all__ = ["FilterCuts"]
+
+log = structlog.get_logger("vrep.filter")
 
 _VOID = (BusyError, FullError, GoneError, TimeLimitError)
 _WHY = {
@@ -49,6 +52,8 @@ class FilterCuts:
         self._groups = groups
         self._group_of = group_of
         self._lock = threading.Lock()
+        self._untold: dict[str, str] = {}
+        """why a lane did not get the record of the newest cut, by its name"""
 
     def settle(self) -> None:
         """Until no cut is under way that began before: one that begins later knows what the
@@ -130,7 +135,12 @@ class FilterCuts:
             raise GapError(f"a gap of {name!r} began before a cut was complete") from None
         also: dict[str, int] = {}
         for other in params.get("also", ()):
-            with contextlib.suppress(VrepError):  # its target has one point less
+            try:
                 self._epochs([other])
                 also[other] = self._group_of(other).cut_complete(cut_id, at, label)
+                self._untold.pop(other, None)
+            except VrepError as error:  # its target has one point less, and no window goes up to it
+                if self._untold.get(other) != (why := str(error)):
+                    log.warning("a target has no record of a cut", lane=other, error=why)
+                self._untold[other] = why
         return {"at": at, "seq": seq, "also": also, "wall_ns": time.time_ns()}
