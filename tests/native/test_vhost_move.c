@@ -353,19 +353,26 @@ static void a_guest_that_did_not_arrive_goes_on(void)
     end();
 }
 
-/* The server ends between the two, and the old monitor is the first at the next one. */
-static void one_that_came_back_without_its_guest_yields(void)
+/* The server ends after a guest moved away, and the old monitor is the first at the next one. */
+static struct guest_log begin_as_the_first_at_the_next(int *region)
 {
-    struct monitor other;
     begin();
-    int region = new_region();
-    struct guest_log log = move_away(region);
+    *region = new_region();
+    struct guest_log log = move_away(*region);
     monitor_hang_up(&m);
     serve_no_more();
     serve();
     m.queue[0].seen = 1;
-    connect_and_start(LOGGED, region);
+    connect_and_start(LOGGED, *region);
     CHECK_EQ(guest_take(&m, 0, NULL), 3);
+    return log;
+}
+
+static void one_that_came_back_without_its_guest_yields(void)
+{
+    struct monitor other;
+    int region;
+    struct guest_log log = begin_as_the_first_at_the_next(&region);
     CHECK(region_says(region, VREP_VHOST_INFLIGHT_MOVED));
     other_connects(&other);
     monitor_start(&other, 0, 64, 0);
@@ -384,15 +391,8 @@ static void one_that_came_back_without_its_guest_yields(void)
 static void one_that_came_back_with_its_guest_keeps_the_disk(void)
 {
     struct monitor other;
-    begin();
-    int region = new_region();
-    struct guest_log log = move_away(region);
-    monitor_hang_up(&m);
-    serve_no_more();
-    serve();
-    m.queue[0].seen = 1;
-    connect_and_start(LOGGED, region);
-    CHECK_EQ(guest_take(&m, 0, NULL), 3);
+    int region;
+    struct guest_log log = begin_as_the_first_at_the_next(&region);
     write_byte(&m, 0x66);
     CHECK(!region_says(region, VREP_VHOST_INFLIGHT_MOVED));
     other_connects(&other);
