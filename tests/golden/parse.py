@@ -69,8 +69,9 @@ RING_DESC = (
 RING_HEADER = (
     "magic:Q version:I header_bytes:I file_bytes:Q group_id:16s boot_id:16s epoch_id:16s epoch:I"
     " lane:H reserved0:H descriptors:I slots:I chunks:I chunk_bytes:I slots_at:Q descs_at:Q"
-    " next_at:Q chunks_at:Q first_seq:Q reserved1:372s checksum:I head:Q pad0:56s released:Q"
-    " durable:Q spilled_ns:Q pad1:40s incarnation:Q producer_pid:Q clean:Q pad2:40s pad3:3392s"
+    " next_at:Q chunks_at:Q first_seq:Q reserved1:372s checksum:I head:Q free_bytes_one:Q"
+    " pad0:48s released:Q durable:Q spilled_ns:Q pad1:40s incarnation:Q producer_pid:Q clean:Q"
+    " pad2:40s pad3:3392s"
 )
 RING_CONTROL = (
     "magic:Q version:I role:I target_id:16s pid:Q pad0:24s durable:Q received:Q read:Q spilled:Q"

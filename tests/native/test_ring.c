@@ -100,6 +100,42 @@ static void published_changes_are_read_in_order(void)
     vrep_ring_detach(ring, true);
 }
 
+static uint64_t free_of(const struct vrep_ring_reader *reader)
+{
+    uint64_t bytes = 1;
+    CHECK_OK(vrep_ring_reader_free_bytes(reader, &bytes));
+    return bytes;
+}
+
+static void consumers_see_how_full_it_is(void)
+{
+    struct vrep_ring *ring = new_ring(8, 4, 8 * 4096);
+    struct vrep_ring_reader *reader;
+    CHECK_OK(vrep_ring_reader_open(path, -1, -1, -1, &reader));
+    CHECK_EQ(free_of(reader), 8 * 4096);
+    publish(ring, 5000, 1);
+    CHECK_EQ(free_of(reader), 6 * 4096);
+    for (uint8_t i = 2; i <= 4; i++)
+        publish(ring, 2 * 4096, i);
+    CHECK_EQ(free_of(reader), 0); /* which is not "unknown" */
+    CHECK_OK(vrep_ring_release(ring, 103));
+    CHECK_EQ(free_of(reader), 6 * 4096);
+    /* A producer that died leaves reserved memory, which is taken until it is judged. */
+    CHECK(vrep_ring_reserve(ring, 4096) != NULL);
+    CHECK_EQ(free_of(reader), 6 * 4096);
+    vrep_ring_detach(ring, false);
+    CHECK_OK(vrep_ring_attach(path, group, &ring));
+    CHECK_EQ(free_of(reader), 5 * 4096);
+    /* One of an older release says nothing. */
+    uint64_t bytes = 7;
+    struct vrep_ring_header *header = (struct vrep_ring_header *)vrep_ring_header(ring);
+    header->free_bytes_one = 0;
+    CHECK_STATUS(vrep_ring_reader_free_bytes(reader, &bytes), VREP_E_UNSUPPORTED);
+    CHECK_EQ(bytes, 7);
+    vrep_ring_reader_close(reader);
+    vrep_ring_detach(ring, true);
+}
+
 static void nothing_shows_before_commit(void)
 {
     struct vrep_ring *ring = new_ring(8, 4, 1 << 20);
@@ -669,6 +705,7 @@ int main(void)
 {
     (void)snprintf(path, sizeof path, "/dev/shm/vrep-test-ring-%d", (int)getpid());
     RUN(published_changes_are_read_in_order);
+    RUN(consumers_see_how_full_it_is);
     RUN(nothing_shows_before_commit);
     RUN(a_reserve_takes_all_or_nothing);
     RUN(a_slow_command_does_not_block_others);

@@ -1,5 +1,7 @@
 #include "tls/tls.h"
 
+#include <netinet/in.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -212,6 +214,69 @@ static void a_full_socket_takes_no_more(void)
     close_pair(&pair);
 }
 
+/* A connection over loopback: of socket pairs the kernel keeps no mark of how much is to arrive. */
+static void connect_tcp(int fd[2])
+{
+    struct sockaddr_in at = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    socklen_t size = sizeof at;
+    int listening = socket(AF_INET, SOCK_STREAM, 0);
+
+    CHECK(listening >= 0 && bind(listening, (struct sockaddr *)&at, sizeof at) == 0);
+    CHECK(listen(listening, 1) == 0 && getsockname(listening, (struct sockaddr *)&at, &size) == 0);
+    fd[0] = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(connect(fd[0], (struct sockaddr *)&at, sizeof at) == 0);
+    fd[1] = accept(listening, NULL, NULL);
+    CHECK(fd[1] >= 0);
+    close(listening);
+}
+
+static void a_reader_of_much_gets_what_there_is(void)
+{
+    enum { ASKED = 1 << 20 };
+    struct pair pair = open_pair(certificate_path, pem);
+    uint8_t *data = calloc(1, ASKED), *found = malloc(ASKED);
+    size_t sizes[] = {1, 5000, 100000, 300000, ASKED};
+
+    CHECK(data != NULL && found != NULL);
+    for (size_t i = 0; i < ASKED; i++)
+        data[i] = byte_at(0, i);
+    close(pair.fd[0]);
+    close(pair.fd[1]);
+    connect_tcp(pair.fd);
+    CHECK_OK(shake(&pair));
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        size_t sent = 0, got = 0, count;
+        int low = 0, tries = 0;
+        socklen_t size = sizeof low;
+
+        /* It asks for far more than will come, and is not kept waiting for the rest. */
+        while (got < sizes[i]) {
+            int status;
+
+            if (sent < sizes[i]) {
+                status =
+                    vrep_tls_write(pair.tls[0], pair.fd[0], data + sent, sizes[i] - sent, &count);
+                CHECK(status == VREP_OK || status == VREP_E_AGAIN);
+                sent += count;
+            }
+            status = vrep_tls_read(pair.tls[1], pair.fd[1], found + got, ASKED - got, &count);
+            CHECK(status == VREP_OK || status == VREP_E_AGAIN || status == VREP_E_TORN);
+            got += status == VREP_OK ? count : 0;
+            if (status == VREP_E_AGAIN && sent == sizes[i])
+                (void)poll(&(struct pollfd){.fd = pair.fd[1], .events = POLLIN}, 1, 1000);
+            CHECK(tries++ < 1000);
+        }
+        CHECK_EQ(got, sizes[i]);
+        CHECK(memcmp(found, data, got) == 0);
+        /* Whoever polls next hears of a single byte. */
+        CHECK(getsockopt(pair.fd[1], SOL_SOCKET, SO_RCVLOWAT, &low, &size) == 0);
+        CHECK_EQ(low, 1);
+    }
+    free(data);
+    free(found);
+    close_pair(&pair);
+}
+
 static void the_end_comes_behind_all_bytes(void)
 {
     struct pair pair = shaken();
@@ -323,6 +388,7 @@ int main(void)
     make_certificate(other_path, 0, NULL);
     RUN(both_directions_at_once);
     RUN(a_full_socket_takes_no_more);
+    RUN(a_reader_of_much_gets_what_there_is);
     RUN(the_end_comes_behind_all_bytes);
     RUN(what_is_no_tls_ends_it_for_good);
     RUN(a_server_takes_whom_it_trusts_and_strangers);

@@ -406,7 +406,7 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(host_lanes, ControlClient=client, SiteIdentity=identity)
         put(source_hosts, connect=called("connect"))
         put(source_attach, RingReader=called("RingReader"))
-        put(session, Sealer=SimSealer, BUFFER_BYTES=RECORD_ROOM)
+        put(session, Sealer=SimSealer)
         put(spill, Sealer=SimSealer, os=SpillCalls(kernel))
         put(spill.Spill, append=spilled)
         put(ship, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM)

@@ -264,7 +264,7 @@ def test_pauses_grow_while_nobody_is_reached_and_end_with_what_was_reached(
 def test_what_shipped_is_freed_with_its_attempt(
     paths: SitePaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has a buffer of 33 MiB, which all attempts share, and all that a connection has: links
+    """It has two buffers of 33 MiB, which all attempts share, and all that a connection has: links
     that flap for hours must not pile that up until a collector of rings comes."""
     made: list[Any] = []
 
@@ -281,6 +281,9 @@ def test_what_shipped_is_freed_with_its_attempt(
             raise PeerError("cut")
 
         def stop(self) -> None:
+            pass
+
+        def join(self) -> None:
             pass
 
     def listen(one: GroupSession, *_args: Any) -> None:
@@ -311,8 +314,8 @@ def test_what_shipped_is_freed_with_its_attempt(
     finally:
         gc.enable()
     assert left == [None] * 3
-    assert len({id(buffer) for _, buffer in made}) == 1
-    assert len(made[0][1]) == BUFFER_BYTES
+    assert len({id(buffers) for _, buffers in made}) == 1
+    assert [len(each) for each in made[0][1]] == [BUFFER_BYTES] * 2
 
 
 class Hold:

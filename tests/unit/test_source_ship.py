@@ -73,6 +73,13 @@ def shipper(rig: Any) -> Shipper:
     return Shipper(rig, rig, rig, 1, Clock())
 
 
+def end(one: Shipper) -> None:
+    """Once all that was sealed has left."""
+    one._sender.settle()
+    one.stop()
+    one.join()
+
+
 def test_batches_grow_with_what_the_target_holds() -> None:
     rig = Rig([4096] * 6000)
     one = shipper(rig)
@@ -87,6 +94,7 @@ def test_batches_grow_with_what_the_target_holds() -> None:
         one._ship(len(rig.sizes))
         most = min(BATCH_FIRST_BYTES << turn, BATCH_BYTES)
         assert most - 8192 < rig.batches[-1] <= most
+    end(one)
     assert rig.bytes == sum(rig.batches)
 
 
@@ -94,6 +102,7 @@ def test_a_large_record_takes_few_others_along() -> None:
     rig = Rig([3 * MIB, *[4096] * 4000])
     one = shipper(rig)
     one._ship(len(rig.sizes))
+    end(one)
     assert 3 * MIB <= rig.batches[0] <= 4 * MIB
     assert rig.rooms == sorted(rig.rooms)
 
@@ -113,10 +122,13 @@ def test_compression_yields_where_sealing_holds_shipping_up() -> None:
     one = Shipper(rig, rig, rig, 1, rig.clock)  # type: ignore[arg-type]
     for _ in range(10):
         one._ship(2000)
+        one._sender.settle()  # one clock for both threads
     assert rig.level == 0
     rig.send_s = 5.0
     for _ in range(10):
         one._ship(2000)
+        one._sender.settle()
+    end(one)
     assert rig.level == 1
 
 

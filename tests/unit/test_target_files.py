@@ -74,13 +74,13 @@ def test_the_descriptor_is_as_it_was(tmp_path: Path) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("refused_by", ["fcntl", "pwritev"])
+@pytest.mark.parametrize("refused_by", ["fcntl", "write"])
 def test_a_filesystem_that_knows_no_direct_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused_by: str
 ) -> None:
     import fcntl
 
-    set_flags, write = fcntl.fcntl, os.pwritev
+    set_flags, write = fcntl.fcntl, target_files.write_staged
     state = {"direct": False, "refused": 0}
 
     def refuse(what: str) -> None:
@@ -96,13 +96,18 @@ def test_a_filesystem_that_knows_no_direct_writes(
             return 0
         return set_flags(fd, command, argument)
 
-    def pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if state["direct"]:
-            refuse("pwritev")
-        return write(fd, buffers, offset)
+    def write_staged(
+        fd: int, buffers: Sequence[memoryview], offset: int, room: mmap.mmap
+    ) -> tuple[int, int]:
+        """As a device does whose blocks are larger than what is left at the end."""
+        if refused_by == "write":
+            state["refused"] += 1
+            whole = memoryview(b"".join(buffers))[: 4096 * 3]
+            return write(fd, [whole], offset, room)[0], errno.EINVAL
+        return write(fd, buffers, offset, room)
 
     monkeypatch.setattr(fcntl, "fcntl", fcntl_)
-    monkeypatch.setattr(os, "pwritev", pwritev)
+    monkeypatch.setattr(target_files, "write_staged", write_staged)
     files, data = Files(), os.urandom(2 * MIB + 5)
     fd = files.create(tmp_path / "file")
     try:
@@ -133,12 +138,9 @@ def test_another_thread_takes_the_last_staging_memory(
 
 
 def test_an_error_of_the_storage_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_fd: int, _buffers: Sequence[memoryview], _offset: int) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
     files = Files()
     fd = files.create(tmp_path / "file")
-    monkeypatch.setattr(os, "pwritev", fail)
+    monkeypatch.setattr(target_files, "write_staged", lambda *_: (4096, errno.EIO))
     try:
         with pytest.raises(OSError, match="Input/output"):
             files.append(fd, [bytes(2 * MIB)], 0)

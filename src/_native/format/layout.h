@@ -285,8 +285,10 @@ struct vrep_ring_header {
     uint32_t checksum; /* of the 508 bytes before */
 
     /* what changes; each on its own cache line */
-    uint64_t head; /* at 512: last published seq */
-    uint8_t pad0[56];
+    uint64_t head;           /* at 512: last published seq */
+    uint64_t free_bytes_one; /* of payload chunks when head or released moved last, plus 1; 0: the
+                                producer does not say */
+    uint8_t pad0[48];
     uint64_t released;   /* at 576: descriptors <= released, and their chunks, are free */
     uint64_t durable;    /* every target holds everything <= durable; <= released, but for a ring
                             that began above it */

@@ -161,6 +161,15 @@ uint64_t vrep_ring_reader_released(const struct vrep_ring_reader *reader)
     return vrep_load_acquire_u64(&reader->region.header->released);
 }
 
+int vrep_ring_reader_free_bytes(const struct vrep_ring_reader *reader, uint64_t *out)
+{
+    uint64_t told = vrep_load_relaxed_u64(&reader->region.header->free_bytes_one);
+    if (told == 0)
+        return VREP_E_UNSUPPORTED;
+    *out = told - 1;
+    return VREP_OK;
+}
+
 static int64_t now_ns(void)
 {
     struct timespec now;

@@ -35,6 +35,12 @@ static uint64_t round_up(uint64_t value, uint64_t unit)
     return (value + unit - 1) / unit * unit;
 }
 
+/* Consumers look at how full the ring is many times a second. */
+static void tell_free(const struct vrep_ring *ring)
+{
+    vrep_store_relaxed_u64(&ring->region.header->free_bytes_one, vrep_ring_free_bytes(ring) + 1);
+}
+
 static void destroy(struct vrep_ring *ring)
 {
     vrep_chunks_destroy(&ring->chunks);
@@ -121,6 +127,7 @@ int vrep_ring_create(const char *path, const struct vrep_ring_config *config,
     }
     ring->head = ring->released = header.first_seq;
     ring->was_clean = true;
+    tell_free(ring);
     for (uint32_t i = header.slots; i > 0; i--)
         ring->free_slots[ring->free_slots_count++] = i - 1;
     *out = ring;
@@ -224,6 +231,7 @@ int vrep_ring_attach(const char *path, const uint8_t group_id[16], struct vrep_r
         destroy(ring);
         return status;
     }
+    tell_free(ring);
     ring->was_clean = header->clean == 1;
     vrep_store_relaxed_u64(&header->clean, 0);
     vrep_store_relaxed_u64(&header->incarnation, header->incarnation + 1);
@@ -439,6 +447,7 @@ void vrep_ring_commit(struct vrep_ring *ring, struct vrep_ring_slot *slot)
     /* The descriptor counts as published now, and owns the chunks. */
     ring->held[vrep_ring_slot_index(ring, slot)] &= (uint8_t)~HOLDS_CHUNKS;
     free_slot(ring, slot);
+    tell_free(ring);
 }
 
 int vrep_ring_release(struct vrep_ring *ring, uint64_t upto)
@@ -462,6 +471,7 @@ int vrep_ring_release(struct vrep_ring *ring, uint64_t upto)
     }
     ring->released = upto;
     vrep_store_release_u64(&ring->region.header->released, upto);
+    tell_free(ring);
     /* Whoever sees bytes of the next user of these chunks also sees `released`: it is stored before
      * them. */
     vrep_fence_release();

@@ -155,6 +155,9 @@ void vrep_ring_reader_close(struct vrep_ring_reader *reader);
 const struct vrep_ring_header *vrep_ring_reader_header(const struct vrep_ring_reader *reader);
 uint64_t vrep_ring_reader_head(const struct vrep_ring_reader *reader);
 uint64_t vrep_ring_reader_released(const struct vrep_ring_reader *reader);
+/* Free payload bytes when head or released moved last: what was reserved since is not known.
+ * UNSUPPORTED: a producer of an older release, which does not say. */
+int vrep_ring_reader_free_bytes(const struct vrep_ring_reader *reader, uint64_t *out);
 /* Waits until head > seq (returns OK) or timeout_ms passed (AGAIN). */
 int vrep_ring_reader_wait(struct vrep_ring_reader *reader, uint64_t seq, int timeout_ms);
 /* Copy of the descriptor of seq; RANGE when it is not in (released, head], CORRUPT when the slot

@@ -15,13 +15,14 @@
 #include "base/status.h"
 
 enum {
-    ARRIVED_BYTES = 128 << 10,
+    ARRIVED_BYTES = 256 << 10,
     READ_TURN = 256 << 10,
-    WRITE_TURN = 64 << 10, /* more would not stay in a processor's cache until it is sent */
+    WRITE_TURN = 128 << 10, /* more would not stay in a processor's cache until it is sent */
     UNSENT_FIRST = WRITE_TURN + (4 << 10),
     UNSENT_MAX = 1 << 20,
-    GATHER_MS = 2,       /* a pause within what was asked for that is not worth a return */
-    GATHER_MOST_MS = 20, /* and how long a call may last for that */
+    GATHER_BYTES = 256 << 10, /* arrive before a reader that lacks as much is woken */
+    GATHER_MS = 2,            /* a pause within what was asked for that is not worth a return */
+    GATHER_MOST_MS = 20,      /* and how long a call may last for that */
 };
 
 struct vrep_tls {
@@ -430,6 +431,22 @@ static int read_turn(struct vrep_tls *tls, int fd, uint8_t *out, size_t len, siz
     return status;
 }
 
+/* Waits a little for the rest of what was asked for: each time that a reader is woken costs the
+ * sender as well, so a large rest is not announced packet by packet (SO_RCVLOWAT, socket(7)). */
+static bool gather(int fd, size_t wanted)
+{
+    struct pollfd wait = {.fd = fd, .events = POLLIN};
+    int low = GATHER_BYTES, one = 1;
+    bool large =
+        wanted >= GATHER_BYTES && setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &low, sizeof low) == 0;
+    bool came = poll(&wait, 1, GATHER_MS) > 0;
+
+    if (!large)
+        return came;
+    (void)setsockopt(fd, SOL_SOCKET, SO_RCVLOWAT, &one, sizeof one);
+    return came || poll(&wait, 1, 0) > 0; /* less than that, but not nothing */
+}
+
 int vrep_tls_read(struct vrep_tls *tls, int fd, void *buffer, size_t len, size_t *got)
 {
     uint64_t until_ms = 0;
@@ -456,12 +473,8 @@ int vrep_tls_read(struct vrep_tls *tls, int fd, void *buffer, size_t len, size_t
             until_ms = now_ms() + GATHER_MOST_MS;
         else if (now_ms() >= until_ms)
             break;
-        if (status == VREP_E_AGAIN) {
-            struct pollfd wait = {.fd = fd, .events = POLLIN};
-
-            if (poll(&wait, 1, GATHER_MS) <= 0)
-                break;
-        }
+        if (status == VREP_E_AGAIN && !gather(fd, len - *got))
+            break;
     }
     return VREP_OK;
 }

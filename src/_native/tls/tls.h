@@ -4,10 +4,10 @@
  * OpenSSL works in memory; one call moves as many records as are there, with few
  * system calls, and answers of OpenSSL's own (alerts, new keys) leave as soon as
  * the socket takes them. Nothing here waits, but for GATHER_MS of a reader that
- * holds a part of what it asked for.
+ * holds a part of what it asked for; SO_RCVLOWAT of the socket is this module's.
  *
  * Units: bytes. Memory of a connection: what the socket is asked for at once
- * (128 KiB), and what it did not take (at most 1 MiB, else the connection fails).
+ * (256 KiB), and what it did not take (at most 1 MiB, else the connection fails).
  * Threading: one thread reads while another writes; each holds a lock for at most
  * READ_TURN or WRITE_TURN bytes, in turns: who waits is next. A context may be
  * shared. Contexts are cheap and hold what they read at their making.

@@ -45,6 +45,8 @@ cdef extern from "ring/ring.h" nogil:
         uint32_t mode
     struct vrep_ring_header:
         uint32_t descriptors
+        uint32_t chunks
+        uint32_t chunk_bytes
         uint64_t incarnation
     struct vrep_ring_slot:
         uint32_t state
@@ -105,6 +107,7 @@ cdef extern from "ring/ring.h" nogil:
     const vrep_ring_header *vrep_ring_reader_header(const vrep_ring_reader *reader)
     uint64_t vrep_ring_reader_head(const vrep_ring_reader *reader)
     uint64_t vrep_ring_reader_released(const vrep_ring_reader *reader)
+    int vrep_ring_reader_free_bytes(const vrep_ring_reader *reader, uint64_t *out)
     int vrep_ring_reader_wait(vrep_ring_reader *reader, uint64_t seq, int timeout_ms)
     int vrep_ring_reader_desc(const vrep_ring_reader *reader, uint64_t seq, vrep_ring_desc *out)
     int vrep_ring_reader_run(const vrep_ring_reader *reader, uint64_t first, uint64_t last,
@@ -251,6 +254,22 @@ cdef class RingReader(Mapped):
     def released(self):
         """Descriptors up to this seq, and their payloads, may be overwritten."""
         return vrep_ring_reader_released(self.get())
+
+    @property
+    def free_bytes(self):
+        """Free payload bytes when head or released moved last.
+
+        UnsupportedError: a producer of an older release does not say.
+        """
+        cdef uint64_t found = 0
+        check(vrep_ring_reader_free_bytes(self.get(), &found))
+        return found
+
+    @property
+    def payload_bytes(self):
+        """Payload bytes of the whole ring."""
+        cdef const vrep_ring_header *header = vrep_ring_reader_header(self.get())
+        return <uint64_t>header.chunks * header.chunk_bytes
 
     def wait(self, uint64_t seq, double timeout=1.0):
         """True as soon as head > seq; False after ``timeout`` seconds."""

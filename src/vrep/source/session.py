@@ -43,7 +43,7 @@ from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
 from vrep.source.holder import Holder, SealKeys, stream_of
 from vrep.source.session_view import Backlog, SessionView, spill_view
-from vrep.source.ship import BUFFER_BYTES, Shipper
+from vrep.source.ship import Shipper, new_buffers
 from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
 from vrep.wire.peers import Peer, PeerRegistry
@@ -127,7 +127,7 @@ class GroupSession:
         self._catching_up = Backlog()
         self._effort: Effort | None = None
         # Of one shipper after the other: what an ended attempt leaves behind is freed late.
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffers = new_buffers()
         self._transport: FrameTransport | None = None
         self._sent_keys: tuple[str, ...] | None = None
         self._opened = False
@@ -493,7 +493,7 @@ class GroupSession:
             self._clock,
             self._bandwidth,
             self._effort,
-            self._buffer,
+            self._buffers,
         )
         shipper.open_stream(stream_of(definition, data_key, self._clock))
         self._acknowledged(feed, durable, durable)
@@ -587,6 +587,9 @@ class GroupSession:
         except BaseException as error:  # noqa: BLE001 - handed to the session, which ends with it
             failure.append(error)
             transport.close("shipping failed")
+        finally:
+            shipper.stop()
+            shipper.join()
 
     def _stop_resync(self, hold: RingHold) -> None:
         """Without a target, copies would only take the ring's room from the guest's writes."""

@@ -19,7 +19,14 @@ from typing import Any, Final
 import structlog
 
 from vrep._core.seal import Sealer
-from vrep.errors import FullError, InvalidError, RangeError, StoreFullError, VrepError
+from vrep.errors import (
+    FullError,
+    InvalidError,
+    RangeError,
+    StoreFullError,
+    UnsupportedError,
+    VrepError,
+)
 from vrep.source.attach import RingHold
 from vrep.source.feed import Feed
 from vrep.source.spill import Spill, SpillKeys
@@ -199,8 +206,11 @@ class Spiller:
         kept = ring.head - work.feed.floor
         if not kept:
             return 0.0
-        status = work.hold.status()
-        memory = 1 - int(status["ring_free_bytes"]) / int(status["ring_bytes"])
+        try:
+            memory = 1 - ring.free_bytes / ring.payload_bytes
+        except UnsupportedError:  # a filter of an older release is asked
+            status = work.hold.status()
+            memory = 1 - int(status["ring_free_bytes"]) / int(status["ring_bytes"])
         return max(memory, kept / ring.capacity)
 
     def _broken(self, work: Work) -> bool:

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
+from vrep._core.staged import write_staged
 from vrep.durable import sync_directory
+from vrep.memory import large_pages
 
 __all__ = ["Buffer", "Files", "is_full"]
 
@@ -30,7 +30,7 @@ _IOV_MAX: Final = 1024
 _PAGE_BYTES: Final = 4096
 _READ_BYTES: Final = 8 << 20
 _DIRECT_BYTES_MIN: Final = 256 << 10
-_STAGING_BYTES: Final = 1 << 20
+_STAGING_BYTES: Final = 2 << 20
 _STAGING_KEPT: Final = 4
 
 # Page-aligned memory that waits for its next use: O_DIRECT needs it, and new memory is slower.
@@ -100,18 +100,13 @@ class Files:
             self.write(fd, buffers, offset)
             return
         try:
-            with _staged() as room:
-                for filled in _fill(room, buffers):
-                    try:
-                        Files.write(self, fd, [filled], offset)
-                    except OSError as error:
-                        if error.errno != errno.EINVAL:
-                            raise
-                        # Pages are not whole blocks of this device.
-                        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
-                        Files.write(self, fd, [filled], offset)
-                    offset += len(filled)
-                    filled.release()
+            with _staging_room() as room:
+                written, code = write_staged(fd, buffers, offset, room)
+            if code == errno.EINVAL:  # pages are not whole blocks of this device
+                fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+                Files.write(self, fd, _cut(buffers, written)[1], offset + written)
+            elif code:
+                raise OSError(code, os.strerror(code))
         finally:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
@@ -196,32 +191,15 @@ def _cut(views: Sequence[memoryview], size: int) -> tuple[list[memoryview], list
 
 
 @contextlib.contextmanager
-def _staged() -> Iterator[mmap.mmap]:
+def _staging_room() -> Iterator[mmap.mmap]:
     try:
         room = _staging.pop()  # not asked first: another thread may take the last one meanwhile
     except IndexError:
-        room = mmap.mmap(-1, _STAGING_BYTES)
+        room = large_pages(_STAGING_BYTES)
     try:
         yield room
     finally:
         _staging.append(room)
-
-
-def _fill(room: mmap.mmap, views: Sequence[memoryview]) -> Iterator[memoryview]:
-    """The bytes of all views, copied into `room`, one fill after the other. NumPy copies
-    without the GIL."""
-    space, filled = np.frombuffer(room, np.uint8), 0
-    for view in views:
-        data, at = np.frombuffer(view, np.uint8), 0
-        while at < len(data):
-            part = data[at : at + len(space) - filled]
-            space[filled : filled + len(part)] = part
-            at, filled = at + len(part), filled + len(part)
-            if filled == len(space):
-                yield memoryview(room)[:filled]
-                filled = 0
-    if filled:
-        yield memoryview(room)[:filled]
 
 
 class _Part:

@@ -13,13 +13,18 @@ from vrep.target.manifest import Manifest
 
 __all__ = ["judge_records"]
 
-_PLACED: Final = (
-    layout.KIND_WRITE,
-    layout.KIND_ZEROES,
-    layout.KIND_RESIZE,
-    layout.KIND_SYNC,
-    layout.KIND_SYNC_ZEROES,
-)
+_PLACED: Final = np.zeros(256, np.bool_)
+"""by kind: whether a record has a place on a disk; looked up, which for each batch that arrives is
+many times faster than a search"""
+_PLACED[
+    [
+        layout.KIND_WRITE,
+        layout.KIND_ZEROES,
+        layout.KIND_RESIZE,
+        layout.KIND_SYNC,
+        layout.KIND_SYNC_ZEROES,
+    ]
+] = True
 
 
 def judge_records(
@@ -50,8 +55,9 @@ def judge_records(
             )
     # What lies behind the end that a disk has at its place is never shown: zeroes for the space
     # that a disk gains stand before its new size.
-    placed = headers[np.isin(headers["kind"], _PLACED)]
-    bad = ~np.isin(placed["disk"], [disk.index for disk in manifest.disks])
+    bad = _PLACED[kinds]
+    for disk in manifest.disks:
+        bad &= headers["disk"] != disk.index
     if bad.any():
-        first = placed[np.flatnonzero(bad)[0]]
+        first = headers[np.flatnonzero(bad)[0]]
         raise CorruptError(f"record {int(first['seq'])} is of a disk that the group has not")
