@@ -59,6 +59,8 @@ class Lab:
     changes: list[Change] = field(default_factory=list)
     seq: int = 0
     wall_ns: int = START_NS
+    pending: int = 0
+    """bytes appended since they were committed last"""
 
     def __post_init__(self) -> None:
         self.paths = SitePaths(self.root)
@@ -151,6 +153,11 @@ class Lab:
         written += self.sealer.tally(memoryview(room)[written:], wall_ns=self.wall_ns)
         assert self.store is not None
         self.store.append(bytes(room[:written]))
+        self.pending += written
+        if self.pending >= self.segment_bytes // 8:
+            # A commit is never divided: one of all, on a slow machine, were a single segment.
+            self.store.commit()
+            self.pending = 0
         position = Position(self.epoch.epoch, lane_of(self.name), self.seq)
         self.changes.append(Change(position, self.wall_ns, kind, disk, offset, size, data))
         return position
