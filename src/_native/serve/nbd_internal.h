@@ -60,6 +60,7 @@ struct nbd_connection {
 
     uint8_t *in; /* NBD_STAGING_BYTES */
     uint32_t in_from, in_to;
+    bool large;                    /* the last request was a large write */
     struct nbd_request *waiting;   /* prepared again when there is payload memory */
     struct nbd_request *receiving; /* a WRITE whose payload is not whole yet */
     struct iovec *payload;         /* where the rest of it goes */

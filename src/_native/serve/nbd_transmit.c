@@ -10,6 +10,8 @@
 
 #define RECEIVE_SHARE (1u << 20) /* of one connection before others have their turn */
 #define SEND_IOV_MAX 1024
+#define LARGE_BYTES (64u << 10) /* payload of a write worth a system call of its own */
+#define HEADERS_BYTES (4u << 10)
 
 /* What handling the next bytes of a connection came to. */
 enum progress { PROGRESS_INPUT, PROGRESS_STALLED, PROGRESS_ENDED };
@@ -373,16 +375,19 @@ static enum progress consume(struct nbd_connection *c)
         } else if (!start(c, &wire)) {
             return PROGRESS_STALLED;
         }
+        c->large = wire.type == VREP_NBD_WRITE && wire.length >= LARGE_BYTES;
         c->in_from += VREP_NBD_REQUEST_BYTES;
         c->server->received++;
         vrep_count(&c->client.traffic.requests, 1);
     }
 }
 
-/* One readv: the rest of a payload straight to its place, then the staging buffer. */
+/* One readv: the rest of a payload straight to its place, then the staging buffer. Behind a large
+ * write little is asked for: of the next one only its header is to be copied. */
 static ssize_t receive_some(struct nbd_connection *c, size_t *asked)
 {
     struct iovec *iov = c->server->iov;
+    uint32_t staged;
     int count = 0;
     uint64_t direct = 0;
     if (c->in_from == c->in_to) {
@@ -410,9 +415,12 @@ static ssize_t receive_some(struct nbd_connection *c, size_t *asked)
             at += length;
         }
     }
+    staged = NBD_STAGING_BYTES - c->in_to;
+    if (c->large && staged > HEADERS_BYTES)
+        staged = HEADERS_BYTES;
     if (whole)
-        iov[count++] = (struct iovec){c->in + c->in_to, NBD_STAGING_BYTES - c->in_to};
-    *asked = direct + (whole ? NBD_STAGING_BYTES - c->in_to : 0);
+        iov[count++] = (struct iovec){c->in + c->in_to, staged};
+    *asked = direct + (whole ? staged : 0);
     ssize_t n;
     do
         n = readv(c->watch.fd, iov, count);
