@@ -34,6 +34,7 @@ from vrep.errors import (
 from vrep.keys.identity import SiteIdentity
 from vrep.wire import messages as m
 from vrep.wire.address import format_address, parse_address
+from vrep.wire.door import Door, Visit, network_of
 from vrep.wire.invite import Invite, InviteBook, InviteError, decode_invite
 from vrep.wire.peers import Peer, PeerRegistry
 from vrep.wire.protocol import (
@@ -43,14 +44,22 @@ from vrep.wire.protocol import (
     Connection,
     Role,
 )
-from vrep.wire.stream import Clock, SystemClock, TlsStream, tune_socket
+from vrep.wire.stream import (
+    Clock,
+    ConnectionLostError,
+    SystemClock,
+    TlsStream,
+    tune_socket,
+)
 from vrep.wire.transport import FrameTransport, Timeouts
 
 __all__ = ["Handler", "Listener", "client_context", "connect", "join_site", "server_context"]
 
 CONNECTIONS_MAX: Final = 256
-STRANGERS_MAX: Final = 32
-"""connections whose peer is not known yet"""
+GIVES_WAY_S: Final = 0.2
+"""what one that gives way may take to end, before another is accepted"""
+TOLD_S: Final = 60.0
+"""one word in the log of those that give way, at most"""
 
 _log = logging.getLogger("vrep.wire")
 _software = f"vrep {__version__}"
@@ -235,7 +244,9 @@ class Listener:
         self._lock = threading.Lock()
         self._joining = threading.Lock()
         self._stopping = threading.Event()
-        self._open: dict[threading.Thread, TlsStream | None] = {}
+        self._open: dict[threading.Thread, Visit] = {}
+        self._door = Door()
+        self._told_s: float | None = None
         self._known: dict[threading.Thread, FrameTransport] = {}
         try:
             self._socket = listen_socket(parse_address(address))
@@ -266,7 +277,7 @@ class Listener:
         with self._lock:
             threads = list(self._open)
             known = list(self._known.values())
-            streams = [stream for stream in self._open.values() if stream is not None]
+            streams = [visit.stream for visit in self._open.values() if visit.stream is not None]
         for transport in known:
             transport.close("the site stops")
         for stream in streams:
@@ -306,18 +317,22 @@ class Listener:
                 _log.warning("cannot accept a connection: %s", error)
                 self._stopping.wait(0.2)  # out of descriptors: do not spin
                 continue
+            visit = Visit(network_of(address[0]))
             thread = threading.Thread(
-                target=self._serve, args=(sock, address), name="vrep-peer", daemon=True
+                target=self._serve, args=(sock, address, visit), name="vrep-peer", daemon=True
             )
+            gone = None
             with self._lock:
-                strangers = len(self._open) - len(self._known)
-                full = len(self._open) >= CONNECTIONS_MAX or strangers >= STRANGERS_MAX
+                full = len(self._open) >= CONNECTIONS_MAX
                 if not full:
-                    self._open[thread] = None
+                    gone = self._door.enter(visit)
+                    self._open[thread] = visit
             if full:
                 _log.warning("too many connections: %s is turned away", address[0])
                 sock.close()
                 continue
+            if gone is not None:
+                self._send_away(gone)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -325,8 +340,27 @@ class Listener:
                 sock.close()
                 with self._lock:
                     del self._open[thread]
+                    self._door.leave(visit)
 
-    def _serve(self, sock: socket.socket, address: tuple[str, int]) -> None:
+    def _send_away(self, visit: Visit) -> None:
+        """End one that gives way. Who comes faster than those end waits for them: there are never
+        many threads more than places."""
+        with self._lock:
+            thread = next((t for t, is_of in self._open.items() if is_of is visit), None)
+        now = self._clock.monotonic()
+        if self._told_s is None or now - self._told_s >= TOLD_S:
+            self._told_s = now
+            _log.warning(
+                "many connections of which nobody knows the peer: the oldest of %s gives way, as "
+                "others will",
+                visit.network,
+            )
+        if visit.stream is not None:
+            visit.stream.close()
+        if thread is not None and thread.ident is not None:
+            thread.join(GIVES_WAY_S)
+
+    def _serve(self, sock: socket.socket, address: tuple[str, int], visit: Visit) -> None:
         thread = threading.current_thread()
         stream: TlsStream | None = None
         try:
@@ -336,13 +370,14 @@ class Listener:
                 context = server_context(self._identity, self._peers.list())
                 stream = TlsStream(sock, context, clock=self._clock)
             with self._lock:
-                self._open[thread] = stream
-            if self._stopping.is_set():
+                visit.stream = stream
+            if self._stopping.is_set() or visit.gone:
                 return
             stream.handshake(self._timeouts.handshake_s)
-            self._greet(stream, thread)
+            self._greet(stream, thread, visit)
         except (VrepError, OSError) as error:
-            level = logging.DEBUG if self._stopping.is_set() else logging.WARNING
+            expected = self._stopping.is_set() or visit.gone
+            level = logging.DEBUG if expected else logging.WARNING
             _log.log(level, "connection of %s ended: %s", format_address(*address[:2]), error)
         except Exception:  # noqa: BLE001
             # The edge of this thread: a fault in a handler ends its connection only.
@@ -353,12 +388,16 @@ class Listener:
             with self._lock:
                 self._open.pop(thread, None)
                 self._known.pop(thread, None)
+                self._door.leave(visit)
 
-    def _greet(self, stream: TlsStream, thread: threading.Thread) -> None:
+    def _greet(self, stream: TlsStream, thread: threading.Thread, visit: Visit) -> None:
         fingerprint = stream.peer_fingerprint()
         peer = self._peers.by_fingerprint(fingerprint) if fingerprint else None
         if fingerprint and peer is None:
             raise TrustError(f"the certificate {fingerprint} is no peer's (any more)")
+        if peer is not None:
+            with self._lock:
+                self._door.leave(visit)
         connection = Connection(
             Role.SERVER,
             known=peer is not None,
@@ -371,7 +410,7 @@ class Listener:
         try:
             transport.greet(self._identity.site_id, self._identity.name, _software, m.FEATURES)
             if peer is None:
-                self._join(transport)
+                self._join(transport, visit)
                 return
             with self._lock:
                 self._known[thread] = transport
@@ -383,7 +422,7 @@ class Listener:
         finally:
             transport.close()
 
-    def _join(self, transport: FrameTransport) -> None:
+    def _join(self, transport: FrameTransport, visit: Visit) -> None:
         message = transport.expect(self._timeouts.handshake_s).message
         if isinstance(message, m.Bye):
             return
@@ -401,7 +440,12 @@ class Listener:
                 )
                 if peer.fingerprint == self._identity.fingerprint:
                     raise TrustError("that is this site's own certificate")
-                self._invites.redeem(message.secret)
+                # Who was invited hears the answer, and does not give way any more.
+                with self._lock:
+                    if visit.gone:
+                        raise ConnectionLostError("it gave way to others")
+                    self._invites.redeem(message.secret)
+                    self._door.leave(visit)
                 self._peers.add(peer)
         except InviteError as error:
             transport.refuse("invite", str(error))
