@@ -5,7 +5,9 @@ its OBJECT record (struct, name, blob), ``<id>.tag`` a random number by which a 
 records are versions of one object, ``<id>.due`` says that no durable record of it is known. The
 mark is made first and taken away last, so an object is put into the order of the writes until a
 target holds it: in a gap, before a first sync, and again when the records that carried it may be
-lost. What is put twice is the same version. Sizes are bytes.
+lost. That all are due is said first by taking the file ``noted`` away, which needs no room on a
+full disk; it comes back when each has its mark. What is put twice is the same version. Sizes are
+bytes.
 """
 
 from __future__ import annotations
@@ -128,11 +130,26 @@ class ObjectDirectory:
                 raise StorageError(f"{self._root}: {error.strerror or error}") from None
         return found
 
+    @property
+    def noted(self) -> bool:
+        """False while all are due and not all have their marks, as after `all_due` failed; also
+        of a directory of a release that had no such file."""
+        return (self._root / "noted").exists() or not self.ids()
+
     def all_due(self) -> None:
-        """No record of any of them counts any more."""
+        """No record of any of them counts any more. When the disk is full that is known all the
+        same, by `noted`, and StorageError is raised."""
         try:
-            for one in self.ids():
+            ids = self.ids()
+            if not ids:
+                return
+            noted = self._root / "noted"
+            if noted.exists():
+                noted.unlink()
+                sync_directory(self._root)
+            for one in ids:
                 self._mark(one)
+            write_atomic(noted, b"")
         except OSError as error:
             raise StorageError(f"{self._root}: {error.strerror or error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +123,44 @@ def test_what_was_lost_on_a_full_disk_is_put_again(
     order.durable = len(order.records)
     publisher.step(order)
     assert objects.due() == {}
+
+
+def test_what_was_lost_on_a_full_disk_is_put_again_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be written any more, though files can go; then the filter is killed."""
+    objects, order = ObjectDirectory(tmp_path), Order()
+    publisher = Publisher("web", tmp_path)
+    for name in ("a", "b"):
+        objects.put(name, b"1", 1)
+    publisher.begin(order)
+    publisher.step(order)
+    order.durable = len(order.records)
+    publisher.step(order)
+    assert objects.due() == {}
+
+    def full(_path: Path, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vrep.objects.write_atomic", full)
+        publisher.lost()
+        publisher.step(order)
+        assert objects.due() == {}  # the marks could not be made
+        again = Publisher("web", tmp_path)
+        again.begin(order)
+        again.step(order)
+    assert not objects.noted
+    third = Publisher("web", tmp_path)
+    third.begin(order)
+    assert len(objects.due()) == 2
+    assert objects.noted
+    third.step(order)
+    assert len(order.records) == 4
+    order.durable = 4
+    third.step(order)
+    assert objects.due() == {}
+    fourth = Publisher("web", tmp_path)  # nothing is said twice
+    fourth.begin(order)
+    fourth.step(order)
+    assert len(order.records) == 4

@@ -30,11 +30,13 @@ class Publisher:
     published: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     """token and seq of what is on its way, by id"""
     unnoted: bool = False
-    """all are due, and that could not be written down"""
+    """all are due, and not all have their marks"""
 
     def begin(self, group: Group) -> None:
-        """A group was opened: when nobody knows what its target holds, all are due."""
-        if group.status()["opened_as"] in ("new", "unexplained"):
+        """A group was opened: when nobody knows what its target holds, all are due, and when an
+        earlier run could not write that down."""
+        unknown = group.status()["opened_as"] in ("new", "unexplained")
+        if unknown or not ObjectDirectory(self.path).noted:
             self.lost()
 
     def lost(self) -> None:
