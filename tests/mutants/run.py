@@ -251,6 +251,8 @@ def judge(mutant: Mutant) -> Verdict:
 
 def without_mutants(runs: list[Run]) -> dict[Run, str]:
     """What tests say about the code as it is: nothing when they are green."""
+    if not runs:
+        return {}
     build([test for test, _seed in runs])
     said = {}
     for test, seed in runs:

@@ -153,6 +153,71 @@ static void sizes_are_read_again(void)
     vrep_disk_close(disk);
 }
 
+static void count_done(struct vrep_io *io)
+{
+    ++*(unsigned *)io->owner;
+}
+
+/* Page-cached writes of a disk leave in the order in which they came, whatever reads and synced
+ * writes come between, and none is forgotten; of two disks neither waits for the other. */
+static void large_writes_take_turns(void)
+{
+    enum { WRITES = 60, LENGTH = 192 << 10 }; /* more than is written at once */
+    static uint8_t bytes[2 * WRITES][LENGTH], read[WRITES][PAGE];
+    static struct vrep_io io[3 * WRITES];
+    static struct iovec iov[3 * WRITES];
+    struct vrep_disk *disk[2];
+    unsigned finished = 0, submitted = 0;
+    make("turns0", SIZE);
+    make("turns1", SIZE);
+    CHECK_OK(vrep_disk_open(engine, uri("turns0"), 0, &disk[0]));
+    CHECK_OK(vrep_disk_open(engine, uri("turns1"), 0, &disk[1]));
+    for (unsigned i = 0; i < WRITES; i++)
+        for (unsigned d = 0; d < 2; d++) {
+            unsigned which = 2 * i + d;
+            memset(bytes[which], (int)(1 + i), LENGTH);
+            iov[which] = (struct iovec){bytes[which], LENGTH};
+            io[which] = (struct vrep_io){.op = VREP_IO_WRITE,
+                                         .flags = i % 16 == 7 ? VREP_IO_FUA : 0,
+                                         .offset = i % 16 == 7 ? LENGTH : 0,
+                                         .length = LENGTH,
+                                         .iov = &iov[which],
+                                         .iovcnt = 1,
+                                         .done = count_done,
+                                         .owner = &finished};
+            vrep_disk_submit(disk[d], &io[which]);
+            submitted += !io[which].inline_done;
+            if (d == 0) {
+                which = 2 * WRITES + i;
+                iov[which] = (struct iovec){read[i], PAGE};
+                io[which] = (struct vrep_io){.op = VREP_IO_READ,
+                                             .offset = SIZE / 2 + i * PAGE,
+                                             .length = PAGE,
+                                             .iov = &iov[which],
+                                             .iovcnt = 1,
+                                             .done = count_done,
+                                             .owner = &finished};
+                vrep_disk_submit(disk[d], &io[which]);
+                submitted += !io[which].inline_done;
+            }
+        }
+    while (finished < submitted) {
+        struct pollfd event = {.fd = vrep_engine_fd(engine), .events = POLLIN};
+        CHECK_EQ(poll(&event, 1, 60000), 1);
+        vrep_engine_reap(engine);
+    }
+    for (unsigned i = 0; i < 3 * WRITES; i++)
+        CHECK_OK(io[i].status);
+    for (unsigned d = 0; d < 2; d++) {
+        memset(expected, WRITES, LENGTH);
+        CHECK_OK(data(disk[d], VREP_IO_READ, 0, memory, LENGTH, 0));
+        CHECK(memcmp(memory, expected, LENGTH) == 0);
+        /* It is idle now: the next one is not left to a thread that is gone. */
+        CHECK_OK(data(disk[d], VREP_IO_WRITE, 0, expected, LENGTH, 0));
+        vrep_disk_close(disk[d]);
+    }
+}
+
 static void direct_is_widened(void)
 {
     struct vrep_disk *disk;
@@ -431,6 +496,7 @@ int main(void)
     RUN(two_writers_refuse_each_other);
     RUN(bounds);
     RUN(sizes_are_read_again);
+    RUN(large_writes_take_turns);
     RUN(direct_is_widened);
     RUN(a_tail_that_is_no_whole_block_is_never_overrun);
     RUN(zero_and_extents);

@@ -17,14 +17,10 @@
 #define RING_ENTRIES 256u
 #define RING_INFLIGHT_MAX (2 * RING_ENTRIES) /* as many completions have room */
 
-struct list {
-    struct vrep_io *first, *last;
-};
-
 struct vrep_engine {
     pthread_mutex_t lock;
     pthread_cond_t work;
-    struct list queue, done; /* under lock */
+    struct vrep_io_list queue, done; /* under lock */
     bool stop;
     bool stepped; /* no threads: `queue` waits for vrep_engine_step */
     void *bounce; /* of a stepped one */
@@ -39,7 +35,7 @@ struct vrep_engine {
     uint32_t ring_inflight;
 };
 
-static void list_push(struct list *list, struct vrep_io *io)
+static void list_push(struct vrep_io_list *list, struct vrep_io *io)
 {
     io->next = NULL;
     if (list->last != NULL)
@@ -49,7 +45,7 @@ static void list_push(struct list *list, struct vrep_io *io)
     list->last = io;
 }
 
-static struct vrep_io *list_pop(struct list *list)
+static struct vrep_io *list_pop(struct vrep_io_list *list)
 {
     struct vrep_io *io = list->first;
     if (io != NULL) {
@@ -69,6 +65,27 @@ static void signal_event(struct vrep_engine *engine)
     while (n < 0 && errno == EINTR); /* EAGAIN: the counter is full, so it is readable already */
 }
 
+/* Page-cached writes of one file exclude each other in the kernel (the lock of the inode), so a
+ * second thread would only be woken to wait: they are done by one thread, in their order. Not what
+ * syncs, which waits for the disk outside of that lock. */
+static bool takes_turns(const struct vrep_io *io)
+{
+    const struct vrep_disk *disk = io->disk;
+    return io->op == VREP_IO_WRITE && (io->flags & VREP_IO_FUA) == 0 && !disk->direct &&
+           disk->remote == NULL && !vrep_engine_is_stepped(disk->engine);
+}
+
+/* Under the lock. What a thread that has run `io` does next, NULL: what the queue holds. */
+static struct vrep_io *next_write(const struct vrep_io *io)
+{
+    struct vrep_io *next;
+    if (!takes_turns(io))
+        return NULL;
+    next = list_pop(&io->disk->writes);
+    io->disk->writing = next != NULL;
+    return next;
+}
+
 static void *worker(void *argument)
 {
     struct vrep_engine *engine = argument;
@@ -77,8 +94,9 @@ static void *worker(void *argument)
         bounce = NULL; /* requests that need it fail with NOMEM */
     pthread_mutex_lock(&engine->lock);
     uint32_t number = engine->started++;
+    struct vrep_io *next = NULL;
     for (;;) {
-        struct vrep_io *io = list_pop(&engine->queue);
+        struct vrep_io *io = next != NULL ? next : list_pop(&engine->queue);
         if (io == NULL) {
             if (engine->stop)
                 break;
@@ -89,6 +107,7 @@ static void *worker(void *argument)
         vrep_disk_run(io, number, bounce, bounce != NULL ? BOUNCE_BYTES : 0);
         pthread_mutex_lock(&engine->lock);
         bool first = engine->done.first == NULL;
+        next = next_write(io); /* whose owner may free it as soon as it is done */
         list_push(&engine->done, io);
         if (first) {
             pthread_mutex_unlock(&engine->lock);
@@ -212,10 +231,14 @@ void vrep_engine_queue(struct vrep_engine *engine, struct vrep_io *io)
 {
     engine->pool_inflight++;
     pthread_mutex_lock(&engine->lock);
-    list_push(&engine->queue, io);
+    bool waits = takes_turns(io) && io->disk->writing;
+    if (takes_turns(io))
+        io->disk->writing = true;
+    list_push(waits ? &io->disk->writes : &engine->queue, io);
     pthread_mutex_unlock(&engine->lock);
     /* Who wakes up finds the lock free. */
-    pthread_cond_signal(&engine->work);
+    if (!waits)
+        pthread_cond_signal(&engine->work);
 }
 
 /* ---- stepped -------------------------------------------------------------- */
@@ -228,7 +251,7 @@ const struct vrep_io *vrep_engine_waiting(const struct vrep_engine *engine, uint
     return io;
 }
 
-static struct vrep_io *take(struct list *list, uint32_t index)
+static struct vrep_io *take(struct vrep_io_list *list, uint32_t index)
 {
     struct vrep_io *before = NULL, *io = list->first;
     for (; io != NULL && index > 0; index--) {
@@ -335,8 +358,8 @@ uint32_t vrep_engine_reap(struct vrep_engine *engine)
         ;
     uint32_t count = engine->ring_ready ? reap_ring(engine) : 0;
     pthread_mutex_lock(&engine->lock);
-    struct list done = engine->done;
-    engine->done = (struct list){NULL, NULL};
+    struct vrep_io_list done = engine->done;
+    engine->done = (struct vrep_io_list){NULL, NULL};
     pthread_mutex_unlock(&engine->lock);
     for (struct vrep_io *io = list_pop(&done); io != NULL; io = list_pop(&done)) {
         engine->pool_inflight--;

@@ -8,8 +8,15 @@
 
 #include "disk/disk.h"
 
+struct vrep_io_list {
+    struct vrep_io *first, *last;
+};
+
 struct vrep_disk {
     struct vrep_engine *engine;
+    /* Page-cached writes that wait for the one that a thread is at; under the engine's lock. */
+    struct vrep_io_list writes;
+    bool writing;
     int fd;
     /* One open file description for each thread of the pool, for what must sync: the kernel
      * reports a lost write once per description, so of two syncs at once on a shared one, the
