@@ -324,6 +324,15 @@ void vrep_group_stop_misses(struct vrep_group *group);
  * data may be NULL: zeroes.  Presence is rechecked under the range: newer guest data are never
  * overwritten. */
 int vrep_group_fill(struct vrep_group *group, uint64_t ticket, const void *data, int status);
+/* The same, but only these parts of the miss are written, rising and apart from each other; INVALID
+ * when they are not.  What lies outside of them is what the disk below the view holds already: the
+ * caller compared it after the miss was taken.  That stays true, since whatever a guest writes to
+ * an absent block makes it present. */
+struct vrep_fill_part {
+    uint64_t offset, length;
+};
+int vrep_group_fill_parts(struct vrep_group *group, uint64_t ticket, const void *data,
+                          const struct vrep_fill_part *parts, uint32_t count);
 /* Background fill: asks for the next absent range of a disk as a miss; NOT_FOUND when the disk is
  * whole. */
 int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t max,

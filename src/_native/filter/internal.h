@@ -127,7 +127,11 @@ struct miss {
     struct list waiters;
     /* of the fill */
     const uint8_t *data;
-    bool *filled; /* the waiting thread's flag and status */
+    struct vrep_fill_part whole;
+    const struct vrep_fill_part *parts; /* what is written of it */
+    uint32_t parts_left;
+    uint64_t first, at, end; /* absent blocks that are being filled; written up to at */
+    bool *filled;            /* the waiting thread's flag and status */
     int *filled_status;
 };
 

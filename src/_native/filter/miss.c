@@ -4,6 +4,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "filter/fault.h"
 #include "filter/internal.h"
 
 int vrep_miss_init(struct vrep_group *group)
@@ -191,25 +192,54 @@ static void end_fill(struct vrep_group *group, struct command *fill, int status)
 
 static void filled_part(struct command *fill);
 
-/* Only what is still absent: a guest's newer data stay. */
+/* What is written next of the blocks that are being filled: a part may go on behind them. */
+static bool next_part(struct miss *miss, uint64_t *from, uint64_t *length)
+{
+    for (; miss->parts_left > 0; miss->parts++, miss->parts_left--) {
+        uint64_t end = miss->parts->offset + miss->parts->length;
+        *from = miss->parts->offset > miss->at ? miss->parts->offset : miss->at;
+        if (*from >= miss->end)
+            return false;
+        if (*from >= end)
+            continue;
+        *length = (end < miss->end ? end : miss->end) - *from;
+        miss->at = *from + *length;
+        return true;
+    }
+    return false;
+}
+
+/* Only what is still absent: a guest's newer data stay.  Blocks are present once all of their parts
+ * are written. */
 static void fill_next_part(struct command *fill)
 {
     struct vrep_group *group = fill->base.group;
+    struct vrep_disk *disk = disk_of(group, fill)->disk;
     struct miss *miss = fill->miss;
-    uint64_t absent, length;
-    if (!vrep_overlay_absent(disk_of(group, fill)->disk, fill->at, fill->bytes, &absent, &length)) {
-        end_fill(group, fill, VREP_OK);
-        return;
+    uint64_t from, length;
+    while (miss->first == miss->end || !next_part(miss, &from, &length)) {
+        if (miss->first < miss->end) {
+            vrep_fault("fill.before_present");
+            vrep_overlay_set_present(disk, miss->first, miss->end - miss->first);
+            vrep_fault("fill.after_present");
+        }
+        if (!vrep_overlay_absent(disk, fill->at, fill->bytes, &from, &length)) {
+            end_fill(group, fill, VREP_OK);
+            return;
+        }
+        miss->first = miss->at = from;
+        miss->end = from + length;
+        fill->bytes -= miss->end - fill->at;
+        fill->at = miss->end;
     }
-    fill->bytes -= absent + length - fill->at;
-    fill->at = absent + length;
+    vrep_fault("fill.before_part");
     if (miss->data == NULL) {
-        vrep_backing_start(fill, VREP_IO_ZERO, 0, absent, length, NULL, 0, filled_part);
+        vrep_backing_start(fill, VREP_IO_ZERO, 0, from, length, NULL, 0, filled_part);
         return;
     }
-    fill->room[0].iov_base = (void *)(uintptr_t)(miss->data + (absent - miss->offset));
+    fill->room[0].iov_base = (void *)(uintptr_t)(miss->data + (from - miss->offset));
     fill->room[0].iov_len = length;
-    vrep_backing_start(fill, VREP_IO_WRITE, 0, absent, length, fill->room, 1, filled_part);
+    vrep_backing_start(fill, VREP_IO_WRITE, 0, from, length, fill->room, 1, filled_part);
 }
 
 static void filled_part(struct command *fill)
@@ -230,10 +260,25 @@ void vrep_fill_granted(struct command *fill)
 struct fill_request {
     uint64_t ticket;
     const void *data;
+    const struct vrep_fill_part *parts; /* NULL: all of it */
+    uint32_t parts_count;
     int status;
     bool filled;
     int filled_status;
 };
+
+static bool in_order(const struct fill_request *request, const struct miss *miss)
+{
+    uint64_t at = miss->offset, end = miss->offset + miss->length;
+    for (uint32_t i = 0; i < request->parts_count; i++) {
+        const struct vrep_fill_part *part = &request->parts[i];
+        if (part->offset < at || part->offset > end || part->length == 0 ||
+            part->length > end - part->offset)
+            return false;
+        at = part->offset + part->length;
+    }
+    return true;
+}
 
 static int fill_begin(struct vrep_group *group, void *argument)
 {
@@ -245,6 +290,8 @@ static int fill_begin(struct vrep_group *group, void *argument)
             miss = &group->misses[i];
     if (miss == NULL)
         return VREP_E_NOT_FOUND;
+    if (!in_order(request, miss))
+        return VREP_E_INVALID;
     struct command *fill = NULL;
     for (uint32_t i = 0; i < FILLS && fill == NULL; i++)
         if (!group->fills[i].in_use)
@@ -254,6 +301,10 @@ static int fill_begin(struct vrep_group *group, void *argument)
     miss->filled = &request->filled;
     miss->filled_status = &request->filled_status;
     miss->data = request->data;
+    miss->whole = (struct vrep_fill_part){.offset = miss->offset, .length = miss->length};
+    miss->parts = request->parts != NULL ? request->parts : &miss->whole;
+    miss->parts_left = request->parts != NULL ? request->parts_count : 1;
+    miss->first = miss->at = miss->end = 0;
     set_state(group, miss, MISS_FILLING);
     if (request->status != VREP_OK) {
         end_miss(group, miss, request->status);
@@ -286,19 +337,35 @@ static void drive(struct vrep_group *group, const bool *filled)
         vrep_group_disown(group);
 }
 
-int vrep_group_fill(struct vrep_group *group, uint64_t ticket, const void *data, int status)
+static int fill_as_asked(struct vrep_group *group, struct fill_request *request)
 {
-    struct fill_request request = {.ticket = ticket, .data = data, .status = status};
-    int begun = vrep_group_call(group, fill_begin, &request);
+    int begun = vrep_group_call(group, fill_begin, request);
     if (begun != VREP_OK)
         return begun;
     if (vrep_group_drives_itself(group))
-        drive(group, &request.filled);
+        drive(group, &request->filled);
     pthread_mutex_lock(&group->miss_lock);
-    while (!request.filled)
+    while (!request->filled)
         pthread_cond_wait(&group->fill_wake, &group->miss_lock);
     pthread_mutex_unlock(&group->miss_lock);
-    return status != VREP_OK ? VREP_OK : request.filled_status;
+    return request->status != VREP_OK ? VREP_OK : request->filled_status;
+}
+
+int vrep_group_fill(struct vrep_group *group, uint64_t ticket, const void *data, int status)
+{
+    struct fill_request request = {.ticket = ticket, .data = data, .status = status};
+    return fill_as_asked(group, &request);
+}
+
+int vrep_group_fill_parts(struct vrep_group *group, uint64_t ticket, const void *data,
+                          const struct vrep_fill_part *parts, uint32_t count)
+{
+    static const struct vrep_fill_part none;
+    struct fill_request request = {.ticket = ticket,
+                                   .data = data,
+                                   .parts = parts != NULL ? parts : &none,
+                                   .parts_count = count};
+    return fill_as_asked(group, &request);
 }
 
 /* ---- the fetching thread ------------------------------------------------------------ */

@@ -203,7 +203,11 @@ cdef extern from "filter/group.h" nogil:
                               size_t count)
     uint32_t vrep_group_misses(vrep_group *group, vrep_miss *out, uint32_t max, int timeout_ms)
     void vrep_group_stop_misses(vrep_group *group)
+    struct vrep_fill_part:
+        uint64_t offset, length
     int vrep_group_fill(vrep_group *group, uint64_t ticket, const void *data, int status)
+    int vrep_group_fill_parts(vrep_group *group, uint64_t ticket, const void *data,
+                              const vrep_fill_part *parts, uint32_t count)
     int vrep_group_fill_next(vrep_group *group, uint16_t disk, uint64_t start, uint64_t most,
                              vrep_miss *out)
 
@@ -240,4 +244,4 @@ cdef class Group:
     cdef vrep_group *enter(self) except NULL
     cdef void leave(self) noexcept
     cdef call(self, int (*fn)(vrep_group *group, void *argument) noexcept nogil, void *argument)
-    cdef end_miss(self, uint64_t ticket, const void *data, int outcome)
+    cdef end_miss(self, uint64_t ticket, const void *data, object parts, int outcome)

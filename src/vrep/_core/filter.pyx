@@ -650,32 +650,45 @@ cdef class Group:
         return [Miss(found[i].ticket, found[i].disk, found[i].offset, found[i].length)
                 for i in range(count)]
 
-    def fill(self, miss, data=None):
-        """End a miss with its bytes, or with zeroes; newer data of the guest stay."""
+    def fill(self, miss, data=None, parts=None):
+        """End a miss with its bytes, or with zeroes; newer data of the guest stay. With ``parts``,
+        rising (offset, length) of the disk, only those are written: the rest is there."""
         cdef Py_buffer view
-        cdef uint64_t ticket = miss.ticket
         if data is None:
-            self.end_miss(ticket, NULL, VREP_OK)
+            self.end_miss(miss.ticket, NULL, parts, VREP_OK)
             return
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             if <uint64_t>view.len != <uint64_t>miss.length:
                 raise InvalidError(f"a fill of {view.len} bytes for a miss of {miss.length}")
-            self.end_miss(ticket, view.buf, VREP_OK)
+            self.end_miss(miss.ticket, view.buf, parts, VREP_OK)
         finally:
             PyBuffer_Release(&view)
 
     def fail(self, miss):
         """End a miss that could not be fetched: what waits for it fails with an I/O error."""
-        self.end_miss(miss.ticket, NULL, VREP_E_IO)
+        self.end_miss(miss.ticket, NULL, None, VREP_E_IO)
 
-    cdef end_miss(self, uint64_t ticket, const void *data, int outcome):
+    cdef end_miss(self, uint64_t ticket, const void *data, object parts, int outcome):
         cdef int status
+        cdef uint32_t count = 0
+        cdef vrep_fill_part *rows = NULL
         cdef vrep_group *group = self.enter()
         try:
+            if parts is not None:
+                rows = <vrep_fill_part *>calloc(len(parts) + 1, sizeof(vrep_fill_part))
+                if rows == NULL:
+                    raise MemoryError()
+                for offset, length in parts:
+                    rows[count].offset, rows[count].length = offset, length
+                    count += 1
             with nogil:
-                status = vrep_group_fill(group, ticket, data, outcome)
+                if rows == NULL:
+                    status = vrep_group_fill(group, ticket, data, outcome)
+                else:
+                    status = vrep_group_fill_parts(group, ticket, data, rows, count)
         finally:
+            free(rows)
             self.leave()
         check(status)
 
