@@ -23,26 +23,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from vrep._core import layout
 from vrep._core.index import ExtentMap
 from vrep.errors import AgainError, BusyError, PeerError, StateError, VrepError
+from vrep.target.hashes import hash_piece, whole_blocks
 from vrep.target.manifest import Position
 from vrep.target.reader import StoreReader
 from vrep.wire import messages as m
 
 __all__ = ["DeltaDesk", "error_code", "look_up"]
 
-BLOCK: Final = layout.HASH_BLOCK_BYTES
 QUESTIONS_MAX: Final = 8
 DURABLE_WAIT_S: Final = 2.0
 IDLE_S: Final = 2.0
 """then files are let go of"""
 _HEADER: Final = layout.RECORD.itemsize
-_WORD: Final = struct.Struct("<I")
-# magic .. seq, offset, length, body_bytes: see struct vrep_record
-_FIELDS: Final = struct.Struct("<IBBHIHHQQIIQQHHI")
 
 log = logging.getLogger("vrep.target")
 
@@ -50,25 +45,6 @@ log = logging.getLogger("vrep.target")
 def error_code(error: VrepError) -> str:
     """The code of an error in a Response."""
     return re.sub(r"(?<!^)(?=[A-Z])", "-", type(error).__name__).lower()[:32]
-
-
-def _blocks(extents: Any) -> Any:
-    """Runs of whole blocks of which one record is the newest: rows of (first extent, offset,
-    end). Neighbouring extents of one record, which pieces cut, are one."""
-    if not len(extents):
-        return np.zeros((0, 3), np.uint64)
-    ends = extents["offset"] + extents["length"]
-    broken = (
-        (extents["segment"][1:] != extents["segment"][:-1])
-        | (extents["position"][1:] != extents["position"][:-1])
-        | (extents["offset"][1:] != ends[:-1])
-    )
-    starts = np.concatenate(([0], np.flatnonzero(broken) + 1))
-    lasts = np.concatenate((starts[1:], [len(extents)])) - 1
-    first = (extents["offset"][starts] + np.uint64(BLOCK - 1)) // np.uint64(BLOCK)
-    end = ends[lasts] // np.uint64(BLOCK)
-    rows = np.stack((starts.astype(np.uint64), first * np.uint64(BLOCK), end * np.uint64(BLOCK)), 1)
-    return rows[first < end]
 
 
 class _Answer:
@@ -86,7 +62,7 @@ class _Answer:
 
     def add(self, number: int, extents: Any) -> None:
         """The data of one range."""
-        rows = _blocks(extents).tolist()
+        rows = whole_blocks(extents).tolist()
         covered: dict[tuple[int, int], int] = {}
         keyed = []
         for at, first, end in rows:
@@ -103,25 +79,16 @@ class _Answer:
 
     def _take(self, key: tuple[int, int], extent: Any, covered: int) -> int:
         """The number of a record in the answer; -1: it has no hashes, or they are too many."""
-        segment, position = key
-        header = self._reader.read(segment, position, _HEADER)
-        fields = _FIELDS.unpack(header)
-        flags, body, pieces = fields[3], fields[10], fields[13]
-        if not flags & layout.RECORD_HASHED:
+        found = hash_piece(self._reader, *key, covered // 2)
+        if found is None:
             return -1
-        last = self._reader.read(segment, position + _HEADER + 4 * (pieces - 1), 4)
-        word = _WORD.unpack(last)[0]
-        size = word & layout.PIECE_LENGTH_MASK
-        if not 32 <= size <= min(body, covered // 2):
-            return -1
-        piece = self._reader.read(segment, position + _HEADER + body - size, size)
-        self.piece_bytes += size + _HEADER
+        self.piece_bytes += len(found.piece) + _HEADER
         self.records.append(
             m.HashRecord(
-                header=bytes(header),
+                header=found.header,
                 stream=self._stream(int(extent["stream"])),
-                word=word,
-                piece=bytes(piece),
+                word=found.word,
+                piece=found.piece,
             )
         )
         return len(self.records) - 1
