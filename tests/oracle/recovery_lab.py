@@ -278,6 +278,55 @@ class Lab:
         return self.model(self.store.manifest.ancestry(position))
 
 
+def grow(lab: Lab) -> list[Position]:
+    """A history with everything that happens: several segments, streams, gaps, marks, sizes, a
+    failover that was rolled back and one that was kept. Returns recoverable positions."""
+    rng = lab.rng
+    assert lab.store is not None
+    good: list[Position] = []
+
+    def live(count: int) -> None:
+        for _ in range(count):
+            good.append(lab.random_write())
+            if rng.random() < 0.04:
+                good.append(lab.random_resize())
+            if rng.random() < 0.05:
+                good.append(lab.mark(f"mark {len(good)}"))
+            if rng.random() < 0.1:
+                lab.commit()
+            if rng.random() < 0.02:
+                lab.start_stream()
+
+    lab.gap_begin()
+    for _ in range(10):
+        lab.random_write()
+    good.append(lab.gap_end())
+    live(60)
+    lab.gap_begin(jump=rng.randrange(50))
+    for _ in range(10):
+        lab.random_write()
+    good.append(lab.gap_end())
+    live(40)
+    lab.close()
+    lab.open()
+    lab.start_stream()
+    live(20)
+    lab.commit()
+    # rolled back: the old writer goes on behind all it wrote
+    given_up = lab.store.add_epoch(
+        writer=b"o" * 16, parent=rng.choice(good), state=EpochState.PROVISIONAL
+    )
+    lab.new_epoch(lab.store.roll_back_epoch(given_up.epoch))
+    live(30)
+    # kept: what the parent wrote after the point is not in the line any more
+    lab.commit()
+    parent = rng.choice(good[len(good) // 2 :])
+    lab.new_epoch(lab.store.add_epoch(writer=b"n" * 16, parent=parent))
+    live(40)
+    lab.commit()
+    return good
+
+
 class Nbd:
     """A small NBD client: enough to read and write what a view serves."""
 

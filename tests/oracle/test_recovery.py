@@ -16,58 +16,10 @@ from vrep.recovery.changes import list_changes
 from vrep.recovery.export import export
 from vrep.recovery.points import list_points
 from vrep.recovery.view import discard, start_test, stop_test, view_directories
-from vrep.target.manifest import DiskEntry, EpochState, Position
+from vrep.target.manifest import DiskEntry, Position
 
 # Not multiples of a view's block, and one that is smaller than a record may be.
 DISKS = [DiskEntry("root", (1 << 20) + 512, 0), DiskEntry("data", 300 * 1024 + 1536, 1)]
-
-
-def grow(lab: Any) -> list[Position]:
-    """A history with everything that happens: several segments, streams, gaps, marks, sizes, a
-    failover that was rolled back and one that was kept. Returns recoverable positions."""
-    rng: random.Random = lab.rng
-    good: list[Position] = []
-
-    def live(count: int) -> None:
-        for _ in range(count):
-            good.append(lab.random_write())
-            if rng.random() < 0.04:
-                good.append(lab.random_resize())
-            if rng.random() < 0.05:
-                good.append(lab.mark(f"mark {len(good)}"))
-            if rng.random() < 0.1:
-                lab.commit()
-            if rng.random() < 0.02:
-                lab.start_stream()
-
-    lab.gap_begin()
-    for _ in range(10):
-        lab.random_write()
-    good.append(lab.gap_end())
-    live(60)
-    lab.gap_begin(jump=rng.randrange(50))
-    for _ in range(10):
-        lab.random_write()
-    good.append(lab.gap_end())
-    live(40)
-    lab.close()
-    lab.open()
-    lab.start_stream()
-    live(20)
-    lab.commit()
-    # rolled back: the old writer goes on behind all it wrote
-    given_up = lab.store.add_epoch(
-        writer=b"o" * 16, parent=rng.choice(good), state=EpochState.PROVISIONAL
-    )
-    lab.new_epoch(lab.store.roll_back_epoch(given_up.epoch))
-    live(30)
-    # kept: what the parent wrote after the point is not in the line any more
-    lab.commit()
-    parent = rng.choice(good[len(good) // 2 :])
-    lab.new_epoch(lab.store.add_epoch(writer=b"n" * 16, parent=parent))
-    live(40)
-    lab.commit()
-    return good
 
 
 @pytest.fixture
@@ -105,14 +57,14 @@ def compare_view(lab: Any, at: str) -> None:
 
 
 def test_views_show_the_disks_as_they_were(lab: Any) -> None:
-    good = grow(lab)
+    good = lab_module.grow(lab)
     compare_view(lab, "latest")
     for position in lab.rng.sample(good, 6):
         compare_view(lab, f"pos:{position}")
 
 
 def test_exports_hold_the_disks_as_they_were(lab: Any, tmp_path: Path) -> None:
-    good = grow(lab)
+    good = lab_module.grow(lab)
     for number, position in enumerate(lab.rng.sample(good, 12)):
         result = export(lab.paths, "web", f"pos:{position}", tmp_path / f"out{number}")
         assert result.verdict.whole
@@ -125,7 +77,7 @@ def test_exports_hold_the_disks_as_they_were(lab: Any, tmp_path: Path) -> None:
 def test_bytes_outside_of_the_changes_are_equal(lab: Any) -> None:
     """Between any two points, also of branches that a failover left and with gaps and sync copies
     between: what was equal before a gap and is copied again is a change too."""
-    good = grow(lab)
+    good = lab_module.grow(lab)
     disks = {disk.name: disk.index for disk in DISKS}
     told = 0
     for _ in range(60):

@@ -64,6 +64,10 @@ class KeyAccess:
         newest = self._keys[max(self._keys)]
         return hmac.new(newest.secret, b"vrep local v1" + label, hashlib.sha256).digest()
 
+    def hash_secret(self, generation: int) -> bytes:
+        """With what the hashes are made of records that a generation's key seals."""
+        return self._data_key(generation).hash_secret()
+
     def opener(self, stream: Any) -> Opener:
         """An opener of this thread's own for a stream (an INDEX_STREAM or STREAM struct)."""
         stream_id: bytes = stream["stream_id"].tobytes()
@@ -79,8 +83,11 @@ class KeyAccess:
     def _stream_key(self, stream_id: bytes, generation: int) -> bytes:
         key = self._stream_keys.get(stream_id)
         if key is None:
-            data_key = self._keys.get(generation)
-            if data_key is None:
-                raise TenantKeyError(f"no wrapped data key of generation {generation} is held")
-            key = self._stream_keys[stream_id] = data_key.stream_key(stream_id)
+            key = self._stream_keys[stream_id] = self._data_key(generation).stream_key(stream_id)
+        return key
+
+    def _data_key(self, generation: int) -> DataKey:
+        key = self._keys.get(generation)
+        if key is None:
+            raise TenantKeyError(f"no wrapped data key of generation {generation} is held")
         return key

@@ -49,6 +49,8 @@ class Fetcher:
         self._lock = threading.Lock()
         self._read_to: dict[int, int] = {}
         self._asked_to: dict[int, int] = {}
+        self.read_bytes = 0
+        """of the store since the probe: sealed pieces, with the headers of their records"""
 
     def next_written(self, disk: int, offset: int) -> int | None:
         """The first offset from here on that was ever written."""
@@ -110,6 +112,7 @@ class Fetcher:
                 extent = self._extents.lookup(disk, at, 1)[0]
                 if extent["kind"] == layout.KIND_WRITE:
                     self._piece(disk, extent, memoryview(bytearray(1)))
+                    self.read_bytes = 0
                     return
                 at += _PIECE
 
@@ -161,6 +164,8 @@ class Fetcher:
         stored = self._reader.read(segment, at, word & layout.PIECE_LENGTH_MASK)
         if len(stored) > _PAGE:
             self._reader.will_need(segment, at, len(stored))
+        with self._lock:
+            self.read_bytes += _HEADER + 4 * pieces + len(stored)
         opener = self._access.opener(self._streams[int(extent["stream"])])
         whole = skip == 0 and len(out) == size
         room: Any = out if whole else bytearray(size)

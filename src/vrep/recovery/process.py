@@ -36,10 +36,13 @@ from vrep.control import ControlServer
 from vrep.paths import SitePaths, socket_gid
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.changes import changed, changes_between
+from vrep.recovery.compare import Comparer, Runs
 from vrep.recovery.fetch import Fetcher
+from vrep.recovery.filling import Anew, FillCount, InPlace
 from vrep.recovery.view import (
     PROTECTED,
     TOLD_TO_END,
+    RecordedDisk,
     ViewDirectory,
     ViewInfo,
     begin_test,
@@ -70,7 +73,6 @@ class View:
         self._turn = threading.Lock()
         self._counts = threading.Lock()
         self._problems: dict[str, int] = {}
-        self._fetched = 0
         self._filled_to: dict[str, int] = {}
         self._fill_wanted = threading.Event()
         self._fill_done = False
@@ -88,8 +90,11 @@ class View:
                 reader
                 or StoreReader(paths.store, bytes.fromhex(self._record.group_id), scattered=True)
             )
-            self._fetcher = self._open_fetcher(paths)
+            self._open_history(paths)
+            self._disks: list[Anew | InPlace] = []
+            stack.callback(self._close_disks)  # once nobody asks for what they hold
             self._group = stack.enter_context(self._open_group())
+            self._open_disks()
             if served_by_filter(paths, self._record):  # now that the disks' locks are held here
                 raise errors.StateError(f"the disks of view {view_id} are a group's")
             if self._record.since is not None:
@@ -122,7 +127,7 @@ class View:
             self._directory.note_in_lock(lock, TOLD_TO_END)
         os.close(lock)
 
-    def _open_fetcher(self, paths: SitePaths) -> Fetcher:
+    def _open_history(self, paths: SitePaths) -> None:
         """With the key proven right on one piece, before anything is served."""
         record = self._record
         access = KeyAccess.open(paths, self._reader.group_id, self._reader.wrapped_keys)
@@ -133,29 +138,44 @@ class View:
             # What is not fetched yet may be gone, and older data would show in its place. A fold
             # asks for the points of views, but of which views there are its site alone knows.
             raise errors.PointNotFoundError(f"pos:{point}, that of the view, was folded away")
-        fetcher = Fetcher(self._reader, self._reader.extent_map(point), access)
-        fetcher.probe(sorted(disk.index for disk in record.disks))
-        return fetcher
+        extents = self._reader.extent_map(point)
+        self._fetcher = Fetcher(self._reader, extents, access)
+        self._fetcher.probe(sorted(disk.index for disk in record.disks))
+        self._comparer = Comparer(self._reader, extents, access)
+
+    def _in_order(self) -> list[RecordedDisk]:
+        """The number of a disk in its records is its index: exports stand in that order."""
+        return sorted(self._record.disks, key=lambda disk: disk.index)
 
     def _open_group(self) -> Group:
         directory, record = self._directory, self._record
-        # The number of a disk in its records is its index: exports stand in that order.
-        disks = sorted(record.disks, key=lambda disk: disk.index)
-        self._index = [disk.index for disk in disks]
         return Group(
             [
                 Disk(d.name, f"view:{directory.overlay(d.name)}", d.bytes, onto=d.onto)
-                for d in disks
+                for d in self._in_order()
             ],
             group_id=bytes.fromhex(record.id).ljust(16, b"\0"),
             tap=False,
         )
 
+    def _open_disks(self) -> None:
+        """Now that their locks are held: what they hold is what the group finds there."""
+        for disk in self._in_order():
+            self._disks.append(
+                InPlace(disk.index, disk.onto, self._fetcher, self._comparer)
+                if disk.onto
+                else Anew(disk.index, self._fetcher)
+            )
+
+    def _close_disks(self) -> None:
+        for disk in self._disks:
+            disk.close()
+
     def _offer_changes(self, since: Position) -> None:
         """Let clients see what may differ from another point."""
         if [tuple(step) for step in self._reader.ancestry(since)] != self._record.since_ancestry:
             raise errors.CorruptError(f"the history below {since} is not what it was")
-        disks = sorted(self._record.disks, key=lambda disk: disk.index)
+        disks = self._in_order()
         try:
             point = Position(*self._record.point)
             changes = changes_between(self._reader, since, point)
@@ -189,26 +209,24 @@ class View:
         found = []
         for miss in batch:
             try:
-                disk = self._index[miss.disk]
-                found.append((miss, disk, self._fetcher.find(disk, miss.offset, miss.length)))
+                disk = self._disks[miss.disk]
+                found.append((miss, disk, disk.find(miss.offset, miss.length)))
             except (errors.VrepError, OSError, MemoryError) as error:
                 self._unreadable(miss, error)
-        for miss, disk, extents in found:
+        for miss, disk, what in found:
             try:
-                data = self._fetcher.open(disk, miss.offset, miss.length, extents)
+                data, parts = disk.open(miss.offset, miss.length, what)
             except (errors.VrepError, OSError, MemoryError) as error:
                 self._unreadable(miss, error)
             else:
-                self._filled(miss, data)
+                self._filled(miss, data, parts)
 
     def _unreadable(self, miss: Miss, error: Exception) -> None:
         self._problem(f"unreadable: {error}")
         self._end(lambda: self._group.fail(miss))
 
-    def _filled(self, miss: Miss, data: bytearray | None) -> None:
-        with self._counts:
-            self._fetched += 0 if data is None else miss.length
-        self._end(lambda: self._group.fill(miss, data))
+    def _filled(self, miss: Miss, data: bytearray | None, parts: Runs | None) -> None:
+        self._end(lambda: self._group.fill(miss, data, parts))
 
     def _end(self, end: Any) -> None:
         while True:
@@ -267,16 +285,19 @@ class View:
     def _status(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         with self._counts:
             conditions = [f"{text} ({n} times)" for text, n in self._problems.items()]
-            fetched = self._fetched
+        count = FillCount.sum(disk.count for disk in self._disks)
         return {
             "pid": os.getpid(),
             "conditions": conditions,
-            "fetched_bytes": fetched,
+            "fetched_bytes": count.fetched_bytes,
             "clients": self._server.clients(),
             "fill": {
                 "running": self._fill_wanted.is_set() and not self._fill_done,
                 "done": self._fill_done,
                 "filled_to": dict(self._filled_to),
+                **count.plain(),
+                "read_bytes": self._fetcher.read_bytes,
+                "hash_bytes": self._comparer.hash_bytes,
             },
         }
 
