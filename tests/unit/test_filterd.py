@@ -284,12 +284,16 @@ def test_a_socket_lets_in_whom_its_mode_says(rig: Rig) -> None:
 class Recorded:
     """A group that remembers how it was asked to copy."""
 
-    def __init__(self, *, allowed: bool) -> None:
+    def __init__(self, group: Any, *, allowed: bool) -> None:
+        self.group = group
         self.allowed = allowed
         self.calls: list[tuple[bool, int, bool]] = []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.group, name)
+
     def status(self) -> dict[str, Any]:
-        return {"resync_allowed": self.allowed}
+        return {**self.group.status(), "resync_allowed": self.allowed}
 
     def resync(self, allowed: bool, *, bytes_per_s: int, everything: bool) -> None:
         self.calls.append((allowed, bytes_per_s, everything))
@@ -305,7 +309,7 @@ def test_a_resync_keeps_the_rate_and_what_is_paused(
     rig.groups.store(msgspec.structs.replace(definition, options=options))
     rig.start()
     site = Site(rig.paths.root)
-    recorded = Recorded(allowed=allowed)
+    recorded = Recorded(rig.host._hosted["web"].group, allowed=allowed)
     with monkeypatch.context() as patch:
         patch.setattr(rig.host._hosted["web"], "group", recorded)
         site.resync("web")

@@ -153,7 +153,7 @@ int vrep_group_resync(struct vrep_group *group, bool allowed, uint64_t bytes_per
         group->state.durable_seq = 0;
         vrep_ring_forget_durable(group->ring);
         vrep_map_acknowledge(group->map, 0);
-        vrep_maintain_checkpoint(group);
+        vrep_maintain_keep(group);
         vrep_delta_forget(group);
     }
     if (!allowed)
@@ -223,6 +223,7 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->mirror_copies = group->mirror.on ? vrep_mirror_copied(group) : 0;
     out->mirror_losses = group->mirror.losses;
     out->mirror_rests = group->mirror.rests;
+    out->marks_unstored = group->checkpoint_stored < group->checkpoint_wanted;
     return VREP_OK;
 }
 

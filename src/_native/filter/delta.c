@@ -450,6 +450,6 @@ int vrep_group_compare(struct vrep_group *group, uint32_t disk,
     vrep_gap_enter(group);
     group->dirtied++;
     group->resync_again = group->resync_allowed;
-    vrep_maintain_checkpoint(group);
+    vrep_maintain_keep(group);
     return VREP_OK;
 }

@@ -161,6 +161,6 @@ int vrep_gap_lose_ring(struct vrep_group *group)
     group->lose_wanted = false;
     int status = vrep_gap_give_up_ring(group);
     group->freed = group->freed || group->wanted;
-    vrep_maintain_checkpoint(group);
+    vrep_maintain_keep(group);
     return status;
 }

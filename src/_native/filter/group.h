@@ -269,6 +269,9 @@ struct vrep_group_status {
     uint64_t mirror_losses;    /* times that a connection of a live one closed */
     uint64_t mirror_yields;    /* copies that gave way to the VM that they read through */
     uint32_t mirror_rests;     /* its VM is off, and nobody writes the images */
+    /* 1: blocks became unshipped by a command, and a power loss would forget that: nothing that a
+     * target holds may rely on their gap yet. */
+    uint32_t marks_unstored;
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

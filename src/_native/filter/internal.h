@@ -212,6 +212,9 @@ struct vrep_group {
     struct vrep_job intent_job, state_job, checkpoint_job, populate_job, probe_job, forget_job;
     bool state_again, checkpoint_again;
     uint64_t checkpoint_head, checkpoint_durable;
+    /* By number: asked for, begun, stored; and the one that holds marks of no write, of which
+     * nothing else would tell after a power loss. */
+    uint64_t checkpoint_asked, checkpoint_begun, checkpoint_stored, checkpoint_wanted;
     uint64_t intent_retry_ns, state_retry_ns;
     enum { COOL_IDLE, COOL_FLUSHING, COOL_FLUSHED, COOL_CHECKPOINT } cooling;
     bool cool_ok;
@@ -412,6 +415,8 @@ void vrep_maintain(struct vrep_group *group);
 void vrep_maintain_intent(struct vrep_group *group);
 void vrep_maintain_state(struct vrep_group *group);
 void vrep_maintain_checkpoint(struct vrep_group *group);
+/* The same, and until it is stored vrep_group_status says marks_unstored. */
+void vrep_maintain_keep(struct vrep_group *group);
 void vrep_maintain_seal(struct vrep_group *group);
 bool vrep_maintain_busy(const struct vrep_group *group);
 int vrep_maintain_timeout_ms(const struct vrep_group *group);

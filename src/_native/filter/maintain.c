@@ -112,8 +112,11 @@ static void checkpoint_done(struct vrep_job *job)
     struct vrep_group *group = job->owner;
     if (job->status != VREP_OK) {
         group->count.errors++;
+        group->dirtied++; /* once more, at the next period */
         VREP_ERROR("filter", "the change map cannot be checkpointed: %s",
                    vrep_status_name(job->status));
+    } else {
+        group->checkpoint_stored = group->checkpoint_begun;
     }
     if (group->cooling == COOL_CHECKPOINT) {
         vrep_intent_cool_end(group->intent, job->status == VREP_OK);
@@ -128,6 +131,7 @@ void vrep_maintain_checkpoint(struct vrep_group *group)
 {
     if (group->checkpoint_job.run == NULL)
         return;
+    group->checkpoint_asked++;
     group->checkpoint_again = group->checkpoint_job.busy;
     if (group->checkpoint_again)
         return;
@@ -136,7 +140,14 @@ void vrep_maintain_checkpoint(struct vrep_group *group)
      * power loss too. */
     vrep_maintain_state(group);
     group->checkpoint_head = vrep_ring_head(group->ring);
+    group->checkpoint_begun = group->checkpoint_asked;
     vrep_worker_post(group->slow, &group->checkpoint_job);
+}
+
+void vrep_maintain_keep(struct vrep_group *group)
+{
+    vrep_maintain_checkpoint(group);
+    group->checkpoint_wanted = group->checkpoint_asked;
 }
 
 static void cool_flushed(struct vrep_io *io)
@@ -218,6 +229,8 @@ void vrep_maintain_init(struct vrep_group *group)
         (struct vrep_job){.run = checkpoint_run, .done = checkpoint_done, .owner = group};
     group->populate_job =
         (struct vrep_job){.run = populate_run, .done = populate_done, .owner = group};
+    if (vrep_map_gap(group->map)) /* a process that was killed may have owed it */
+        vrep_maintain_keep(group);
     vrep_worker_post(group->slow, &group->populate_job);
     group->seal_ns = group->now_ns + SEAL_NS;
     group->checkpoint_ns = group->now_ns + group->config.checkpoint_ns;

@@ -141,6 +141,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t mirror_losses
         uint64_t mirror_yields
         uint32_t mirror_rests
+        uint32_t marks_unstored
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset

@@ -85,6 +85,7 @@ class GroupStatus(TypedDict):
     mirror_losses: int
     mirror_yields: int
     mirror_rests: bool
+    marks_unstored: bool
 
 class Group:
     def __init__(

@@ -385,7 +385,7 @@ cdef class Group:
         result = dict(status)
         result["dirty_bytes"] = dirty
         for flag in ("gap", "flush_failed", "resync_allowed", "handover_waiting", "mirror",
-                     "mirror_waits", "mirror_rests"):
+                     "mirror_waits", "mirror_rests", "marks_unstored"):
             result[flag] = bool(result[flag])
         result["opened_as"] = OPENED.get(status.opened_as, "")
         result["unverified"] = UNVERIFIED[status.unverified]

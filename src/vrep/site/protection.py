@@ -20,6 +20,7 @@ __all__ = ["Protection"]
 
 SERVE_WAIT_S: Final = 15.0
 RESIZE_S: Final = 120.0
+STORED_WAIT_S: Final = 30.0
 
 
 class Protection(SiteBase):
@@ -197,10 +198,18 @@ class Protection(SiteBase):
 
     def resync(self, group: str) -> None:
         """Copy every block again, as if the target held nothing that can be trusted; at the
-        group's rate, and once it is resumed if it is paused."""
+        group's rate, and once it is resumed if it is paused. When it returns, that is known after
+        a power loss as well; StorageError: not yet."""
         for name in self._of_group(group):
             self.groups.load(name)
             self._filter().call("resync", group=name, all=True)
+            deadline = time.monotonic() + STORED_WAIT_S
+            while self._filter().call("status", group=name).get("marks_unstored"):
+                if time.monotonic() > deadline:
+                    raise errors.StorageError(
+                        f"{name!r} copies every block again, but its change map cannot be stored"
+                    )
+                time.sleep(0.005)
 
     def resize(
         self, group: str, disk: str, size: int | None = None, *, shrink: bool = False

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +18,11 @@ from vrep._core import layout
 from vrep._core.filter import Window
 from vrep._core.ring import RingReader
 from vrep.control import ControlClient
-from vrep.errors import RangeError
+from vrep.errors import RangeError, StorageError
 
 COMPARE_RANGES: Final = 10_000
 """in one call: well within a control line"""
+STORED_WAIT_S: Final = 10.0
 
 
 def _text(data: bytes) -> str:
@@ -56,6 +59,15 @@ class RingHold:
         result = self._control.call("status", group=self.group)
         assert isinstance(result, dict)
         return result
+
+    def await_marks(self, stopping: threading.Event) -> None:
+        """Return when what became unshipped without a write would outlast a power loss. Before, the
+        target must not hear of the gap that stands for it: behind that it holds no less than it
+        acknowledged, and nobody would find the loss again. StorageError: not in time."""
+        deadline = time.monotonic() + STORED_WAIT_S
+        while self.status().get("marks_unstored"):
+            if time.monotonic() > deadline or stopping.wait(0.005):
+                raise StorageError("the change map is not stored yet: nothing is sent before it is")
 
     def resync(self, allowed: bool, bytes_per_s: int) -> None:
         """Let the filter copy unshipped blocks, or not."""

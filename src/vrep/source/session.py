@@ -439,6 +439,7 @@ class GroupSession:
                 released_seq=feed.floor,
             )
             self._lose_ring(hold, feed)
+        hold.await_marks(self._stopping)
 
     def _lose_ring(self, hold: RingHold, feed: Feed) -> None:
         """Begin a gap in place of what the ring holds; copies in flight delay it."""
