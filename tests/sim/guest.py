@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from events import EVENTS_MIN
 from facts import Flight
 from kernel import NS, Kernel, Violation
 from oracle import Oracle
-from plan import EVENTS_MIN, Plan
+from plan import Plan
 
 from vrep.errors import AgainError
 

@@ -13,6 +13,7 @@ Times are ns inside and seconds at the surface, as Python's are.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 import secrets
@@ -108,6 +109,7 @@ class Kernel:
         self.events: Counter[str] = Counter()
         self.switches = 0
         self.trace: Callable[[str], None] | None = None
+        self._random = self.rng.random
         self._runnable: list[Task] = []
         self._timers: list[tuple[int, int, Task, int]] = []
         self._order = self._ordered = 0
@@ -213,7 +215,7 @@ class Kernel:
             return
         task.process.check()
         self._runnable.append(task)
-        self._hub.switch()
+        self._switch(task)
         task.process.check()
 
     def maybe(self) -> None:
@@ -250,7 +252,7 @@ class Kernel:
         task.waiting, task.notified = True, False
         if queue is not None:
             queue.append(task)
-        self._hub.switch()
+        self._switch(task)
         if queue is not None and not task.notified and task in queue:
             queue.remove(task)
         if process.dead:
@@ -291,25 +293,15 @@ class Kernel:
     def run(self, until: Callable[[], bool]) -> None:
         """Run the world until a condition holds. Raises what a task raised."""
         self._hub = greenlet.getcurrent()
-        runnable_rng = self.rng.random
         seen = Violation.seen
         seen.clear()
         while self._failure is None and not seen and not until():
-            runnable = self._runnable
-            if not runnable:
-                if not self._advance():
+            task = self._next()
+            if task is None:
+                if self.switches <= SWITCHES_MAX:
                     raise Violation("nothing can go on any more")
-                continue
-            index = int(runnable_rng() * len(runnable))
-            task = runnable[index]
-            runnable[index] = runnable[-1]
-            runnable.pop()
-            if task.done or task.process.dead:
-                continue
-            self.switches += 1
-            if self.switches > SWITCHES_MAX:
                 stuck = Counter(task.name for task in self._runnable)
-                raise Violation(f"a loop that does not end: {task.name}, {dict(stuck)}")
+                raise Violation(f"a loop that does not end: {dict(stuck)}")
             self.current = task
             task.greenlet.switch()
             self.current = None
@@ -320,6 +312,33 @@ class Kernel:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def _switch(self, task: Task) -> None:
+        """Let others go on until it is this task's turn. The hub has a look only when there is
+        something for it."""
+        following = None if self._calls or Violation.seen else self._next()
+        if following is None:
+            self._hub.switch()
+        elif following is not task:
+            self.current = following
+            following.greenlet.switch()
+
+    def _next(self) -> Task | None:
+        """Who goes on; None when nobody can, or it went on for too long."""
+        runnable = self._runnable
+        while True:
+            if not runnable:
+                if not self._advance():
+                    return None
+                continue
+            index = int(self._random() * len(runnable))
+            task = runnable[index]
+            runnable[index] = runnable[-1]
+            runnable.pop()
+            if task.done or task.process.dead:
+                continue
+            self.switches += 1
+            return task if self.switches <= SWITCHES_MAX else None
 
     def _advance(self) -> bool:
         while self._timers:
@@ -353,22 +372,28 @@ class Kernel:
             id(secrets): Secrets(self),
             id(random): types.SimpleNamespace(uniform=self.rng.uniform),
         }
-        done = []
-        for name, module in list(sys.modules.items()):
-            if not name.startswith("vrep.") or name in ATOMIC:
-                continue
-            for attribute in ("threading", "time", "secrets", "random"):
-                real = getattr(module, attribute, None)
-                fake = fakes.get(id(real))
-                if fake is not None and isinstance(module, types.ModuleType):
-                    setattr(module, attribute, fake)
-                    done.append((module, attribute, real))
+        done = _users(frozenset(fakes))
+        for module, attribute, real in done:
+            setattr(module, attribute, fakes[id(real)])
 
         def undo() -> None:
             for module, attribute, real in done:
                 setattr(module, attribute, real)
 
         return undo
+
+
+@functools.cache
+def _users(wanted: frozenset[int]) -> list[tuple[types.ModuleType, str, types.ModuleType]]:
+    """Modules of vrep and their names for some others, which are given by their ids. All are
+    loaded when the first world begins; one that comes later is an error of this laboratory."""
+    return [
+        (module, name, real)
+        for path, module in list(sys.modules.items())
+        if path.startswith("vrep.") and path not in ATOMIC and isinstance(module, types.ModuleType)
+        for name in ("threading", "time", "secrets", "random")
+        if id(real := getattr(module, name, None)) in wanted
+    ]
 
 
 class Time:

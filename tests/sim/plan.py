@@ -12,9 +12,6 @@ from typing import Final
 
 from vrep.wire.transport import Timeouts
 
-EVENTS_MIN: Final = 1000
-"""of a seed; its guest goes on until it has them"""
-
 FAULTS: Final = {
     "kill source": 5,
     "kill filter": 5,

@@ -11,6 +11,7 @@ happens was not tested.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import logging
@@ -26,58 +27,39 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn, TextIO
 
-import structlog
-from hosts import make_keys
-from plan import EVENTS_MIN
-from world import play
-
-from vrep._core import log as native_log
+from events import EVENTS_MIN, EVER, NOTHING, PER_SEED
 
 SEEDS: Final = 100
 FRESH: Final = 40
-PER_SEED: Final = ("crash", "cut", "torn write")
-"""what every seed has at least once"""
-EVER: Final = (
-    *("crash", "cut", "torn write", "hang", "full disk", "failed sync", "old target"),
-    *("failed request", "failed flush", "failed command"),
-    *(
-        "gap",
-        "gap end",
-        "sync copy",
-        "hashes",
-        "spill",
-        "fold",
-        "merge",
-        "mark",
-        "stream",
-        "re-seal",
-    ),
-    *("failover", "failover kept", "rollback", "fenced", "recovery", "map check", "session"),
-    *("resize", "opened new", "opened clean", "opened killed", "opened power-loss"),
-    *("cut of lanes", "recovery at a cut", "base"),
-    *("view", "killed view", "export", "rotation", "cut off command"),
-    *("move", "failover start", "failover rollback", "failover commit", "reverse", "failback"),
-    *("host power", "unsynced after a kill", "cuts in a window", "hold for another host"),
-    *("fault full source", "host away", "hosts apart", "cut without a host"),
-)
-"""what every run has at least once"""
-COLLECT_EVERY: Final = 10
+COLLECT_EVERY: Final = 25
 FAILED_MAX: Final = 5
 """then the rest is not played"""
-NOTHING: Final = ("turn",)
-"""counted, and no event: the filter looks whether there is something to do"""
+SEED_BYTES: Final = 8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""of mallopt(3)"""
+
+# What a world needs takes half a second to import: the workers do so, once for all of them.
 
 
 def quiet() -> None:
+    import structlog
+
+    from vrep._core import log as native_log
+
     native_log.setup("error")
     logging.disable(logging.CRITICAL)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 
 
 def loud() -> None:
+    import structlog
+
+    from vrep._core import log as native_log
+
     native_log.setup("info")
     logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
     structlog.configure(
@@ -87,8 +69,11 @@ def loud() -> None:
     )
 
 
-def play_all(seeds: list[int], *, trace: bool = False) -> None:
+def play_all(seeds: Iterable[int], out: TextIO, *, trace: bool = False) -> None:
     """In this process; one line of JSON for each."""
+    from hosts import make_keys
+    from world import play
+
     loud() if trace else quiet()
     keys = Path(tempfile.mkdtemp(prefix="vrep-sim-keys-"))
     gc.disable()  # what it finalizes must not depend on what was played before
@@ -103,9 +88,57 @@ def play_all(seeds: list[int], *, trace: bool = False) -> None:
                 events, error = outcome.events, outcome.error
             except Exception:  # noqa: BLE001 - a defect of vrep, or of the simulator: it is shown
                 events, error = Counter(), traceback.format_exc()
-            print(json.dumps({"seed": seed, "events": events, "error": error}), flush=True)
+            print(
+                json.dumps({"seed": seed, "events": events, "error": error}), file=out, flush=True
+            )
     finally:
         shutil.rmtree(keys)
+
+
+def play_side_by_side(seeds: list[int], fds: list[int]) -> None:
+    """In a process for each of some descriptors, to which it tells what it played. Who is ready
+    takes the next seed: they share the place in the file where it stands."""
+    import hosts  # noqa: F401 - of which each has a copy
+    import world  # noqa: F401
+
+    keep_memory()
+    with tempfile.TemporaryFile() as file:
+        file.write(b"".join(seed.to_bytes(SEED_BYTES, "little") for seed in seeds))
+        file.flush()
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+        children = []
+        for fd in fds:
+            child = os.fork()
+            if not child:
+                _work(file.fileno(), fd)
+            os.close(fd)
+            children.append(child)
+        signal.signal(signal.SIGTERM, lambda *_: [os.kill(child, 15) for child in children])
+        for child in children:
+            os.waitpid(child, 0)
+
+
+def _work(seeds: int, fd: int) -> NoReturn:
+    try:
+        with os.fdopen(fd, "w") as out:
+            play_all(_taken(seeds), out)
+    except BaseException:  # noqa: BLE001 - a worker ends here whatever happens
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _taken(fd: int) -> Iterator[int]:
+    while data := os.read(fd, SEED_BYTES):
+        yield int.from_bytes(data, "little")
+
+
+def keep_memory() -> None:
+    """What is freed is not given back to the system: each world takes it again."""
+    libc = ctypes.CDLL(None)
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        libc.mallopt(option, 1 << 29)
 
 
 def judge(seed: int, events: Counter[str], error: str) -> str:
@@ -122,32 +155,34 @@ def judge(seed: int, events: Counter[str], error: str) -> str:
 class Results:
     """What workers tell, as it comes."""
 
-    def __init__(self, workers: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, worker: subprocess.Popen[bytes], told: list[int]) -> None:
+        """`told`: descriptors that its processes write to."""
         self.totals: Counter[str] = Counter()
         self.played: set[int] = set()
         self.failed: dict[int, str] = {}
-        self._workers = workers
+        self._worker = worker
+        self._told = told
         self._lock = threading.Lock()
 
     def collect(self) -> None:
-        threads = [threading.Thread(target=self._read, args=(worker,)) for worker in self._workers]
+        threads = [threading.Thread(target=self._read, args=(fd,)) for fd in self._told]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        self._worker.wait()
 
-    def _read(self, worker: subprocess.Popen[str]) -> None:
-        assert worker.stdout is not None
-        for line in worker.stdout:
-            found = json.loads(line)
-            with self._lock:
-                self._take(found["seed"], Counter(found["events"]), found["error"])
-        worker.wait()
+    def _read(self, fd: int) -> None:
+        with os.fdopen(fd) as lines:
+            for line in lines:
+                found = json.loads(line)
+                with self._lock:
+                    self._take(found["seed"], found["events"], found["error"])
 
-    def _take(self, seed: int, events: Counter[str], error: str) -> None:
+    def _take(self, seed: int, events: dict[str, int], error: str) -> None:
         self.played.add(seed)
-        self.totals += events
-        error = judge(seed, events, error)
+        self.totals.update(events)
+        error = judge(seed, Counter(events), error)
         if error:
             self.failed[seed] = error
             print(f"seed {seed}: {error}\n  make sim SEED={seed}", flush=True)
@@ -155,8 +190,7 @@ class Results:
             self.stop()
 
     def stop(self) -> None:
-        for worker in self._workers:
-            worker.terminate()
+        self._worker.terminate()
 
 
 def run(seeds: list[int], jobs: int) -> int:
@@ -166,22 +200,26 @@ def run(seeds: list[int], jobs: int) -> int:
         # The order of a set of names must be the same in a replay.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "TMPDIR": root}
         errors = (Path(root) / "errors").open("w+")
-        results = Results(
-            [
-                subprocess.Popen(
-                    [sys.executable, __file__, "--worker", json.dumps(seeds[job::jobs])],
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                    env=environment,
-                )
-                for job in range(jobs)
-            ]
+        pipes = [os.pipe() for _job in range(jobs)]
+        ends = [end for _told, end in pipes]
+        worker = subprocess.Popen(
+            [sys.executable, __file__, "--workers", json.dumps(ends)],
+            stdin=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            pass_fds=ends,
         )
+        for end in ends:
+            os.close(end)
+        results = Results(worker, [told for told, _end in pipes])
         try:
+            assert worker.stdin is not None
+            with worker.stdin as given:
+                given.write(json.dumps(seeds).encode())
             results.collect()
         finally:
             results.stop()
+            worker.wait()
         with errors:
             errors.seek(0)
             said = [line for line in errors if not line.startswith("vrep ")]
@@ -215,10 +253,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, help="this one only")
     parser.add_argument("--trace", action="store_true", help="tell all that happens")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker is not None:
-        play_all(json.loads(arguments.worker))
+        play_all(arguments.worker, sys.stdout)
+        return 0
+    if arguments.workers is not None:
+        play_side_by_side(json.load(sys.stdin), arguments.workers)
         return 0
     if arguments.seed is not None:
         if os.environ.get("PYTHONHASHSEED") != "0":
@@ -226,7 +268,7 @@ def main() -> int:
             os.execv(sys.executable, [sys.executable, *sys.argv])
         if not arguments.trace:
             return run([arguments.seed], 1)
-        play_all([arguments.seed], trace=True)
+        play_all([arguments.seed], sys.stdout, trace=True)
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # directories are removed
     base = arguments.base or random.SystemRandom().randrange(10_000, 1 << 40)

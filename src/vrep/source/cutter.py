@@ -19,7 +19,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -237,11 +237,12 @@ class Cutter:
     # ---- one cut ---------------------------------------------------------------------
 
     def _definitions(self) -> dict[str, GroupDefinition]:
-        found = {}
+        return {one.name: one for one in self._readable()}
+
+    def _readable(self) -> Iterator[GroupDefinition]:
         for name in lanes_among(self.group, self._groups.names()):
             with contextlib.suppress(VrepError):  # it stands in the status
-                found[name] = self._groups.load(name)
-        return found
+                yield self._groups.load(name)
 
     def _look(self) -> dict[str, dict[str, Any]]:
         """What the filters say of the lanes that they serve."""
@@ -406,10 +407,10 @@ class Cutter:
 
     def _shared(self) -> tuple[tuple[int, str], ...]:
         """Whose each lane is, when several sites have some."""
-        return next((one.hosts for one in self._definitions().values()), ())
+        return next((one.hosts for one in self._readable()), ())
 
     def _first(self) -> GroupDefinition:
-        for one in self._definitions().values():
+        for one in self._readable():
             return one
         raise NotFoundError(f"no lane of {self.group!r} is protected here any more")
 
@@ -427,7 +428,8 @@ class Cutter:
 
     def _leads(self) -> bool:
         """Whether this site makes the cuts: no other that goes before it is in touch."""
-        if not any(lane < self._rank(self._site_id) for lane, _site in self._shared()):
+        rank = self._rank(self._site_id)
+        if not any(lane < rank for lane, _site in self._shared()):
             return True
         return self._clock() - self._led_s >= self._gone_s
 

@@ -299,18 +299,14 @@ class StoreReader:
         """Marks, gaps, objects and resizes, in order of position; of every epoch."""
         found = []
         for index in self.indexes:
-            streams = index.streams
-            found += [
-                Event(
-                    position=Position.of(raw["at"]),
-                    wall_ns=int(raw["wall_ns"]),
-                    kind=int(raw["kind"]),
-                    segment=int(raw["segment"]),
-                    at=int(raw["position"]),
-                    stream=streams[int(raw["stream"])],
-                )
-                for raw in index.events
-            ]
+            streams, rows = index.streams, index.events
+            names = ("at", "wall_ns", "kind", "segment", "position", "stream")
+            for at, wall_ns, kind, segment, position, stream in zip(
+                *(rows[name].tolist() for name in names), strict=True
+            ):
+                epoch, lane, _zero, seq = at
+                place = Position(epoch, lane, seq)
+                found.append(Event(place, wall_ns, kind, segment, position, streams[stream]))
         found.sort(key=lambda event: (event.segment, event.at))
         return found
 
