@@ -47,8 +47,8 @@ def examine_disk(index: int, name: str, uri: str) -> DiskDefinition:
         size = _virtual_size(name, path)
     elif magic == QCOW2_MAGIC:
         raise errors.UnsupportedError(
-            f"disk {name!r}: {path} is a qcow2 image: 'qcow2:{path}' is protected in mirror mode, "
-            "while its VM runs; 'qemu-img convert -O raw' makes a raw one"
+            f"disk {name!r}: {path} is a qcow2 image: 'qcow2:{path}' is protected in mirror mode; "
+            "'qemu-img convert -O raw' makes a raw one"
         )
     if size == 0 or size % SECTOR_BYTES:
         raise errors.InvalidError(

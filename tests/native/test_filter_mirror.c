@@ -380,12 +380,7 @@ static void marks_out_of_bounds_are_refused_whole(void)
 }
 
 /* Rule 5. */
-static struct vrep_image_id here(void)
-{
-    struct stat st;
-    CHECK(fstat(image, &st) == 0);
-    return (struct vrep_image_id){.device = st.st_dev, .inode = st.st_ino};
-}
+static const char *where; /* of the image, for a look */
 
 static void quiet(void)
 {
@@ -394,10 +389,27 @@ static void quiet(void)
     usleep(5100 * 1000); /* its change time cannot be set */
 }
 
+static int look(bool begin)
+{
+    struct vrep_rest_image at = {.disk = 0, .path = where != NULL ? where : rig.disk};
+    int status = vrep_group_mirror_rest(rig.group, &at, 1, begin);
+    if (status != VREP_OK)
+        return status;
+    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 4000; i++)
+        polls(1);
+    return vrep_group_mirror_looked(rig.group);
+}
+
 static int rest(void)
 {
-    struct vrep_image_id id = here();
-    return vrep_group_mirror_rest(rig.group, &id, 1);
+    return look(true);
+}
+
+static void noticed(void)
+{
+    for (int i = 0; rig_status(&rig).mirror_rests && i < 4000; i++)
+        polls(1);
+    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
 }
 
 static void lock_image(short type)
@@ -432,10 +444,17 @@ static void what_a_vm_wrote_before_it_went_off_is_copied(void)
     lock_image(F_RDLCK);
     CHECK_EQ(rest(), VREP_E_LOCKED);
     lock_image(F_UNLCK);
-    struct vrep_image_id other = here();
-    other.inode++;
-    CHECK_EQ(vrep_group_mirror_rest(rig.group, &other, 1), VREP_E_GONE);
-    CHECK_EQ(vrep_group_mirror_rest(rig.group, &other, 0), VREP_E_INVALID);
+    where = "/proc/self/exe"; /* another file */
+    CHECK_EQ(rest(), VREP_E_GONE);
+    where = "/nowhere";
+    CHECK_EQ(rest(), VREP_E_GONE);
+    where = "/dev/null";
+    CHECK_EQ(rest(), VREP_E_UNSUPPORTED);
+    where = NULL;
+    CHECK_EQ(vrep_group_mirror_rest(rig.group, NULL, 0, true), VREP_E_INVALID);
+    struct vrep_rest_image none = {.disk = 1, .path = rig.disk};
+    CHECK_EQ(vrep_group_mirror_rest(rig.group, &none, 1, true), VREP_E_INVALID);
+    CHECK_OK(look(false)); /* and nothing is begun */
     CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
     uint64_t gaps = rig_status(&rig).gaps;
     rested();
@@ -446,17 +465,15 @@ static void what_a_vm_wrote_before_it_went_off_is_copied(void)
 
     /* It starts. */
     lock_image(F_RDLCK);
-    CHECK_EQ(vrep_group_mark(rig.group, "on", 2, &seq), VREP_E_GONE); /* without a poll */
-    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    noticed();
+    CHECK_EQ(vrep_group_mark(rig.group, "on", 2, &seq), VREP_E_GONE);
     CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
     lock_image(F_UNLCK);
     rested();
 
     /* It starts without locks, and writes. */
     vm_writes(11 * RIG_BIT, 512, 42);
-    for (int i = 0; rig_status(&rig).mirror_rests && i < 4000; i++)
-        polls(1);
-    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    noticed();
     CHECK_EQ(rig_status(&rig).gap, 1);
     quiet();
     rested();
@@ -476,6 +493,49 @@ static void what_a_vm_wrote_before_it_went_off_is_copied(void)
     end();
 }
 
+/* A look that began before a connection says nothing about the time after it. */
+static void a_look_that_a_connection_overtakes_begins_nothing(void)
+{
+    synced();
+    disconnect_vm();
+    quiet();
+    struct vrep_rest_image at = {.disk = 0, .path = rig.disk};
+    CHECK_OK(vrep_group_mirror_rest(rig.group, &at, 1, true));
+    CHECK_EQ(vrep_group_mirror_rest(rig.group, &at, 1, true), VREP_E_BUSY);
+    connect_vm();
+    disconnect_vm();
+    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 4000; i++)
+        polls(1);
+    CHECK_EQ(vrep_group_mirror_looked(rig.group), VREP_E_AGAIN);
+    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
+    CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_MIRROR);
+    rested();
+    CHECK_EQ(vrep_group_mirror_barrier(rig.group, rig_status(&rig).mirror_copies), VREP_E_BUSY);
+    connect_vm();
+    end();
+}
+
+/* The gap waits for a look that began behind the last copy, so what changed is found. */
+static void no_gap_ends_without_a_look_behind_the_last_copy(void)
+{
+    synced();
+    disconnect_vm();
+    quiet();
+    CHECK_OK(rest());
+    uint64_t looks = rig_status(&rig).mirror_looks;
+    for (int i = 0; rig_status(&rig).unshipped_bytes > 0 && i < 8000; i++)
+        polls(1);
+    CHECK_EQ(rig_status(&rig).unshipped_bytes, 0);
+    if (rig_status(&rig).mirror_looks == looks) /* the first is due later than the copies took */
+        CHECK_EQ(rig_status(&rig).gap, 1);
+    rig_settle(&rig);
+    CHECK(rig_status(&rig).mirror_looks > looks);
+    CHECK_EQ(rig_status(&rig).gap, 0);
+    rig_compare(&rig);
+    connect_vm();
+    end();
+}
+
 /* What is copied while it changes is not whole. */
 static void an_image_that_changes_while_it_is_compared_ends_no_gap(void)
 {
@@ -492,9 +552,8 @@ static void an_image_that_changes_while_it_is_compared_ends_no_gap(void)
         vrep_group_poll(rig.group);
     CHECK(rig_status(&rig).unshipped_bytes > 0); /* and not all is copied */
     vm_writes(0, 512, 44);
-    polls(50);
+    noticed();
     CHECK_EQ(rig_status(&rig).gap, 1);
-    CHECK_EQ(rig_status(&rig).mirror_rests, 0);
     connect_vm();
     end();
 }
@@ -516,6 +575,8 @@ int main(void)
     RUN(what_is_distrusted_is_copied_whole);
     RUN(marks_out_of_bounds_are_refused_whole);
     RUN(what_a_vm_wrote_before_it_went_off_is_copied);
+    RUN(a_look_that_a_connection_overtakes_begins_nothing);
+    RUN(no_gap_ends_without_a_look_behind_the_last_copy);
     RUN(an_image_that_changes_while_it_is_compared_ends_no_gap);
     return check_report();
 }

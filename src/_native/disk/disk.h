@@ -99,6 +99,8 @@ int vrep_disk_open(struct vrep_engine *engine, const char *uri, uint32_t flags,
  * finds no server, or one that hangs or has another size, fails with IO or the like, within 5 s. */
 int vrep_remote_open(struct vrep_engine *engine, const char *where, uint64_t bytes,
                      struct vrep_disk **out);
+/* The next read asks who answers on the socket then.  Any thread. */
+void vrep_remote_forget(struct vrep_disk *disk);
 /* Whether its reads wait for another process. */
 bool vrep_disk_is_remote(const struct vrep_disk *disk);
 void vrep_disk_close(struct vrep_disk *disk);

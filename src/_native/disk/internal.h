@@ -39,6 +39,8 @@ struct vrep_disk {
 void vrep_disk_run(struct vrep_io *io, uint32_t number, void *bounce, size_t bounce_bytes);
 /* lock.c: holds its lock bytes whoever else does. */
 int vrep_disk_hold_locks(struct vrep_disk *disk);
+/* LOCKED: another may write it, or lets nobody read it; takes nothing. */
+int vrep_lock_probe(int fd);
 /* overlay.c */
 void vrep_overlay_written(struct vrep_disk *disk, uint64_t offset, uint64_t length);
 void vrep_overlay_free(struct vrep_disk *disk);

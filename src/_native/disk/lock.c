@@ -100,6 +100,11 @@ bool vrep_disk_locked(struct vrep_disk *disk)
     return probe_image(disk->fd, disk->read_only) == EAGAIN;
 }
 
+int vrep_lock_probe(int fd)
+{
+    return lock_status(probe_image(fd, true));
+}
+
 int vrep_disk_unlock(struct vrep_disk *disk)
 {
     disk->locks = false;

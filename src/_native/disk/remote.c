@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "base/atomic.h"
 #include "base/endian.h"
 #include "base/status.h"
 #include "disk/internal.h"
@@ -40,6 +41,7 @@
 struct vrep_remote {
     pthread_mutex_t lock; /* held over a request */
     int fd;               /* -1: not connected */
+    uint32_t stale;       /* atomic: who answered on the socket is asked no more */
     uint64_t handle;
     struct sockaddr_un address;
     char name[VREP_NAME_BYTES];
@@ -202,6 +204,12 @@ static int connected(struct vrep_disk *disk, int64_t until_ms)
 static int read_range(struct vrep_disk *disk, struct vrep_io *io, int64_t until_ms)
 {
     struct vrep_remote *remote = disk->remote;
+    if (vrep_load_acquire_u32(&remote->stale) != 0) {
+        vrep_store_release_u32(&remote->stale, 0);
+        if (remote->fd >= 0)
+            close(remote->fd);
+        remote->fd = -1;
+    }
     int error = connected(disk, until_ms);
     if (error != 0)
         return error;
@@ -277,6 +285,11 @@ void vrep_remote_free(struct vrep_disk *disk)
         close(disk->remote->fd);
     pthread_mutex_destroy(&disk->remote->lock);
     free(disk->remote);
+}
+
+void vrep_remote_forget(struct vrep_disk *disk)
+{
+    vrep_store_release_u32(&disk->remote->stale, 1);
 }
 
 bool vrep_disk_is_remote(const struct vrep_disk *disk)

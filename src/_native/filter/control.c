@@ -218,12 +218,13 @@ int vrep_group_status(struct vrep_group *group, struct vrep_group_status *out)
     out->handover_waiting = group->handover == VREP_HANDOVER_IN && group->wanted;
     out->sizes_due = (uint32_t)__builtin_popcountll(group->sizes_due);
     out->mirror = group->mirror.on;
-    out->mirror_waits = group->mirror.on && !vrep_handover_blind(group) &&
+    out->mirror_waits = group->mirror.on && !vrep_handover_blind(group) && !group->mirror.rests &&
                         vrep_map_unshipped_bits(group->map) == 0 && !vrep_mirror_settled(group);
     out->mirror_copies = group->mirror.on ? vrep_mirror_copied(group) : 0;
     out->mirror_losses = group->mirror.losses;
     out->mirror_rests = group->mirror.rests;
     out->marks_unstored = group->checkpoint_stored < group->checkpoint_wanted;
+    out->mirror_looks = group->mirror.looks;
     return VREP_OK;
 }
 

@@ -113,6 +113,7 @@ static void tear_down(struct vrep_group *group, bool clean)
     vrep_worker_destroy(group->quick);
     vrep_worker_destroy(group->slow);
     vrep_worker_destroy(group->prober);
+    vrep_rest_destroy(group);
     vrep_engine_destroy(group->engine);
     for (uint32_t i = 0; i < group->disks_count; i++) {
         if (group->disks[i].disk != NULL)

@@ -217,15 +217,21 @@ int vrep_group_mirror_mark(struct vrep_group *group, uint32_t disk,
                            const struct vrep_since_range *ranges, size_t count);
 /* Anything may have been written: all is unshipped and unverified (VREP_UNVERIFIED_PAST). */
 int vrep_group_mirror_distrust(struct vrep_group *group);
-/* The VM is off: nobody writes its images, which are compared as they are, and a gap ends behind
- * that, until one is locked, has other times or a connection.  `ids` are the device and inode that
- * the path of each disk has now.  LOCKED: somebody has an image open; AGAIN: it was written in the
- * last seconds; GONE: it was replaced, or has another size; BUSY: live, or somebody is connected;
- * UNSUPPORTED: a disk is no file, or is read through its VM. */
-struct vrep_image_id {
-    uint64_t device, inode;
+/* The VM is off: have its images looked at, by a thread of their own, for their storage may hang.
+ * When nobody writes them, and with `begin`, they are compared as they are, and a gap ends behind
+ * that, until one is locked, was written, or has a connection.  `images` are what the disks consist
+ * of, at least one of each: a disk itself where it is, or every file that an image is made of.
+ * BUSY: live, somebody is connected, or a look is under way; INVALID. */
+struct vrep_rest_image {
+    uint32_t disk;
+    const char *path; /* copied */
 };
-int vrep_group_mirror_rest(struct vrep_group *group, const struct vrep_image_id *ids, size_t count);
+int vrep_group_mirror_rest(struct vrep_group *group, const struct vrep_rest_image *images,
+                           size_t count, bool begin);
+/* What came of it.  LOCKED: somebody has an image open; AGAIN: it was written in the last seconds,
+ * or something happened meanwhile; GONE: it was replaced, or has another size; UNSUPPORTED: it
+ * cannot be told whether it is written; BUSY: it is under way still. */
+int vrep_group_mirror_looked(const struct vrep_group *group);
 /* The VM's writes were drained after `copies` (of the status) was read.  GONE: a connection
  * closed. */
 int vrep_group_mirror_barrier(struct vrep_group *group, uint64_t copies);
@@ -272,6 +278,7 @@ struct vrep_group_status {
     /* 1: blocks became unshipped by a command, and a power loss would forget that: nothing that a
      * target holds may rely on their gap yet. */
     uint32_t marks_unstored;
+    uint64_t mirror_looks; /* ended, and found that so */
 };
 enum vrep_opened {
     VREP_OPENED_NEW = 1,

@@ -76,7 +76,7 @@ static int past(struct vrep_group *group)
 
 void vrep_handover_poll(struct vrep_group *group)
 {
-    vrep_mirror_poll(group);
+    vrep_rest_poll(group);
     if (group->handover == VREP_HANDOVER_IN)
         (void)vrep_handover_over(group);
     /* state_written is what the last job stored, and no job is behind it. */
@@ -98,7 +98,7 @@ int vrep_handover_timeout_ms(const struct vrep_group *group)
     case VREP_HANDOVER_OUT:
         return WAIT_MS;
     default:
-        return vrep_mirror_timeout_ms(group);
+        return vrep_rest_timeout_ms(group);
     }
 }
 

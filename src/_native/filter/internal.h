@@ -143,7 +143,6 @@ struct disk {
     uint64_t planned_was;     /* what it had when it was to get another size; 0: it was not */
     uint64_t told_bytes;      /* the size that the durable state names: its last record's */
     struct vrep_since *since; /* of a view with a base point */
-    uint64_t rest_mtime_ns, rest_ctime_ns; /* of an image whose VM is off */
 };
 
 struct vrep_group {
@@ -248,9 +247,9 @@ struct vrep_group {
         struct pollfd clients[MIRROR_CLIENTS];
         uint16_t disk_of[MIRROR_CLIENTS];
         uint32_t clients_count;
-        uint64_t copies, barrier, losses;
-        bool rests; /* its VM is off: see mirror.c, rule 5 */
-        uint64_t looked_ns;
+        uint64_t copies, barrier, losses, looks, joins;
+        bool rests;        /* its VM is off: see mirror.c, rule 5 */
+        struct rest *rest; /* who looks at its images; NULL before the first look */
         uint64_t
             yield_ns; /* when copies that read through the VM give way to it; 0: it waits for none
                        */
@@ -435,10 +434,17 @@ static inline bool vrep_handover_blind(const struct vrep_group *group)
     return group->handover != VREP_HANDOVER_NONE;
 }
 
+/* rest.c */
+/* Every so often: whether the images of a VM that is off are still as they were. */
+void vrep_rest_poll(struct vrep_group *group);
+int vrep_rest_timeout_ms(const struct vrep_group *group);
+void vrep_rest_destroy(struct vrep_group *group);
+
 /* mirror.c */
-/* Every so often: whether the image of a VM that is off is still as it was. */
-void vrep_mirror_poll(struct vrep_group *group);
-int vrep_mirror_timeout_ms(const struct vrep_group *group);
+/* What is read through another process is asked of who answers from now on; false: nothing is. */
+bool vrep_mirror_read_elsewhere(struct vrep_group *group);
+/* Writes may be missing from here on: a gap. */
+void vrep_mirror_lost(struct vrep_group *group);
 /* Whether nothing is missing of what a live mirror sends; when a connection closed, the gap has
  * begun. */
 bool vrep_mirror_whole(struct vrep_group *group);

@@ -17,21 +17,13 @@
  * 4. While writes may be missing (the gap is open, nothing is copied, no gap ends) only who knows
  *    which ones can end that: the VM's own bitmap of what was written, or else every block.
  * 5. A VM that is off writes nothing.  Then the images are compared as they are, each block of
- * them, and the gap ends when nobody had one open and none has changed from before the first copy
- *    until after the last.  No lock is taken, for the VM must be able to start; so the images are
- *    looked at before each record and several times a second, by their locks and times, and the
- *    gap begins again when somebody has one open.  What a VM writes before that is seen is in no
- *    point; a point of that moment holds the images as they were before it started. */
+ *    them (rest.c).  The barrier is then a look at them that began after the last copy had ended,
+ *    and found them as before the first: nobody had one open, and none was written in between. */
 #include <errno.h>
 #include <poll.h>
 
 #include "base/log.h"
 #include "filter/internal.h"
-
-#define LOOK_MS 200 /* how soon it is seen that a VM starts */
-#define QUIET_NS                                                                                   \
-    (5 * NS_PER_S) /* an image that was written later has perhaps a VM without locks               \
-                    */
 
 static bool hung(const struct pollfd *look)
 {
@@ -51,62 +43,41 @@ static bool all_there(struct vrep_group *group)
     return count >= 0;
 }
 
-static void lost(struct vrep_group *group)
+bool vrep_mirror_read_elsewhere(struct vrep_group *group)
 {
+    bool remote = false;
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        if (vrep_disk_is_remote(group->disks[i].disk)) {
+            vrep_remote_forget(group->disks[i].disk);
+            remote = true;
+        }
+    return remote;
+}
+
+void vrep_mirror_lost(struct vrep_group *group)
+{
+    bool rested = group->mirror.rests;
     group->handover = VREP_HANDOVER_MIRROR;
     group->mirror.losses++;
     group->mirror.rests = false;
     vrep_gap_enter(group);
+    /* A VM that was there without locks may not have stored what an image's file is read by. */
+    if (vrep_mirror_read_elsewhere(group) && rested)
+        (void)vrep_handover_distrust(group);
     VREP_WARN("filter", "a VM's mirror is interrupted: what it writes meanwhile is not recorded");
-}
-
-/* What an image is like now; false when it cannot be asked, is open to another, or has another size
- * than the group's disk. */
-static bool free_image(const struct disk *disk, struct vrep_disk_info *now)
-{
-    return !vrep_disk_locked(disk->disk) && vrep_disk_refresh(disk->disk) == VREP_OK &&
-           vrep_disk_info(disk->disk, now) == VREP_OK && now->bytes == disk->info.bytes;
-}
-
-static bool at_rest(struct vrep_group *group)
-{
-    if (group->mirror.clients_count > 0)
-        return false;
-    for (uint32_t i = 0; i < group->disks_count; i++) {
-        struct disk *disk = &group->disks[i];
-        struct vrep_disk_info now;
-        if (!free_image(disk, &now) || now.mtime_ns != disk->rest_mtime_ns ||
-            now.ctime_ns != disk->rest_ctime_ns)
-            return false;
-    }
-    return true;
 }
 
 bool vrep_mirror_whole(struct vrep_group *group)
 {
     if (group->handover == VREP_HANDOVER_NONE &&
-        !(group->mirror.rests ? at_rest(group) : all_there(group)))
-        lost(group);
+        (group->mirror.rests ? group->mirror.clients_count > 0 : !all_there(group)))
+        vrep_mirror_lost(group);
     return group->handover == VREP_HANDOVER_NONE;
 }
 
 bool vrep_mirror_settled(const struct vrep_group *group)
 {
-    return !group->mirror.on || group->mirror.rests ||
-           group->mirror.barrier == group->mirror.copies;
-}
-
-void vrep_mirror_poll(struct vrep_group *group)
-{
-    if (!group->mirror.rests || group->now_ns < group->mirror.looked_ns + LOOK_MS * NS_PER_MS)
-        return;
-    group->mirror.looked_ns = group->now_ns;
-    (void)vrep_mirror_whole(group);
-}
-
-int vrep_mirror_timeout_ms(const struct vrep_group *group)
-{
-    return group->mirror.rests ? LOOK_MS : -1;
+    return !group->mirror.on || group->mirror.barrier == group->mirror.copies;
 }
 
 uint64_t vrep_mirror_copied(const struct vrep_group *group)
@@ -130,7 +101,8 @@ int vrep_group_mirror_join(struct vrep_group *group, uint32_t disk, int fd)
     if (group->mirror.clients_count == MIRROR_CLIENTS)
         return VREP_E_FULL;
     if (group->mirror.rests) /* its VM runs, and has perhaps written before it sends */
-        lost(group);
+        vrep_mirror_lost(group);
+    group->mirror.joins++;
     uint32_t at = group->mirror.clients_count++;
     group->mirror.clients[at] = (struct pollfd){.fd = fd, .events = POLLRDHUP};
     group->mirror.disk_of[at] = (uint16_t)disk;
@@ -146,7 +118,7 @@ void vrep_group_mirror_leave(struct vrep_group *group, int fd)
         group->mirror.clients[i] = group->mirror.clients[last];
         group->mirror.disk_of[i] = group->mirror.disk_of[last];
         if (group->handover == VREP_HANDOVER_NONE && !group->closing)
-            lost(group);
+            vrep_mirror_lost(group);
         return;
     }
 }
@@ -166,42 +138,10 @@ int vrep_group_mirror_live(struct vrep_group *group)
     }
     if (!all_there(group))
         return VREP_E_GONE;
+    (void)vrep_mirror_read_elsewhere(group);
     group->handover = VREP_HANDOVER_NONE;
     group->resync_again = true;
     VREP_INFO("filter", "a VM mirrors its writes");
-    return VREP_OK;
-}
-
-int vrep_group_mirror_rest(struct vrep_group *group, const struct vrep_image_id *ids, size_t count)
-{
-    if (!group->mirror.on || count != group->disks_count)
-        return VREP_E_INVALID;
-    if (group->handover == VREP_HANDOVER_NONE || group->mirror.clients_count > 0)
-        return VREP_E_BUSY;
-    uint64_t wall_ns = vrep_clock_ns(group, CLOCK_REALTIME);
-    for (uint32_t i = 0; i < group->disks_count; i++) {
-        struct disk *disk = &group->disks[i];
-        struct vrep_disk_info now;
-        if (vrep_disk_is_remote(disk->disk) || disk->info.block_device)
-            return VREP_E_UNSUPPORTED;
-        if (vrep_disk_locked(disk->disk))
-            return VREP_E_LOCKED;
-        if (!free_image(disk, &now) || now.device != ids[i].device || now.inode != ids[i].inode)
-            return VREP_E_GONE;
-        if (now.mtime_ns > wall_ns || wall_ns - now.mtime_ns < QUIET_NS || now.ctime_ns > wall_ns ||
-            wall_ns - now.ctime_ns < QUIET_NS)
-            return VREP_E_AGAIN;
-        disk->rest_mtime_ns = now.mtime_ns;
-        disk->rest_ctime_ns = now.ctime_ns;
-    }
-    int status = vrep_handover_distrust(group);
-    if (status != VREP_OK)
-        return status;
-    group->mirror.rests = true;
-    group->mirror.looked_ns = group->now_ns;
-    group->handover = VREP_HANDOVER_NONE;
-    group->resync_again = true;
-    VREP_INFO("filter", "a VM that mirrors is off: its disks are compared");
     return VREP_OK;
 }
 
@@ -227,7 +167,7 @@ int vrep_group_mirror_distrust(struct vrep_group *group)
     if (!group->mirror.on)
         return VREP_E_INVALID;
     if (group->handover == VREP_HANDOVER_NONE)
-        lost(group);
+        vrep_mirror_lost(group);
     return vrep_handover_distrust(group);
 }
 
@@ -235,6 +175,8 @@ int vrep_group_mirror_barrier(struct vrep_group *group, uint64_t copies)
 {
     if (!group->mirror.on || copies > group->mirror.copies)
         return VREP_E_INVALID;
+    if (group->mirror.rests) /* nobody drains anything */
+        return VREP_E_BUSY;
     if (!vrep_mirror_whole(group))
         return VREP_E_GONE;
     group->mirror.barrier = copies;

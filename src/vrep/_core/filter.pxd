@@ -142,6 +142,7 @@ cdef extern from "filter/group.h" nogil:
         uint64_t mirror_yields
         uint32_t mirror_rests
         uint32_t marks_unstored
+        uint64_t mirror_looks
     struct vrep_miss:
         uint64_t ticket
         uint64_t offset
@@ -191,10 +192,12 @@ cdef extern from "filter/group.h" nogil:
                                size_t count)
     int vrep_group_mirror_distrust(vrep_group *group)
     int vrep_group_mirror_barrier(vrep_group *group, uint64_t copies)
-    cdef struct vrep_image_id:
-        uint64_t device
-        uint64_t inode
-    int vrep_group_mirror_rest(vrep_group *group, const vrep_image_id *ids, size_t count)
+    cdef struct vrep_rest_image:
+        uint32_t disk
+        const char *path
+    int vrep_group_mirror_rest(vrep_group *group, const vrep_rest_image *images, size_t count,
+                               bint begin)
+    int vrep_group_mirror_looked(vrep_group *group)
     int vrep_group_status_of "vrep_group_status"(vrep_group *group, vrep_group_status *out)
     uint64_t vrep_group_dirty_bytes(const vrep_group *group)
     int vrep_group_compare(vrep_group *group, uint32_t disk, const vrep_since_range *ranges,

@@ -5,6 +5,7 @@ polls it runs elsewhere; every method here may be called from any thread and let
 the interpreter run meanwhile.
 """
 
+import os
 import time
 from typing import NamedTuple
 
@@ -238,13 +239,18 @@ cdef int run_mirror_distrust(vrep_group *group, void *argument) noexcept nogil:
 
 
 cdef struct rest_request:
-    const vrep_image_id *ids
+    const vrep_rest_image *images
     size_t count
+    bint begin
 
 
 cdef int run_mirror_rest(vrep_group *group, void *argument) noexcept nogil:
     cdef rest_request *request = <rest_request *>argument
-    return vrep_group_mirror_rest(group, request.ids, request.count)
+    return vrep_group_mirror_rest(group, request.images, request.count, request.begin)
+
+
+cdef int run_mirror_looked(vrep_group *group, void *argument) noexcept nogil:
+    return vrep_group_mirror_looked(group)
 
 
 cdef int run_mirror_barrier(vrep_group *group, void *argument) noexcept nogil:
@@ -614,26 +620,35 @@ cdef class Group:
         """The VM's writes were drained after the status' ``mirror_copies`` was read."""
         self.call(run_mirror_barrier, &copies)
 
-    def mirror_rest(self, ids):
-        """The VM is off: compare the images, as long as nobody has one open or writes it. ``ids``:
-        device and inode of each disk's path. LockedError: somebody has one open; AgainError: it was
-        written in the last seconds; GoneError: it was replaced, or has another size; BusyError: the
-        mirror is live; UnsupportedError: a disk is no file, or is read through its VM."""
+    def mirror_rest(self, images, bint begin=True):
+        """The VM is off: have its images looked at and, with ``begin``, compared as long as nobody
+        has one open or writes it; ``mirror_looked`` tells what came of it. ``images``: (index of
+        a disk, path), of all that each consists of. BusyError: the mirror is live, or a look is
+        under way."""
         cdef rest_request request
-        cdef vrep_image_id *array
-        cdef size_t count = len(ids)
-        array = <vrep_image_id *>calloc(count + 1, sizeof(vrep_image_id))
+        cdef vrep_rest_image *array
+        cdef size_t count = len(images)
+        paths = [os.fsencode(path) for _, path in images]
+        array = <vrep_rest_image *>calloc(count + 1, sizeof(vrep_rest_image))
         if array == NULL:
             raise MemoryError
         try:
-            for i, (device, inode) in enumerate(ids):
-                array[i].device = device
-                array[i].inode = inode
-            request.ids = array
+            for i, (disk, _) in enumerate(images):
+                array[i].disk = disk
+                array[i].path = <const char *>paths[i]
+            request.images = array
             request.count = count
+            request.begin = begin
             self.call(run_mirror_rest, &request)
         finally:
             free(array)
+
+    def mirror_looked(self):
+        """What the last look found, if not that the images are at rest. LockedError: somebody has
+        one open; AgainError: it was written in the last seconds; GoneError: it was replaced, or has
+        another size; UnsupportedError: it cannot be told whether it is written; BusyError: the look
+        is under way."""
+        self.call(run_mirror_looked, NULL)
 
     def misses(self, uint32_t most=MISSES_MAX, timeout=None):
         """Wait for absent blocks that commands need; empty after ``timeout`` seconds."""

@@ -132,7 +132,7 @@ class FilterHost:
                 "mirror_mark": self._mirror_mark,
                 "mirror_distrust": self._mirror_distrust,
                 "mirror_barrier": self._mirror_barrier,
-                "mirror_rest": lambda params: rest(self._host(params)),
+                "mirror_rest": lambda params: rest(self._host(params), params),
                 "mirror_end": self._mirror_end,
                 "stop": self._stop_requested,
             },
@@ -205,7 +205,7 @@ class FilterHost:
                 )
             if definition.read_through_vm and not definition.mirrored:
                 raise DetachedError(
-                    f"{name!r} has a qcow2 image, which is replicated while its VM runs: "
+                    f"{name!r} has a qcow2 image, which is replicated once its VM was attached: "
                     f"'vrep attach {name} --vm ... --mode mirror'"
                 )
             if self._bypass_why:

@@ -1,23 +1,56 @@
-"""Rest: the images of a VM that mirrors and is off are compared (filter/mirror.c, rule 5)."""
+"""Rest: the images of a VM that mirrors and is off are looked at (filter/rest.c)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Mapping
+from typing import Any, Final
 
 from vrep.app.hosted import Hosted
-from vrep.errors import StateError
+from vrep.errors import (
+    AgainError,
+    BusyError,
+    GoneError,
+    LockedError,
+    TimeLimitError,
+    UnsupportedError,
+    VrepError,
+)
+
+ANSWER_S: Final = 1.0
+"""less than the keeper waits for the filter"""
+WHY: Final[dict[type[VrepError], str]] = {
+    AgainError: "one was written in the last seconds, or is looked at again",
+    GoneError: "one was removed, replaced or resized",
+    LockedError: "somebody has one open: a VM that runs, a mount, another device on it",
+    UnsupportedError: "the kernel does not count what is written to one, so it cannot be told",
+}
+"""of the images, why they are not at rest"""
+ASK_EVERY_S: Final = 0.02
 
 __all__ = ["rest"]
 
 
-def rest(hosted: Hosted) -> dict[str, Any]:
-    """Have a group's images compared, if nobody has one open; see `Group.mirror_rest` for what is
-    refused. StateError: an image is not where it was."""
-    paths = [Path(disk.uri.partition(":")[2]) for disk in hosted.definition.disks]
-    try:
-        found = [path.stat() for path in paths]
-    except OSError as error:
-        raise StateError(f"an image cannot be looked at: {error}") from None
-    hosted.group.mirror_rest([(one.st_dev, one.st_ino) for one in found])
-    return {}
+def rest(hosted: Hosted, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Have a group's images looked at, and with ``begin`` compared if nobody has one open; see
+    `Group.mirror_looked` for what is refused. TimeLimitError: their storage does not answer."""
+    group = hosted.group
+    images = [(int(index), str(path)) for index, path in params["images"]]
+    deadline = time.monotonic() + ANSWER_S
+    begun = False
+    while True:
+        try:
+            if not begun:
+                group.mirror_rest(images, bool(params["begin"]))
+                begun = True
+            group.mirror_looked()
+            return {}
+        except BusyError:
+            if not begun and group.status()["handover"] == "":
+                raise  # it is live
+            if time.monotonic() > deadline:
+                raise TimeLimitError("the storage of the VM's images does not answer") from None
+        except VrepError as error:
+            error.detail = WHY.get(type(error), error.detail)
+            raise
+        time.sleep(ASK_EVERY_S)

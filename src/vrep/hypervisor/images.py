@@ -36,6 +36,11 @@ def image_socket(nbd_socket: Path) -> Path:
     return nbd_socket.with_name(f"image-{nbd_socket.name.removeprefix('nbd-')}")
 
 
+def rest_socket(nbd_socket: Path) -> Path:
+    """Where the images of a VM that is off are read; the socket above leads to it then."""
+    return nbd_socket.with_name(f"rest-{nbd_socket.name.removeprefix('nbd-')}")
+
+
 def read_through_vm(
     definition: GroupDefinition, disks: Sequence[Disk], nbd_socket: Path
 ) -> list[Disk]:
@@ -95,6 +100,8 @@ class Images:
         self._path.unlink(missing_ok=True)
 
     def _answers(self) -> bool:
+        if self._path.is_symlink():  # it was off
+            return False
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as asked:
             asked.settimeout(ANSWER_S)
             try:
@@ -125,4 +132,4 @@ class Images:
         self._monitor.execute(command.execute, command.arguments)
 
 
-__all__ = ["Images", "image_socket", "read_through_vm"]
+__all__ = ["Images", "image_socket", "read_through_vm", "rest_socket"]

@@ -29,6 +29,7 @@ from vrep.groups import GroupDirectory
 from vrep.hypervisor.mirrored import Mirrored
 from vrep.hypervisor.monitor import Monitor, open_monitor
 from vrep.hypervisor.record import Attachment, AttachmentFile
+from vrep.hypervisor.rest import Rest
 from vrep.paths import SitePaths
 
 EVERY_S: Final = 0.5
@@ -58,6 +59,14 @@ class _Watch:
     pause_s: float = 1.0
     not_before: float = 0.0
     told: str = ""
+    rest: Rest | None = None
+    """while its VM is off"""
+
+    def wake(self) -> None:
+        """The VM is back, or is not watched any more."""
+        if self.rest is not None:
+            self.rest.end()
+        self.rest = None
 
 
 class Keeper:
@@ -73,14 +82,20 @@ class Keeper:
 
     def run(self, stopping: threading.Event) -> None:
         """Until `stopping`; nothing that goes wrong with one VM ends it."""
-        while not stopping.wait(EVERY_S):
-            self.tick()
+        try:
+            while not stopping.wait(EVERY_S):
+                self.tick()
+        finally:
+            for watch in self._watches.values():
+                watch.wake()
 
     def tick(self) -> None:
         """Look once at each VM that mirrors."""
         names = [
             d.name for d in self._groups.readable() if d.mirrored and not (d.detached or d.fenced)
         ]
+        for gone in set(self._watches) - set(names):
+            self._watches[gone].wake()
         self._watches = {name: self._watches.get(name, _Watch()) for name in names}
         for name, watch in self._watches.items():
             try:
@@ -119,12 +134,17 @@ class Keeper:
         if now < watch.not_before or not status["mirror"]:
             return
         if status["handover"] == "mirror":
-            self._begin_or_rest(name, record)
+            self._begin_or_rest(name, record, watch)
         elif status["mirror_rests"]:
             if now > watch.looked + LOOK_S:
                 watch.looked = now
-                with contextlib.suppress(*OFF):
-                    self._begin_again(name, record)
+                try:
+                    self._begin_again(name, record, watch)
+                except OFF:
+                    rest = self._rest(name, watch)
+                    why = None if rest.reads() else rest.step()
+                    if why is not None:
+                        raise why from None
         elif status["mirror_waits"] or now > watch.settled + SETTLE_S:
             with self._mirrored(name, record) as mirrored:
                 if mirrored.settle():
@@ -133,19 +153,25 @@ class Keeper:
             self._look_for_failures(name, record)
             watch.looked = now
 
-    def _begin_or_rest(self, name: str, record: Attachment) -> None:
+    def _begin_or_rest(self, name: str, record: Attachment, watch: _Watch) -> None:
         """A VM that cannot be asked is off when nobody has its images open; the filter looks."""
         try:
-            self._begin_again(name, record)
+            self._begin_again(name, record, watch)
         except OFF as error:
-            try:
-                self._filter.call("mirror_rest", group=name)
-            except errors.VrepError as why:
+            why = self._rest(name, watch).step()
+            if why is not None:
                 error.detail += f"; and its disks are not compared as they are: {why}"
                 raise error from None
 
-    def _begin_again(self, name: str, record: Attachment) -> None:
+    def _rest(self, name: str, watch: _Watch) -> Rest:
+        if watch.rest is None:
+            definition = self._groups.load(name)
+            watch.rest = Rest(self._filter, definition, self._paths.nbd_socket(name))
+        return watch.rest
+
+    def _begin_again(self, name: str, record: Attachment, watch: _Watch) -> None:
         with self._mirrored(name, record) as mirrored:
+            watch.wake()
             failures = mirrored.failures()
             told = mirrored.begin()
             self._remember(name, record, failures)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import Any
+import time
+from typing import Any, Final
 
 import structlog
 
@@ -20,6 +21,7 @@ from vrep.errors import (
     GapError,
     NotFoundError,
     StateError,
+    TimeLimitError,
     UnsupportedError,
     VrepError,
 )
@@ -41,6 +43,23 @@ def go_on(groups: GroupDirectory, control: ControlClient, group: str) -> None:
     if not definition.fenced or definition.options.on_fence != "pause":
         control.call("pause_guest", group=group, paused=False)
     groups.update(group, halted=False)
+
+
+LOOKED_S: Final = 10.0
+
+
+def looked_again(control: ControlClient, group: str) -> dict[str, Any]:
+    """The status once the images of a VM that is off were looked at after this was called, and
+    found as they were; or once they were not."""
+    status: dict[str, Any] = control.call("status", group=group)
+    # One look may be under way, and have begun before.
+    looks, deadline = int(status["mirror_looks"]) + 2, time.monotonic() + LOOKED_S
+    while status["mirror_rests"] and status["mirror_looks"] < looks:
+        if time.monotonic() > deadline:
+            raise TimeLimitError(f"the images of {group!r} do not answer: is their storage well?")
+        time.sleep(0.05)
+        status = control.call("status", group=group)
+    return status
 
 
 class Halt:
@@ -105,6 +124,10 @@ class Halt:
             self._groups.update(self._name, halted=True)
             log.warning("the guest is halted: the group is being moved", group=self._name)
             try:
+                if before.get("mirror"):  # its images are looked at while it is served
+                    looked = looked_again(self._control, self._name)
+                    self._require_filtered(looked)
+                    self._require_whole(looked)
                 self._control.call("pause_guest", group=self._name, paused=True, timeout=30.0)
                 after = self._control.call("status", group=self._name)
                 self._require_filtered(after)
