@@ -47,6 +47,8 @@ class Flight:
     sent_ns: int = 0
     order: int = 0
     """when it was sent, among all that was sent and answered in this world"""
+    beside: Flight | None = None
+    """of a read: the write under way whose range it reads"""
 
 
 @dataclass

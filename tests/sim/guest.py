@@ -46,6 +46,8 @@ class Guest:
         self.written = 0
         self.finished = False
         self.check_map: Callable[[], None] = lambda: None
+        self.reads_beside = False
+        """it reads what a write under way changes, now and then"""
 
     def run(self, writes: int | None) -> None:
         """The guest's thread. It writes so much at least, and more until its world has seen enough;
@@ -59,21 +61,25 @@ class Guest:
             if rng.random() < 0.02:
                 kernel.sleep(rng.random() * 3)
             for _ in range(rng.choice((1, 1, 2, 4))):
-                self._command()
+                self.command()
         self.finished = True
 
     def _is_small(self) -> bool:
         events = self._kernel.events
         return events.total() - events["turn"] < EVENTS_MIN
 
-    def _command(self) -> None:
+    def command(self) -> None:
+        """One of its commands, any."""
         group, gate = self._west.group, self._west.gate
         if group is None or gate is None or not gate.open:
             return
         rng, oracle = self._rng, self._oracle
         disk = 0 if rng.random() < 0.8 else 1
         size = oracle.sizes[disk]
-        op = rng.choices(("write", "zero", "discard", "flush", "read"), (40, 4, 2, 6, 5))[0]
+        op = rng.choices(
+            ("write", "zero", "discard", "flush", "read"),
+            (40, 4, 2, 6, 12 if self.reads_beside else 5),
+        )[0]
         length = rng.choice((512, 1024, 4096, 4096, 4096, 8192, 512 * rng.randrange(1, 30)))
         offset = rng.randrange((size - length) // 512 + 1) * 512
         if rng.random() < 0.5:
@@ -92,6 +98,11 @@ class Guest:
             data = bytes(length)
         elif op in ("discard", "read") and oracle.busy(disk, offset, length):
             return
+        beside = None
+        if op == "read" and self.reads_beside:
+            beside = self._write_under_way()
+            if beside is not None:
+                disk, offset, length = beside.disk, beside.offset, beside.length
         if op == "discard" and not oracle.recorded:
             return  # what a view shows then is for its own tests
         if op != "read" and any(
@@ -99,7 +110,7 @@ class Guest:
         ):
             return
         flight = Flight(op, disk, offset, length, data, fua, None, 0, oracle.stamp)
-        flight.after = oracle.head
+        flight.after, flight.beside = oracle.head, beside
         try:
             if op == "write":
                 flight.pending = group.submit(op, disk, offset, data=data, fua=fua)
@@ -117,6 +128,25 @@ class Guest:
         oracle.sent(flight)
         if rng.random() < 0.7:
             self._west.kick()
+
+    def _write_under_way(self) -> Flight | None:
+        """One that nothing else in flight overlaps, and whose result shows that it is done."""
+        oracle = self._oracle
+        for flight in oracle.flights:
+            if flight.op != "write" or flight.lost or flight.unsure:
+                continue
+            at, end = flight.offset, flight.offset + flight.length
+            others = (
+                one is not flight
+                and one.disk == flight.disk
+                and one.op != "flush"
+                and one.offset < end
+                and at < one.offset + one.length
+                for one in oracle.flights
+            )
+            if not any(others) and oracle.model[flight.disk][at:end] != flight.data:
+                return flight
+        return None
 
     def answers(self) -> None:
         """What was answered since the filter's last turn, in the order of sending."""

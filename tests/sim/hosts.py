@@ -26,7 +26,7 @@ from vrep import groups, rotate
 from vrep._core.seal import Sealer
 from vrep.app import filter_cuts, filterd, host_lanes, hosted
 from vrep.errors import VrepError
-from vrep.groups import GroupDirectory
+from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.keys.datakey import DataKey
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
@@ -44,6 +44,7 @@ from vrep.target import lease as target_lease
 from vrep.target import session as target_session
 from vrep.target.manifest import EpochEntry
 from vrep.target.store import GroupStore
+from vrep.wire import messages as m
 from vrep.wire import protocol
 
 if TYPE_CHECKING:
@@ -286,12 +287,31 @@ cut_hold, cut_release = filter_cuts.cut_hold, filter_cuts.cut_release
 def hold_now(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.0) -> list[int]:
     """`cut_hold` for another host, which says when they may go on."""
     for group in groups:
+        group.site.at_cut()
+    kernel.sleep(_late_s(kernel))
+    for group in groups:
         group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
     seqs = list(cut_hold(groups, cut_id, limit_ms))
     for group in groups:
-        group.site.look()
+        group.site.holds(limit_ms)
     kernel.event("hold for another host")
+    kernel.sleep(kernel.rng.random() * 0.001)
     return seqs
+
+
+def release_now(kernel: Kernel, groups: Any, cut_id: bytes) -> None:
+    """`cut_release` for another host, which hears late of it."""
+    try:
+        cut_release(groups, cut_id)
+    finally:
+        for group in groups:
+            group.site.after_turn()  # what was held is answered
+        kernel.sleep(_late_s(kernel))
+
+
+def _late_s(kernel: Kernel) -> float:
+    """How late a thread is now and then; a hold takes 10 ms at the most."""
+    return kernel.rng.random() * (0.016 if kernel.rng.random() < 0.3 else 0.003)
 
 
 def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.0) -> list[int]:
@@ -300,10 +320,12 @@ def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.
     failure: Exception | None = None
     try:
         for group in groups:
+            group.site.at_cut()
+            kernel.sleep(_late_s(kernel))
             group.set_time(kernel.now_ns, kernel.now_ns + kernel.wall_ahead_ns)
             seqs += cut_hold([group], cut_id, limit_ms)
-            group.site.look()
-            kernel.sleep(kernel.rng.random() * 0.007)
+            group.site.holds(limit_ms)
+        kernel.sleep(_late_s(kernel))
     except VrepError as error:
         failure = error
         failure.lane = len(seqs)  # type: ignore[attr-defined]
@@ -314,6 +336,7 @@ def cut_slowly(kernel: Kernel, groups: Any, cut_id: bytes, limit_ms: float = 10.
             if failure is None:
                 failure = error
                 failure.lane = number  # type: ignore[attr-defined]
+        group.site.after_turn()  # what was held is answered
         kernel.sleep(kernel.rng.random() * 0.001)
     if failure is not None:
         raise failure
@@ -337,11 +360,15 @@ def small_world(kernel: Kernel) -> Iterator[None]:
     fold, merge = upkeep.fold_segments, upkeep.runs.merge_units
     take_lock, take_view = target_lease._take_lock, view.ViewDirectory.take_lock
     write_atomic, asked = groups.write_atomic, halts._Asked
+    load = groups.GroupDirectory.load
+    definitions: dict[str, tuple[tuple[int, ...], GroupDefinition]] = {}
 
     def sent(self: protocol.Connection, message: Any, channel: int = 0) -> bytes:
         data = send(self, message, channel)
         process = _caller(kernel)
         if process is not None:
+            if isinstance(message, m.OpenGroup):
+                lane_of[self] = message.lanes[0].lane
             oracles = process.names["oracles"]
             oracles.get(lane_of.get(self), next(iter(oracles.values()))).said(message)
         return data
@@ -372,9 +399,23 @@ def small_world(kernel: Kernel) -> Iterator[None]:
             if host is not None and host.full:
                 kernel.event("no room at a source")
                 raise OSError(errno.ENOSPC, "No space left on device")
+        definitions.pop(str(args[0]), None)
         write_atomic(*args, **options)
         if process is not None:
             process.burn()
+
+    def loaded(self: GroupDirectory, name: str) -> GroupDefinition:
+        """What is asked for all the time is read when it was written."""
+        path = f"{self.root}/{name}/group.json"
+        try:
+            found = os.stat(path)  # noqa: PTH116 - it is called a thousand times in a world
+        except OSError:
+            return load(self, name)
+        stamp = (found.st_ino, found.st_mtime_ns, found.st_size)
+        known = definitions.get(path)
+        if known is None or known[0] != stamp:
+            known = definitions[path] = (stamp, load(self, name))
+        return known[1]
 
     def locked(path: Path) -> int:
         return int(names("descriptors").add(take_lock(path)))
@@ -403,6 +444,7 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(source_daemon, Cutter=cutter)
         put(filter_cuts, cut_all=functools.partial(cut_slowly, kernel))
         put(filter_cuts, cut_hold=functools.partial(hold_now, kernel))
+        put(filter_cuts, cut_release=functools.partial(release_now, kernel))
         put(host_lanes, ControlClient=client, SiteIdentity=identity)
         put(source_hosts, connect=called("connect"))
         put(source_attach, RingReader=called("RingReader"))
@@ -426,6 +468,7 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(target_epochs, ControlClient=client)
         put(target_epochs, GroupStore=types.SimpleNamespace(open=called("open_store")))
         put(groups, write_atomic=written)
+        put(groups.GroupDirectory, load=loaded)
         put(view, ControlClient=client, ViewProcess=called("ViewProcess"), os=here)
         put(view, write_atomic=written)
         put(view.ViewDirectory, take_lock=view_locked)

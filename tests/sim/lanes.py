@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from cuts import LANES, Cuts
 from facts import Epoch
 from guest import Guest
 from hosts import DATA_KEY, EAST, GROUP, GROUP_ID, KEY, NORTH, WEST, Host
-from kernel import NS, Kernel, Process, Violation
+from kernel import NS, Kernel, Process, Task, Violation
 from net import Network
 from oracle import Oracle
 from plan import Plan
-from recoveries import compare
 from sites import (
     SourceSite,
     TargetSite,
@@ -36,14 +36,18 @@ from sites import (
 from vrep.errors import VrepError
 from vrep.keys.datakey import DataKey
 from vrep.lanes import lane_id
-from vrep.recovery.cuts import Cut, LaneSet, find_lanes
 from vrep.target.manifest import Position
 
-LANES: Final = 2
 HEAL_S: Final = 900.0
-CUT_EVERY_S: Final = 0.04
+CUT_EVERY_S: Final = 0.08
 WRITE_S: Final = 0.003
 """between two writes of a guest: some stand beside each cut"""
+LAST_MAX: Final = 2
+LAST_WRITES: Final = 60
+CALM: Final = 0.6
+"""of the cuts beside which no guest is in a hurry"""
+BESIDE_NS: Final = 24_000_000
+"""and for how long, at most, beside the others: some of it is before, some behind"""
 FAULTS: Final = {
     "kill source": 3,
     "kill filter": 3,
@@ -63,6 +67,7 @@ FAULTS: Final = {
 }
 BETWEEN: Final = {"away": 3, "apart": 3, "kill peer": 2}
 """and these, when lanes are of two hosts"""
+AWAY_S: Final = 8.0
 GONE_S: Final = 2.0
 """then cuts are made without a host"""
 
@@ -77,7 +82,8 @@ class LaneWorld:
         for name in ("west", "north", "east"):
             (root / name).mkdir()
             shutil.copytree(keys, root / name / "keys")
-        plan = self.plan = dataclasses.replace(plan, write_s=WRITE_S)
+        window_s = self.rng.choice((0, 1, 1, 2))
+        plan = self.plan = dataclasses.replace(plan, write_s=WRITE_S, window_s=window_s)
         numbers = tuple(range(LANES))
         west = Host(self.kernel, root / "west", network, WEST, EAST, plan, (NORTH,))
         self.east = Host(self.kernel, root / "east", network, EAST, WEST, plan, (NORTH,))
@@ -111,15 +117,17 @@ class LaneWorld:
             TargetSite(self.east, oracle, plan, lane_id(GROUP_ID, lane))
             for lane, oracle in enumerate(self.oracles)
         ]
+        self.cuts = Cuts(self.kernel, self.east, self.sites, self.oracles, self.targets)
         self.over = False
-        self.offered = False
-        """a cut of all lanes was"""
+        self._stirred: list[Task] = []
+        """who waits until a cut begins"""
         self.guests = [
             Guest(self.kernel, plan, oracle, site, lambda: self.over)
             for oracle, site in zip(self.oracles, self.sites, strict=True)
         ]
         for lane, site in enumerate(self.sites):
-            site.after_turn = self.guests[lane].answers
+            site.after_turn, site.at_cut = self.guests[lane].answers, self._stir
+            self.guests[lane].reads_beside = True
             shared = tuple((n, host.identity.site_id) for n, host in enumerate(hosts))
             site.prepare(
                 lane_key(lane).wrap(west.keys.get(KEY)), numbers, shared if plan.hosts else ()
@@ -138,6 +146,8 @@ class LaneWorld:
         for guest in self.guests:
             run = functools.partial(self._write, guest)
             self.kernel.spawn(self.kernel.outside, run, "guest")
+            run = functools.partial(self._write_beside, guest)
+            self.kernel.spawn(self.kernel.outside, run, "guest:cut")
         self.kernel.spawn(self.kernel.outside, self._break, "chaos")
 
     def _start_machine(self, machine: list[SourceSite]) -> None:
@@ -154,6 +164,20 @@ class LaneWorld:
         self.kernel.wait_until(self._can_be_cut, 20.0)
         guest.run(self.plan.writes)
 
+    def _stir(self) -> None:
+        self.kernel.wake_all(self._stirred)
+
+    def _write_beside(self, guest: Guest) -> None:
+        """While a cut is made, as quickly as answers come: what it holds and what it does not."""
+        kernel, rng = self.kernel, self.rng
+        while not guest.finished:
+            if not kernel.block(self._stirred, 1.0) or rng.random() < CALM or self.over:
+                continue
+            until_ns = kernel.now_ns + int(rng.random() * BESIDE_NS)
+            while kernel.now_ns < until_ns and not guest.finished:
+                guest.command()
+                kernel.sleep(rng.random() * 0.003)
+
     def _can_be_cut(self) -> bool:
         groups = [site.group for site in self.sites]
         return all(group is not None and not group.status()["gap"] for group in groups)
@@ -163,7 +187,7 @@ class LaneWorld:
         pause_s = 0.2 + self.plan.writes * self.plan.write_s / 8
         faults = ["power target", "kill filter", "cut"]
         if self.plan.hosts:
-            faults.append(self.rng.choice(("away", "apart")))
+            faults += [self.rng.choice(("away", "apart")), "lost marks"]
         known = FAULTS | (BETWEEN if self.plan.hosts else {})
         faults += self.rng.choices(list(known), list(known.values()), k=self.rng.randrange(3, 7))
         self.rng.shuffle(faults)
@@ -207,16 +231,36 @@ class LaneWorld:
         self.kernel.wait_until(lambda: all(site.group for site in machine), 10.0)
 
     def _power_source(self) -> None:
-        self._fail_host(self.rng.random() * 2)
+        self._fail_host(self._machine(), self.rng.random() * 2)
+
+    def _lost_marks(self) -> None:
+        """A host loses its power with marks of cuts that went nowhere else: mostly the one that
+        does not make them, so that who made them may believe in them still."""
+        self.kernel.event("marks lost with a host")
+        machine = self.machines[1] if self.rng.random() < 0.7 else self._machine()
+        self.kernel.wait_until(self._can_be_cut, 20.0)
+        self._cut_that_is_not_shipped()
+        self._fail_host(machine, self.rng.random() * 5)
 
     def _away(self) -> None:
-        """A host is gone for so long that cuts are made without it."""
+        """A host is gone for so long that cuts are made without it, and the window of what is
+        written meanwhile at the other one would go past the newest cut of both."""
         self.kernel.event("host away")
-        self._fail_host(GONE_S + self.rng.random() * 4)
+        over: list[int] = []
 
-    def _fail_host(self, away_s: float) -> None:
+        def write() -> None:
+            while not over:
+                for guest in self.guests:
+                    guest.command()
+                self.kernel.sleep(self.rng.random() * 0.1)
+
+        self.kernel.spawn(self.kernel.outside, write, "guest:alone")
+        self._fail_host(self._machine(), GONE_S + self.rng.random() * AWAY_S)
+        self.cuts.verify(0)
+        over.append(1)
+
+    def _fail_host(self, machine: list[SourceSite], away_s: float) -> None:
         """One loses its power, and has it again later."""
-        machine = self._machine()
         torn = [site.lose_power() for site in machine]
         peer = self.peers.get(machine[0].host)
         if peer is not None:
@@ -227,8 +271,24 @@ class LaneWorld:
         for site in machine:
             site.oracle.source_came_back(True, site.content)
         self.kernel.sleep(away_s)
+        self.cuts.verify(0)
         self._start_machine(machine)
         self.kernel.wait_until(lambda: all(site.group for site in machine), 10.0)
+
+    def _cut_that_is_not_shipped(self) -> None:
+        """Its marks are in the rings when the power goes, and nowhere else."""
+        until_ns = self.kernel.now_ns + int(self.rng.random() * NS)
+        self.network.hung_until_ns = max(self.network.hung_until_ns, until_ns)
+        made = self._made()
+        for _ in range(LAST_WRITES):
+            if self._made() > made:
+                break
+            self.rng.choice(self.guests).command()
+            self.kernel.sleep(self.rng.random() * 0.01)
+
+    def _made(self) -> int:
+        """So many cuts were completed."""
+        return sum(len(site.completed) for site in self.sites)
 
     def _kill_peer(self) -> None:
         """What answers the other host."""
@@ -319,7 +379,7 @@ class LaneWorld:
             self.kernel.note(f"no checkpoint: {error}")
 
     def _verify(self) -> None:
-        self.verify(1)
+        self.cuts.verify(1)
 
     # ---- what must hold ---------------------------------------------------------------
 
@@ -339,6 +399,28 @@ class LaneWorld:
             process.fuse = -1
             if process.dead:
                 start()
+        self._require_whole()
+        for _ in range(self.rng.randrange(LAST_MAX + 1)):
+            self._say_more()
+            self._require_whole()
+        if not self.cuts.verify(3):
+            raise Violation("8: all is whole, and no cut has all of it")
+
+    def _say_more(self) -> None:
+        """All are silent after a cut beside which they wrote: that is in another one."""
+        kernel, rng = self.kernel, self.rng
+        made = self._made()
+        for _ in range(LAST_WRITES):
+            if self._made() > made:
+                break
+            rng.choice(self.guests).command()
+            kernel.sleep(rng.random() * 0.002)
+        if rng.random() < 0.5:
+            kernel.sleep(rng.random() * 0.002)
+            rng.choice(self.guests).command()
+
+    def _require_whole(self) -> None:
+        """Each lane is, and a cut has all of it."""
         if not self.kernel.wait_until(self._whole, HEAL_S, look_s=0.2):
             raise Violation("9: the lanes do not become whole again")
         for site, oracle in zip(self.sites, self.oracles, strict=True):
@@ -349,11 +431,10 @@ class LaneWorld:
                 if not site.content(disk) == oracle.model[disk] == image.read(disk):
                     raise Violation(f"2: disk {disk} of {site.name} differs")
         for _ in range(100):  # void ones leave marks, too
-            if self.verify(0):
-                break
+            if self.cuts.verify(0):
+                return
             self.kernel.sleep(0.5)
-        if not self.verify(3):
-            raise Violation("8: all is whole, and no cut has all of it")
+        raise Violation("8: all is whole, and no cut has all of it")
 
     def _whole(self) -> bool:
         for site, target, oracle in zip(self.sites, self.targets, self.oracles, strict=True):
@@ -366,86 +447,6 @@ class LaneWorld:
             if store.durable.seq != status["head"]:
                 return False
         return True
-
-    def verify(self, count: int) -> bool:
-        """The cuts that are offered, and the disks at some of them; whether the newest holds all
-        that was written."""
-        if any(t.store is None or t.process.dead or not t.store.durable.seq for t in self.targets):
-            return False
-        current = self.kernel.current
-        self.kernel.current = None  # a recovery is another process: nothing happens meanwhile
-        try:
-            return self._verify_cuts(count)
-        finally:
-            self.kernel.current = current
-
-    def _verify_cuts(self, count: int) -> bool:
-        held = find_lanes(self.east.paths, GROUP)
-        if held is None or len(held.lanes) < LANES:
-            return False
-        with LaneSet(self.east.paths, held) as lanes:
-            cuts = lanes.cuts()
-            points = [
-                set(oracle.recoverable(lane.reader.durable))
-                for oracle, lane in zip(self.oracles, lanes.lanes, strict=True)
-            ]
-            for cut in cuts:
-                for position in cut.at:
-                    if position not in points[position.lane]:
-                        raise Violation(f"8: the cut {cut} has {position}, which is no point")
-                self._require_closed(cut)
-            horizons = {lane.number: lane.reader.manifest.horizon for lane in lanes.lanes}
-            self._require_offered(cuts, points, horizons)
-            whole = any(not cut.absent for cut in cuts)
-            if self.offered and not whole:
-                raise Violation("8: the window took the last cut of all lanes")
-            self.offered |= whole
-            if any(horizons.values()):
-                self.kernel.event("cuts in a window")
-            if any(cut.absent for cut in cuts):
-                self.kernel.event("cut without a host")
-            for cut in [self.rng.choice(cuts) for _ in range(count)] if cuts else ():
-                self.kernel.event("recovery at a cut")
-                for position in cut.at:
-                    lane = lanes.lane(position.lane)
-                    assert lane is not None
-                    image = self.oracles[position.lane].image(position)
-                    compare(lane.reader, lane.access, position, image)
-        self.kernel.event("cuts looked at")
-        return (
-            bool(cuts)
-            and not cuts[-1].absent
-            and all(
-                self.oracles[position.lane].newest_write <= position.seq for position in cuts[-1].at
-            )
-        )
-
-    def _require_closed(self, cut: Cut) -> None:
-        """No write in a cut was sent after another was answered that is not in it."""
-        ends = {position.lane: position.seq for position in cut.at}
-        sent = max((self.oracles[lane].last_sent(seq) for lane, seq in ends.items()), default=0)
-        for lane, seq in ends.items():
-            left = self.oracles[lane].answered_before(sent, after=seq)
-            if left:
-                raise Violation(f"8: the cut {cut} holds what depends on record {left} of {lane}")
-
-    def _require_offered(
-        self, cuts: list[Cut], points: list[set[Position]], horizons: dict[int, Position]
-    ) -> None:
-        """Every cut that was completed, and of which all is there."""
-        offered = {cut.cut_id for cut in cuts}
-        for site in self.sites:
-            for cut_id, at, seq in site.completed:
-                line = self.oracles[site.lane].history(self._durable(site.lane))
-                known = any(s == seq for _epoch, s, _kind in line)
-                whole = all(p in points[p[1]] and p >= horizons[p[1]] for p in at if p[2])
-                if known and whole and cut_id not in offered:
-                    raise Violation(f"8: a cut that was completed as record {seq} is not offered")
-
-    def _durable(self, lane: int) -> Position:
-        store = self.targets[lane].store
-        assert store is not None
-        return store.durable
 
 
 def lane_key(lane: int) -> DataKey:

@@ -88,6 +88,8 @@ class Oracle:
         """so many of the epochs stood in the store's manifest"""
         self.fenced = 0
         """records of an older epoch are not written any more"""
+        self.told_cut: Callable[[Position], None] = lambda _at: None
+        """the source says that a cut of all lanes is durable, whose mark here stands at a place"""
         self.acks = 0
         self.may_fail = False
         """requests to the source's disks failed"""
@@ -163,6 +165,13 @@ class Oracle:
         if flight.op == "flush":
             self.flushed[flight.disk] = max(self.flushed[flight.disk], flight.stamp)
             return
+        if flight.op == "read" and flight.beside is not None:
+            # Who reads what a write that is not answered put there has heard of it.
+            seq = flight.beside.seq
+            if seq and got == flight.beside.data:
+                self.answers.setdefault(seq, self.kernel.next_order())
+                self.kernel.event("heard by a read")
+            return
         if flight.op == "read":
             if got != self.model[flight.disk][at:end] and not flight.unsure:
                 raise Violation(f"4: a read of disk {flight.disk} at {at} shows other bytes")
@@ -173,7 +182,7 @@ class Oracle:
                 f"1: the {flight.op} of disk {flight.disk} at {at} was answered without a record"
             )
         if flight.seq:
-            self.answers[flight.seq] = self.kernel.next_order()
+            self.answers.setdefault(flight.seq, self.kernel.next_order())
         if flight.op == "discard" or flight.unsure:
             self.model[flight.disk][at:end] = source(flight.disk)[at:end]
         else:
@@ -445,6 +454,9 @@ class Oracle:
             if message.epoch.counter != self.current.number:
                 raise Violation(f"11: epoch {message.epoch.counter} was accepted")
             self.kernel.event("session")
+        elif isinstance(message, m.Status) and message.values.get("cut-seq"):
+            at = Position(message.values["cut-epoch"], self.lane, message.values["cut-seq"])
+            self.told_cut(at)
         elif isinstance(message, m.Refused) and message.code == "fenced":
             self.kernel.event("fenced")
 
@@ -534,7 +546,11 @@ class Oracle:
         if not point.epoch:
             return []
         limits = self.line(point)
-        return [entry for entry in self.ledger.taken if entry[1] <= limits.get(entry[0], 0)]
+        taken = self.ledger.taken
+        if len(self.epochs) == 1:
+            limit = limits[self.epochs[0].number]
+            return [entry for entry in taken if entry[1] <= limit]
+        return [entry for entry in taken if entry[1] <= limits.get(entry[0], 0)]
 
     def recoverable(self, point: Position) -> list[Position]:
         """Positions of the line of a point that lie in no gap, invariant 8; and that the order has

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from disks import SpillDisk, SpillOs, StoreDisk, StoreFiles, lose_sectors
 from hosts import EPOCH_ID, GROUP, GROUP_ID, KEY, Host, SimStore
-from kernel import Process, Task, Violation
+from kernel import NS, Process, Task, Violation
 
 from vrep._core.filter_driver import GroupDriver
 from vrep._core.ring import RingReader
@@ -114,6 +114,9 @@ class SourceSite:
         """a VM uses the disks"""
         self.after_turn: Callable[[], None] = lambda: None
         self.check_map: Callable[[], None] = lambda: None
+        self.at_cut: Callable[[], None] = lambda: None
+        self.hold_ends_ns = 0
+        """when the filter looks whether a hold is over"""
         self.completed: list[tuple[bytes, list[tuple[int, int, int]], int]] = []
         """cuts: id, marks and the seq of the record that completes each"""
         self._readers: list[RingReader] = []
@@ -226,9 +229,18 @@ class SourceSite:
         self.after_turn()
         if group.steps():
             return kernel.rng.random() * 0.002
-        return kernel.rng.random() * (
+        pause_s = kernel.rng.random() * (
             0.2 if self.oracle.flights or kernel.rng.random() < 0.5 else 1
         )
+        left_ns = self.hold_ends_ns - kernel.now_ns
+        return min(pause_s, left_ns / NS) if left_ns > 0 else pause_s
+
+    def holds(self, limit_ms: float) -> None:
+        """A cut begins: its lane holds for so long at the most."""
+        self.hold_ends_ns = self.kernel.now_ns + int(limit_ms * 1e6)
+        self.look()
+        self.kick()
+        self.at_cut()
 
     def look(self) -> None:
         """See what was published."""

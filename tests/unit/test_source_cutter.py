@@ -6,6 +6,7 @@ counts. Real ones are in `tests/e2e/test_hosts.py`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,32 @@ def test_a_cut_that_is_shipped_in_another_epoch_is_made_again(groups: GroupDirec
     assert made.tend()
     assert made.durable_at(0) == (0, 0)
     assert "cut_mark" in played.asked
+
+
+def test_a_mark_of_a_host_that_is_out_of_touch_is_not_durable(groups: GroupDirectory) -> None:
+    """It has marked, and said nothing since: its power may be lost, and the mark with it."""
+    played = Played()
+    played.durable = {1: 100}
+    made = cutter(groups, played)
+    made.tend()
+    made._hosts[SITES[1]].away = True  # type: ignore[attr-defined]
+    played.heads, played.durable = {0: 101, 1: 101, 2: 102}, {}
+    with contextlib.suppress(errors.AgainError):
+        made.tend()
+    assert made.durable_at(0) == (0, 0)
+    made._hosts[SITES[1]].away = False  # type: ignore[attr-defined]
+    made.tend()
+    assert made.durable_at(0) == (1, 100)
+
+
+def test_a_window_does_not_go_up_to_a_cut_without_a_host(groups: GroupDirectory) -> None:
+    played, now = Played(), [0.0]
+    made = cutter(groups, played, clock=lambda: now[0])
+    made._hosts[SITES[1]].away = True  # type: ignore[attr-defined]
+    for now[0] in (0.0, 10.0):
+        made.tend()
+    assert "cut_complete" in played.asked
+    played.heads = {0: 101, 1: 101, 2: 102}
+    made.tend()
+    assert made.view()["newest"] is not None
+    assert made.durable_at(0) == (0, 0)

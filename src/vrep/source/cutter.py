@@ -428,14 +428,11 @@ class Cutter:
 
     def _leads(self) -> bool:
         """Whether this site makes the cuts: no other that goes before it is in touch."""
-        rank = self._rank(self._site_id)
-        if not any(lane < rank for lane, _site in self._shared()):
+        shared = self._shared()
+        rank = _rank(shared, self._site_id)
+        if not any(lane < rank for lane, _site in shared):
             return True
         return self._clock() - self._led_s >= self._gone_s
-
-    def _rank(self, site: str) -> int:
-        """The lowest lane of a site; the lower, the sooner it leads."""
-        return min((lane for lane, whose in self._shared() if whose == site), default=0)
 
     def _tell(self) -> dict[str, Any]:
         """What another site is told whenever it is asked."""
@@ -460,7 +457,8 @@ class Cutter:
     ) -> dict[str, Any]:
         """Another site looks; whether it leads, and the newest cuts that it knows to be durable,
         of all lanes and of any. What the lanes here are like."""
-        if leads and self._rank(site) < self._rank(self._site_id):
+        shared = self._shared() if leads else ()
+        if leads and _rank(shared, site) < _rank(shared, self._site_id):
             self._led_s = self._clock()
             self._told_whole = tuple((int(e), int(n), int(s)) for e, n, s in whole)
             self._told_newest = newest
@@ -504,6 +502,11 @@ def _first_of_each_target(
     for name in lanes:
         found.setdefault(definitions[name].to_site, name)
     return list(found.values())
+
+
+def _rank(shared: Sequence[tuple[int, str]], site: str) -> int:
+    """The lowest lane of a site; the lower, the sooner it leads."""
+    return min((lane for lane, whose in shared if whose == site), default=0)
 
 
 def _shown(made: _Made | None) -> dict[str, Any] | None:
