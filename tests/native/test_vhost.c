@@ -103,11 +103,9 @@ static void a_driver_without_flush_gets_writes_that_are_durable(void)
 
 /* Headers, data and status cut anywhere, directly and in an indirect table, against a plain copy.
  */
-static void any_layout_of_segments(void)
+static void segments(void)
 {
     static uint8_t model[64 << 10];
-    begin();
-    connect_and_start(MONITOR_FEATURES, -1);
     memset(model, 0, sizeof model);
     for (int round = 0; round < 400; round++) {
         bool in = check_random_below(2), indirect = check_random_below(2);
@@ -155,6 +153,36 @@ static void any_layout_of_segments(void)
         else
             memcpy(model + first * 512, memory + 16, bytes);
     }
+}
+
+static void any_layout_of_segments(void)
+{
+    begin();
+    connect_and_start(MONITOR_FEATURES, -1);
+    segments();
+    end();
+}
+
+/* Regions that stand side by side are one memory for the guest. */
+static void segments_over_regions(void)
+{
+    struct vrep_vhost_regions regions = {.count = VREP_VHOST_REGIONS_MESSAGE};
+    int fds[VREP_VHOST_REGIONS_MESSAGE];
+    uint64_t from = 0, said;
+    begin();
+    connect_and_start(MONITOR_FEATURES, -1);
+    for (uint32_t i = 0; i < regions.count; i++) {
+        uint64_t end = i + 1 < regions.count ? DATA_AT + (i + 1) * 4096 : MEMORY_BYTES;
+        regions.region[i] =
+            (struct vrep_vhost_region){GUEST_AT + from, end - from, USER_AT + from, from};
+        fds[i] = m.memory_fd;
+        from = end;
+    }
+    monitor_send(&m, VREP_VHOST_SET_MEM_TABLE, VREP_VHOST_NEED_REPLY, &regions, sizeof regions, fds,
+                 regions.count);
+    CHECK_EQ(monitor_reply(&m, VREP_VHOST_SET_MEM_TABLE, &said, sizeof said), -1);
+    CHECK_EQ(said, 0);
+    segments();
     end();
 }
 
@@ -581,6 +609,7 @@ int main(void)
     RUN(errors_are_told);
     RUN(a_driver_without_flush_gets_writes_that_are_durable);
     RUN(any_layout_of_segments);
+    RUN(segments_over_regions);
     RUN(more_writes_than_there_is_memory_for);
     RUN(a_guest_is_interrupted_as_it_asks);
     RUN(bad_chains_break_their_queue_alone);

@@ -17,7 +17,8 @@
 #include "serve/vhost.h"
 #include "serve/vhost_protocol.h"
 
-#define VHOST_SEGMENTS_MAX (VREP_VIRTIO_SEGMENTS_MAX + 2u) /* with header and status */
+/* With header and status, and where memory goes on in another region. */
+#define VHOST_SEGMENTS_MAX (VREP_VIRTIO_SEGMENTS_MAX + 2u + VREP_VHOST_REGIONS_MAX)
 #define VHOST_REQUESTS 256u                                /* of a server, in flight */
 
 /* ---- vhost_memory.c --------------------------------------------------------------- */
@@ -54,7 +55,9 @@ void vhost_memory_hold(struct vhost_memory *memory);
 void vhost_memory_let(struct vhost_memory *memory);
 /* NULL unless all of it lies in one region. */
 uint8_t *vhost_guest(const struct vhost_memory *memory, uint64_t address, uint64_t bytes);
-/* The same for an address of the monitor. */
+/* The beginning of it, and how much of it lies in that region; NULL: it begins in none. */
+uint8_t *vhost_guest_part(const struct vhost_memory *memory, uint64_t address, uint64_t *bytes);
+/* The same as vhost_guest for an address of the monitor. */
 uint8_t *vhost_user(const struct vhost_memory *memory, uint64_t address, uint64_t bytes);
 int vhost_log_open(struct vhost_log *log, int fd, uint64_t offset, uint64_t bytes);
 void vhost_log_close(struct vhost_log *log);

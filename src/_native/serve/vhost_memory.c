@@ -126,15 +126,25 @@ struct vhost_memory *vhost_memory_without(const struct vhost_memory *memory,
     return NULL;
 }
 
-uint8_t *vhost_guest(const struct vhost_memory *memory, uint64_t address, uint64_t bytes)
+uint8_t *vhost_guest_part(const struct vhost_memory *memory, uint64_t address, uint64_t *bytes)
 {
     for (uint32_t i = 0; i < memory->count; i++) {
         const struct vhost_region *region = memory->region[i];
         uint64_t at = address - region->is.guest;
-        if (address >= region->is.guest && at < region->is.bytes && bytes <= region->is.bytes - at)
-            return region->at + at;
+        if (address < region->is.guest || at >= region->is.bytes)
+            continue;
+        if (*bytes > region->is.bytes - at)
+            *bytes = region->is.bytes - at;
+        return region->at + at;
     }
     return NULL;
+}
+
+uint8_t *vhost_guest(const struct vhost_memory *memory, uint64_t address, uint64_t bytes)
+{
+    uint64_t here = bytes;
+    uint8_t *at = vhost_guest_part(memory, address, &here);
+    return here == bytes ? at : NULL;
 }
 
 uint8_t *vhost_user(const struct vhost_memory *memory, uint64_t address, uint64_t bytes)

@@ -156,28 +156,32 @@ static struct vrep_vring_descriptor read_descriptor(const struct vrep_vring_desc
                                           le16toh(raw.flags), le16toh(raw.next)};
 }
 
+/* What is one piece for the guest may lie in several regions: modules of memory and nodes of a NUMA
+ * machine are regions of their own, and stand side by side. */
 static const char *add_segment(struct vhost_queue *queue, struct vhost_chain *chain,
                                const struct vrep_vring_descriptor *is)
 {
     bool writable = (is->flags & VREP_VRING_WRITE) != 0;
-    uint32_t at = chain->readable + chain->writable;
-    if (is->bytes == 0)
-        return NULL;
-    if (!writable && chain->writable > 0)
+    if (is->bytes > 0 && !writable && chain->writable > 0)
         return "what the device reads stands behind what it writes";
-    if (at == VHOST_SEGMENTS_MAX)
-        return "a request has too many segments";
-    uint8_t *memory = vhost_guest(queue->memory, is->address, is->bytes);
-    if (memory == NULL)
-        return "a descriptor points outside of the guest's memory";
-    chain->segment[at] = (struct iovec){memory, is->bytes};
-    chain->address[at] = is->address;
-    if (writable) {
-        chain->writable++;
-        chain->writable_bytes += is->bytes;
-    } else {
-        chain->readable++;
-        chain->readable_bytes += is->bytes;
+    for (uint64_t done = 0, bytes; done < is->bytes; done += bytes) {
+        uint32_t at = chain->readable + chain->writable;
+        uint64_t address = is->address + done;
+        if (at == VHOST_SEGMENTS_MAX)
+            return "a request has too many segments";
+        bytes = is->bytes - done;
+        uint8_t *memory = vhost_guest_part(queue->memory, address, &bytes);
+        if (memory == NULL)
+            return "a descriptor points outside of the guest's memory";
+        chain->segment[at] = (struct iovec){memory, bytes};
+        chain->address[at] = address;
+        if (writable) {
+            chain->writable++;
+            chain->writable_bytes += bytes;
+        } else {
+            chain->readable++;
+            chain->readable_bytes += bytes;
+        }
     }
     return NULL;
 }
