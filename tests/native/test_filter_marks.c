@@ -89,8 +89,14 @@ static void a_kill_does_not_forget_what_is_owed(void)
 static void what_could_not_be_stored_is_tried_again(void)
 {
     begin();
+    mark_one();
+    await_stored();
+    for (int i = 0; i < 50; i++) { /* nothing else asks for one any more */
+        usleep(2000);
+        vrep_group_poll(rig.group);
+    }
     arm("checkpoint.write:1:io");
-    mark_all();
+    mark_one();
     uint64_t errors = rig_status(&rig).errors;
     while (rig_status(&rig).errors == errors) {
         usleep(2000);
@@ -101,7 +107,7 @@ static void what_could_not_be_stored_is_tried_again(void)
     await_stored();
     rig_power_loss(&rig);
     rig_open(&rig);
-    CHECK_EQ(rig_status(&rig).unshipped_bytes, RIG_BYTES);
+    CHECK_EQ(rig_status(&rig).unshipped_bytes, RIG_BIT);
     rig_free(&rig);
 }
 
