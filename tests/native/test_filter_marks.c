@@ -20,7 +20,8 @@ static void begin(void)
 
 static void await_stored(void)
 {
-    while (rig_status(&rig).marks_unstored) {
+    for (int i = 0; rig_status(&rig).marks_unstored; i++) {
+        CHECK(i < 5000);
         usleep(2000);
         vrep_group_poll(rig.group);
     }

@@ -19,7 +19,7 @@
 
 /* With header and status, and where memory goes on in another region. */
 #define VHOST_SEGMENTS_MAX (VREP_VIRTIO_SEGMENTS_MAX + 2u + VREP_VHOST_REGIONS_MAX)
-#define VHOST_REQUESTS 256u                                /* of a server, in flight */
+#define VHOST_REQUESTS 256u /* of a server, in flight */
 
 /* ---- vhost_memory.c --------------------------------------------------------------- */
 
