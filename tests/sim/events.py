@@ -30,7 +30,13 @@ EVER: Final = (
     *("move", "failover start", "failover rollback", "failover commit", "reverse", "failback"),
     *("host power", "unsynced after a kill", "cuts in a window", "hold for another host"),
     *("fault full source", "host away", "hosts apart", "cut without a host"),
-    *("cut told durable", "heard by a read", "marks lost with a host"),
+    *(
+        "cut told durable",
+        "heard by a read",
+        "marks lost with a host",
+        "host power under a use",
+        "host power under a view",
+    ),
 )
 """what every run has at least once"""
 NOTHING: Final = ("turn",)

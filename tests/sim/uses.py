@@ -5,13 +5,15 @@ A command that is cut off is given again, until it has done its work: so vrep pr
 
 from __future__ import annotations
 
+import functools
 import shutil
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from hosts import GROUP, KEY
 from kernel import Kernel, Process, Violation
+from power import HostPower
 
 from vrep import rotate
 from vrep.errors import (
@@ -40,6 +42,9 @@ COMMAND_S: Final = 900.0
 TRIES: Final = 40
 OPERATIONS: Final = 30
 """within so many of its operations a command is killed, if it is"""
+DARK: Final = 0.2
+"""of the commands under which the host loses its power"""
+SECTOR: Final = 512
 
 
 def give(
@@ -106,6 +111,28 @@ class Uses:
         self._west = west
         self._east = east
         self._views = views
+        self._power = HostPower(east.host, views, east)
+
+    def _give(
+        self, name: str, run: Callable[[], Any], ends: tuple[type[VrepError], ...], cut_off: float
+    ) -> Any:
+        """A command at the site that stores; its host loses its power meanwhile, now and then."""
+        kernel, rng = self._kernel, self._rng
+        rest = [1] if rng.random() < DARK else []
+
+        def fail() -> None:
+            kernel.sleep(rng.random() * 0.05)
+            self._power.fail()
+            kernel.event("host power under a use")
+            rest.pop()
+
+        if rest:
+            kernel.spawn(kernel.outside, fail, "faults:power")
+        make = functools.partial(self._views.process, name.split()[0])
+        try:
+            return give(kernel, make, name, run, ends=ends, cut_off=cut_off)
+        finally:
+            kernel.wait_until(lambda: not rest, 1e6, look_s=0.1)
 
     # ---- points -----------------------------------------------------------------------
 
@@ -142,14 +169,7 @@ class Uses:
             export(paths, GROUP, f"pos:{point}", out)
 
         try:
-            give(
-                self._kernel,
-                lambda: self._views.process("export"),
-                "export",
-                run,
-                ends=(PointNotFoundError, GapError, NotFoundError),
-                cut_off=0.1,
-            )
+            self._give("export", run, (PointNotFoundError, GapError, NotFoundError), 0.1)
         except (PointNotFoundError, GapError, NotFoundError) as error:
             if not self.is_gone(point):
                 raise Violation(f"8: {point} cannot be exported: {error}") from None
@@ -173,13 +193,8 @@ class Uses:
         paths = self._east.paths
         gone = (PointNotFoundError, GapError, NotFoundError)
         try:
-            info = give(
-                self._kernel,
-                lambda: self._views.process("test"),
-                "test start",
-                lambda: start_test(paths, GROUP, f"pos:{point}"),
-                ends=gone,
-                cut_off=0.1,
+            info = self._give(
+                "test start", lambda: start_test(paths, GROUP, f"pos:{point}"), gone, 0.1
             )
         except gone as error:
             if not self.is_gone(point):
@@ -187,18 +202,19 @@ class Uses:
             return
         truth = [image.read(disk) for disk in range(len(image.sizes))]
         self._compare(info.id, point, truth)
-        self._write(info.id, truth)
-        if self._rng.random() < 0.7:
+        before = self._write(info.id, truth)
+        end = self._rng.random()
+        if end < 0.4:
             self._kernel.kill(self._views.machines[info.id].process)
             self._kernel.event("killed view")
-        self._compare(info.id, point, truth)
-        give(
-            self._kernel,
-            lambda: self._views.process("test"),
-            "test stop",
-            lambda: self._stop(info.id),
-            cut_off=0.2,
-        )
+            before = []
+        elif end < 0.7:
+            self._power.fail()
+            self._kernel.event("host power under a view")
+        else:
+            before = []
+        self._compare(info.id, point, truth, before)
+        self._give("test stop", lambda: self._stop(info.id), (), 0.2)
         self._kernel.event("view")
 
     def _stop(self, view_id: str) -> None:
@@ -215,7 +231,15 @@ class Uses:
             raise Violation(f"9: a view that died is not served again: {self._views.problems}")
         return machines[view_id]
 
-    def _compare(self, view_id: str, point: Position, truth: list[bytearray]) -> None:
+    def _compare(
+        self,
+        view_id: str,
+        point: Position,
+        truth: list[bytearray],
+        before: Sequence[Sequence[bytes]] = (),
+    ) -> None:
+        """A view's disks with what they must hold. `before`: what they held earlier, to which any
+        sector may have gone back since it was never flushed."""
         for disk, data in enumerate(truth):
             got = b""
             for _ in range(TRIES):
@@ -224,18 +248,24 @@ class Uses:
                     break
                 except GoneError:
                     continue
-            if got != data:
-                at = next((i for i in range(len(data)) if got[i : i + 1] != data[i : i + 1]), -1)
-                raise Violation(f"8: a view of disk {disk} at {point} differs from byte {at} on")
+            for at in range(0, max(len(got), len(data)), SECTOR):
+                sector = slice(at, at + SECTOR)
+                held = [data[sector], *(disks[disk][sector] for disks in before)]
+                if got[sector] not in held:
+                    raise Violation(f"8: a view of disk {disk} at {point} differs at {at}")
 
-    def _write(self, view_id: str, truth: list[bytearray]) -> None:
+    def _write(self, view_id: str, truth: list[bytearray]) -> list[list[bytes]]:
+        """Write here and there; what the disks held before each."""
+        before: list[list[bytes]] = []
         for _ in range(self._rng.randrange(6)):
+            before.append([bytes(data) for data in truth])
             disk = self._rng.randrange(len(truth))
             length = 512 * self._rng.randrange(1, 20)
             offset = 512 * self._rng.randrange((len(truth[disk]) - length) // 512 + 1)
             data = self._rng.randbytes(length)
             self._served(view_id).ask("write", disk, offset, length, data)
             truth[disk][offset : offset + length] = data
+        return before
 
     # ---- keys ---------------------------------------------------------------------------
 
