@@ -391,6 +391,8 @@ def _state(
         if int(filtered["gap_seq"]) <= 1:
             return "initial-sync"
         return "resync" if int(filtered["unshipped_bytes"]) else "gap"
+    if not int(filtered["durable"]):  # all is sent, and nothing of it is held
+        return "initial-sync"
     if session.get("spill") and session["spill"]["bytes"]:
         return "spilling"
     return "replicating"

@@ -38,6 +38,11 @@ def replicating(
         state = status["state"]
         if state == "replicating":
             return
+        if state == "initial-sync" and "target-full" in status["conditions"]:
+            raise errors.StoreFullError(
+                f"{status['targets'][0]['site']} has no room for {group!r}, which cannot be "
+                "recovered before there is: 'vrep status' there says how much it wants"
+            )
         if state == "error":
             raise errors.VrepError(f"{group}: {status['error'] or 'not served'}")
         if state in ("paused", "failed-over"):

@@ -383,10 +383,12 @@ def test_a_full_disk_is_told_and_passes(world: World, monkeypatch: pytest.Monkey
         client.take()
     assert client.ack.durable_seq == 1
     assert world.status()["conditions"] == ["target-full"]
+    assert "0 bytes are free" in world.status()["error"]
     monkeypatch.undo()
     client.wait(2)
     while client.ack.conditions:
         client.take()
+    assert world.status()["error"] == ""
 
 
 def test_a_failover_does_not_wait_for_a_full_disk(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from vrep.advice import advice
 from vrep.app.cli_common import Directory, Json, site_of
 from vrep.app.cli_output import age_text, emit, print_json, size_text, table
 
@@ -64,6 +65,9 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     if not group["targets"]:  # its definition cannot be read
         return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-", "-", "-")
     target = group["targets"][0]
+    if "filter" in group and group["filter"] is None:  # who would know does not answer
+        session = (str(target["site"]), *("-",) * 3, str(group["clients"] or "-"), "-")
+        return (name, state, conditions, *session, _newest(target), "-")
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
         state = f"{state} {done:.0f} %"
@@ -88,7 +92,7 @@ def text_of(status: Mapping[str, Any]) -> str:
     rows = [row(name, group) for name, group in status["groups"].items()]
     lines = [f"site {status['site']['name']}"]
     if down:
-        lines[0] += f"; not running here: {', '.join(down)}"
+        lines[0] += f"; not running here, or hanging: {', '.join(down)}"
     lines.append(table(HEADINGS, rows, "no group is protected or held here"))
     for name, group in status["groups"].items():
         if group.get("error"):
@@ -98,6 +102,7 @@ def text_of(status: Mapping[str, Any]) -> str:
             lines.append(f"{name}: {verdict['point']}: {verdict['state']}: {verdict['text']}")
         if group.get("unverified"):
             lines.append(f"{name}: unverified: {group['unverified']}")
+        lines += [f"{name}: {code}: {text}" for code, text in advice(name, group)]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ final: nothing of that commit is ever acknowledged, and the journal takes no mor
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -29,6 +30,8 @@ COMMIT_BYTES_EAGER: Final = 4 << 20
 IDLE_S: Final = 1.0
 RETRY_FIRST_S: Final = 0.1
 RETRY_MAX_S: Final = 5.0
+
+log = logging.getLogger("vrep.target")
 
 
 class Journal:
@@ -50,7 +53,9 @@ class Journal:
     ) -> None:
         self.failure: VrepError | None = None
         self.full = False
+        self.full_why = ""
         self.pending_bytes = 0
+        self._name = name
         self._commit = commit
         self._idle = idle
         self._changed = changed
@@ -173,8 +178,8 @@ class Journal:
         while True:
             try:
                 self._commit(batches)
-            except StoreFullError:
-                self._set_full(True)
+            except StoreFullError as error:
+                self._set_full(True, str(error))
                 with self._changes:
                     if self._changes.wait_for(lambda: self._closing, pause_s):
                         return False
@@ -189,7 +194,12 @@ class Journal:
                 self._changes.notify_all()
             return True
 
-    def _set_full(self, full: bool) -> None:
+    def _set_full(self, full: bool, why: str = "") -> None:
+        self.full_why = why
         if full != self.full:
             self.full = full
+            if full:
+                log.warning("group %s: nothing more is acknowledged: %s", self._name, why)
+            else:
+                log.warning("group %s: there is room again", self._name)
             self._changed()

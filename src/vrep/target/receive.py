@@ -573,7 +573,7 @@ class GroupHost:
             **store.status(),
             "state": state,
             "conditions": conditions,
-            "error": str(store.failure) if store.failure else "",
+            "error": str(store.failure) if store.failure else store.full_why,
             "epochs": [plain(entry) for entry in store.epochs],
             "source": source,
             "sessions": int(session is not None),

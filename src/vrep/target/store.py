@@ -322,6 +322,11 @@ class GroupStore:
         return self._journal.full
 
     @property
+    def full_why(self) -> str:
+        """What there is not enough of; empty while there is."""
+        return self._journal.full_why
+
+    @property
     def pending_bytes(self) -> int:
         return self._journal.pending_bytes
 
@@ -473,7 +478,10 @@ class GroupStore:
                 raise StoreFullError(f"the group's quota of {quota} bytes is used up")
             if not self._reserve.admit(self.group_id, room, need):
                 kept = self._reserve.kept(self.group_id)
-                raise StoreFullError(f"{room} bytes are free, {kept} kept")
+                raise StoreFullError(
+                    f"{room} bytes are free on the store's filesystem, of which {kept} are kept "
+                    "for recovery and for other groups (reserve_bytes, group_reserve_bytes)"
+                )
             end = self._write(batches)
         except OSError as error:
             if is_full(error):
