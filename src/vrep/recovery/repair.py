@@ -30,6 +30,7 @@ from vrep.paths import SitePaths
 from vrep.recovery.held import held_groups
 from vrep.recovery.rebuild import folded_builder, rebuild_manifest
 from vrep.recovery.resend import aside_directory, keep_sound
+from vrep.recovery.unreadable import require_readable
 from vrep.target import runs
 from vrep.target.files import Files
 from vrep.target.lease import Lease
@@ -201,8 +202,9 @@ def _records(path: Path, group_id: bytes, entry: Any) -> bytes:
 def _index_whole(path: Path, entry: Any) -> bool:
     try:
         runs.check_file(path, int(entry["file_bytes"]))
+        require_readable(path, int(entry["data_end"]))
         index = Index.open(path, verify=True)
-    except errors.IntegrityError:
+    except (errors.IntegrityError, OSError):
         return False
     return bool(index.digest == entry["index_digest"].tobytes())
 
@@ -211,6 +213,7 @@ def _run_whole(directory: Path, row: Any) -> bool:
     path = run_path(directory, int(row["run"]))
     try:
         runs.check_file(path, int(row["file_bytes"]))
+        require_readable(path)
         return bool(Index.open(path, verify=True).digest == row["index_digest"].tobytes())
     except (errors.IntegrityError, OSError):
         return False

@@ -29,6 +29,7 @@ from vrep._core.index import Index
 from vrep.durable import make_private_directory, sync_directory
 from vrep.paths import SitePaths
 from vrep.recovery.salvage import Salvage, Source, index_of
+from vrep.recovery.unreadable import read_sound
 from vrep.recovery.view import points_in_use
 from vrep.target import runs
 from vrep.target.files import Files
@@ -142,8 +143,7 @@ def _behind(
     """The segments from the first loss on, and the index of the one before them."""
 
     def index(row: Any) -> Index | None:
-        wanted = row["index_digest"].tobytes()
-        return index_of(entry_path(directory, row), int(row["file_bytes"]), wanted)
+        return index_of(entry_path(directory, row), row)
 
     rows = manifest.segments
     sources = [
@@ -183,10 +183,7 @@ def _require_unused(paths: SitePaths, group_id: bytes, manifest: Manifest, end: 
 
 def _front(path: Path, group_id: bytes, number: int) -> bytes:
     """The sound commits of a segment that was received; empty when there are none with records."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return b""
+    data = bytes(read_sound(path))
     end = sound_front(memoryview(data), group_id, number)
     if not end or not native.scan(data[:end], group_id, number)[0]["records"]:
         return b""

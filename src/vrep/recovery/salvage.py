@@ -12,13 +12,12 @@ None of it is a recovery point, so nothing depends on which records these are (d
 repair.md). It is the way of a base (`vrep.target.base`), with what the source had sealed before.
 
 A commit is sound when its own block says so: digest, count and place. A record is left out when the
-stream that sealed it is not known. Memory: 48 bytes for each record behind the loss. Sizes are
-bytes.
+stream that sealed it is not known. Memory: 48 bytes for each record behind the loss, and a
+segment. Sizes are bytes.
 """
 
 from __future__ import annotations
 
-import mmap
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ from vrep._core import layout, record
 from vrep._core import segment as native
 from vrep._core.index import ExtentMap, Index, IndexBuilder
 from vrep.checksum import CHECKSUM_BYTES, checksum32
+from vrep.recovery.unreadable import read_sound, require_readable
 from vrep.target.files import Files
 from vrep.target.lease import Lease
 from vrep.target.manifest import EpochEntry, Position
@@ -132,7 +132,7 @@ class Salvage:
         rows = self._manifest.segments
         last = Position.of(rows[-1]["last"]) if len(rows) else Position()
         for source in self._sources:
-            with _mapped(source.path) as data:
+            with _bytes_of(source.path) as data:
                 for _at, block in _blocks(data, self._group_id, source.number):
                     last = max(last, Position.of(block["last"]))
         return last
@@ -161,7 +161,7 @@ class Salvage:
     def _index(self, source: Source) -> Index | None:
         """Of what is sound in a segment."""
         builder = IndexBuilder(source.number, self._group_id)
-        with _mapped(source.path) as data:
+        with _bytes_of(source.path) as data:
             for part in self._stretches(source, data):
                 resume = int(part.headers[0]["seq"]) - 1
                 builder.add(self._stream_record(part.stream, resume), 0)
@@ -227,7 +227,7 @@ class Salvage:
         out = _Output(self._group_id, self._lease, after, number)
         try:
             for source in self._sources:
-                with _mapped(source.path) as data:
+                with _bytes_of(source.path) as data:
                     for part in self._stretches(source, data):
                         self._put(source.number, part, out)
                     out.flush()  # before the bytes go away
@@ -436,16 +436,9 @@ class _Output:
 
 
 @contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
-    """The bytes of a file; none when it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            room = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    except (OSError, ValueError):  # it is missing, or empty
-        yield memoryview(b"")
-        return
-    room.madvise(mmap.MADV_SEQUENTIAL)
-    yield memoryview(room)
+def _bytes_of(path: Path) -> Iterator[memoryview]:
+    """What can be read of a file."""
+    yield memoryview(read_sound(path))
 
 
 def _between(rows: Structs, after: Position, end: Position) -> NDArray[np.bool_]:
@@ -472,12 +465,14 @@ def _covered(indexes: Sequence[Index]) -> Iterator[tuple[int, int, int]]:
             yield disk, start, end
 
 
-def index_of(path: Path, file_bytes: int, wanted: bytes) -> Index | None:
-    """The index of a closed segment, if it is whole and the one that the manifest names."""
+def index_of(path: Path, entry: Any) -> Index | None:
+    """The index of a closed segment, if it is whole and the one that the manifest names, whatever
+    became of the records before it."""
     try:
-        if path.stat().st_size != file_bytes:
+        if path.stat().st_size != int(entry["file_bytes"]):
             return None
+        require_readable(path, int(entry["data_end"]))
         index = Index.open(path, verify=True)
     except (errors.IntegrityError, OSError):
         return None
-    return index if index.digest == wanted else None
+    return index if index.digest == entry["index_digest"].tobytes() else None
