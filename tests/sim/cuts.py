@@ -7,7 +7,7 @@ it, on whatever lane, so every cut that holds the one must hold the other.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from hosts import GROUP, Host
@@ -98,6 +98,34 @@ class Cuts:
                 self.oracles[position.lane].newest_write <= position.seq for position in cuts[-1].at
             )
         )
+
+    def any_whole(self) -> Cut | None:
+        """A cut of all lanes that is offered now."""
+        found: list[Cut] = []
+        self._look(lambda lanes: found.extend(c for c in lanes.cuts() if not c.absent))
+        return self.rng.choice(found) if found else None
+
+    def require_kept_from(self, cut: Cut) -> None:
+        """Each lane's history begins there, or later by its window; the cut may be gone by that."""
+
+        def check(lanes: LaneSet) -> None:
+            for lane in lanes.lanes:
+                at = cut.of(lane.number)
+                if at is None or lane.reader.manifest.horizon < at:
+                    raise Violation(f"8: lane {lane.number} was folded, and keeps more than {cut}")
+
+        self._look(check)
+
+    def _look(self, run: Callable[[LaneSet], None]) -> None:
+        """At the lanes as they are, if each has a store: another process does, at one moment."""
+        current, self.kernel.current = self.kernel.current, None
+        try:
+            held = find_lanes(self.host.paths, GROUP)
+            if held is not None and len(held.lanes) == LANES:
+                with LaneSet(self.host.paths, held) as lanes:
+                    run(lanes)
+        finally:
+            self.kernel.current = current
 
     def _require_closed(self, cut: Cut) -> None:
         """No write in a cut was sent after another was answered that is not in it."""

@@ -36,6 +36,7 @@ EVER: Final = (
         "marks lost with a host",
         "host power under a use",
         "host power under a view",
+        "fold of lanes",
     ),
 )
 """what every run has at least once"""

@@ -31,6 +31,7 @@ from vrep.keys.datakey import DataKey
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
 from vrep.recovery import export, failover, move, old_site, reverse, untaken, view
+from vrep.recovery import fold as recovery_fold
 from vrep.recovery import process as view_process
 from vrep.settings import Config, FilterConfig, NetworkConfig, SourceConfig, TargetConfig
 from vrep.source import attach as source_attach
@@ -474,6 +475,8 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(view.ViewDirectory, take_lock=view_locked)
         put(view_process, Group=called("Group"), Server=called("Server"), ControlServer=server)
         put(view_process, load_config=settings, os=here, _report=called("report"), signal=NoSignals)
+        opens = types.SimpleNamespace(open=called("open_store"))
+        put(recovery_fold, ControlClient=client, load_config=settings, GroupStore=opens)
         put(failover, ControlClient=client, ViewProcess=called("ViewProcess"))
         put(failover, SiteIdentity=identity)
         put(move, ViewProcess=called("ViewProcess"))

@@ -13,7 +13,7 @@ import errno
 import functools
 import shutil
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from cuts import LANES, Cuts
@@ -32,11 +32,15 @@ from sites import (
     start_source,
     start_target,
 )
+from uses import give
 
-from vrep.errors import VrepError
+from vrep.errors import PointNotFoundError, StateError, VrepError
 from vrep.keys.datakey import DataKey
 from vrep.lanes import lane_id
+from vrep.recovery.cuts import find_lanes
+from vrep.recovery.joined import fold
 from vrep.target.manifest import Position
+from vrep.target.store import GroupStore
 
 HEAL_S: Final = 900.0
 CUT_EVERY_S: Final = 0.08
@@ -58,6 +62,7 @@ FAULTS: Final = {
     "hang": 2,
     "down": 2,
     "mark": 4,
+    "fold": 3,
     "clock": 1,
     "verify": 2,
     "full target": 1,
@@ -377,6 +382,34 @@ class LaneWorld:
             self.kernel.event("checkpoint")
         except VrepError as error:
             self.kernel.note(f"no checkpoint: {error}")
+
+    def _fold(self) -> None:
+        """Keep the cuts from one of all lanes on, as an operator does: each lane is folded."""
+        cut = self.cuts.any_whole()
+        if cut is None:
+            return
+        held = find_lanes(self.east.paths, GROUP)
+        assert held is not None
+        run = functools.partial(fold, self.east.paths, held, cut.point)
+        ends = (PointNotFoundError, StateError)  # the window went past it
+        try:
+            give(self.kernel, self._command, "fold", run, ends=ends)
+        except ends as error:
+            self.kernel.note(f"no fold: {error}")
+            return
+        self.cuts.require_kept_from(cut)
+        self.kernel.event("fold of lanes")
+
+    def _command(self) -> Process:
+        """What an operator starts at the site that stores."""
+        process = self.east.process("command", self.oracles[0])
+
+        def open_store(stores: Any, group_id: bytes, **options: Any) -> GroupStore:
+            target = next(target for target in self.targets if target.group_id == group_id)
+            return target.open_store(process, stores, group_id, **options)
+
+        process.names["open_store"] = open_store
+        return process
 
     def _verify(self) -> None:
         self.cuts.verify(1)
