@@ -97,8 +97,9 @@ def test_lost_segments_cost_what_stood_behind_them(pair: Pair, rng: random.Rando
 def test_what_is_sound_behind_a_loss_is_not_sent_again(
     pair: Pair, rng: random.Random, place: str, killed: tuple[str, ...]
 ) -> None:
-    """One segment is gone, of the first sync or of later writes. The source compares all, and sends
-    what that segment held; it may be killed meanwhile, as may the target."""
+    """One segment is gone, of the first sync or of later writes, with its index: nobody knows what
+    it covered. The source compares all, and sends what that segment held; it may be killed
+    meanwhile, as may the target."""
     pair.images["root"].write_bytes(rng.randbytes(SIZE))
     pair.up()
     pair.settle()
@@ -112,6 +113,7 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     entry_path(pair.store, row).unlink()
     report = pair.b.repair(GROUP, resend=True)
     assert report.salvaged_bytes > SIZE // 4
+    assert report.compared_bytes is None
     if place == "first":
         assert pair.b.points(GROUP).ranges == []
     before = sent(pair)
@@ -124,6 +126,58 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     pair.settle()
     if "source" not in killed:
         assert sent(pair) - before <= int(row["data_bytes"]) * 1.05 + 65536
+    pair.same_as_source()
+    points = pair.b.points(GROUP)
+    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
+    assert not points.gaps[-1].open
+    with pytest.raises(errors.VrepError):
+        _export(pair, "early")
+    write_some(pair, rng, 5)
+    pair.a.checkpoint(GROUP, "late")
+    pair.settle()
+    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
+    pair.alive()
+
+
+@pytest.mark.parametrize("killed", [(), ("target", "source"), ("filter",)])
+def test_a_source_reads_what_was_lost_and_no_more(
+    pair: Pair, rng: random.Random, killed: tuple[str, ...]
+) -> None:
+    """A byte of a record flipped: its segment's index still says what the damaged commits covered.
+    Whoever is killed meanwhile, in the end the target has what the disks hold."""
+    pair.images["root"].write_bytes(rng.randbytes(SIZE))
+    pair.up()
+    pair.settle()
+    with pair.client() as client:
+        for unit in rng.sample(range(SIZE // 65536), 60):  # each once: none is superseded
+            client.write(unit * 65536, rng.randbytes(65536))
+    pair.a.checkpoint(GROUP, "early")
+    pair.settle()
+    pair.stop("target")
+    rows = load_newest(pair.store, pair.group_id).segments
+    row = rows[-1]
+    path = entry_path(pair.store, row)
+    data = bytearray(path.read_bytes())
+    data[int(row["data_end"]) // 2] ^= 1
+    path.write_bytes(data)
+    report = pair.b.repair(GROUP, resend=True)
+    lost = report.compared_bytes
+    assert lost is not None
+    assert 0 < lost < SIZE // 2
+    before = sent(pair)
+    if killed == ("filter",):
+        pair.kill(*killed)
+        pair.start(*killed)
+    pair.start("target")
+    if killed and killed != ("filter",):
+        wait_until("it is told", lambda: "history-lost" in pair.status()["conditions"])
+        pair.kill(*killed)
+        pair.start(*killed)
+    pair.settle()
+    if not killed:
+        target = pair.status()["targets"][0]
+        assert 0 < target["resync_bytes"] <= lost * 1.05
+        assert sent(pair) - before <= lost * 1.05 + 65536
     pair.same_as_source()
     points = pair.b.points(GROUP)
     assert (points.verdict.whole, points.verdict.sealed) == (True, True)

@@ -441,6 +441,17 @@ def presence() -> bytes:
     return checked(header) + bitmap(2, 1, 64, 99)
 
 
+def lost() -> bytes:
+    ranges = [one("LOST_RANGE", disk=disk, offset=offset, length=65536 * n)
+              for disk, offset, n in ((0, 65536, 1), (0, 1 << 30, 3), (2, 0, 1))]  # fmt: skip
+    body = b"".join(each.tobytes() for each in ranges)
+    header = one(
+        "LOST_HEADER", magic=layout.LOST_MAGIC, version=layout.LOST_VERSION, group_id=GROUP_ID,
+        store_id=STORE_ID, at=position(102, epoch=3), ranges=len(ranges), digest=digest(body),
+    )  # fmt: skip
+    return checked(header) + body
+
+
 def verdict() -> bytes:
     body = json.dumps(VERDICT, separators=(",", ":")).encode()
     header = one(
@@ -470,6 +481,7 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "manifest": manifest,
     "manifest-2": lambda: manifest(2),
     "presence": presence,
+    "lost": lost,
 }
 # Any release reads them, and none writes the same bytes twice: zstd promises only the former, and
 # a signature has a random part.

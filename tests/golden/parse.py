@@ -11,6 +11,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import xxhash
@@ -162,6 +163,11 @@ VERDICT_HEADER = (
     "magic:I version:H header_bytes:H group_id:16s store_id:16s at:[position] wall_ns:Q"
     " body_bytes:I signature_bytes:I digest:16s reserved:36s checksum:I"
 )
+LOST_HEADER = (
+    "magic:I version:H flags:H group_id:16s store_id:16s at:[position] ranges:I reserved0:I "
+    "digest:16s reserved:44s checksum:I"
+)
+LOST_RANGE = "offset:Q length:Q disk:I reserved:I"
 
 INNER = {
     "position": POSITION,
@@ -661,6 +667,22 @@ def parse_presence(data: bytes) -> Fields:
     expect(header["words"] * 64 >= blocks, "presence: words")
     expect(at == 4096 and at + 8 * header["words"] <= len(data), "presence: size")
     return {"header": header, "blocks": set_bits(data, at, header["words"])}
+
+
+def parse_lost(data: bytes) -> Fields:
+    header, at = headed(LOST_HEADER, data, 0, b"VLST", "lost")
+    expect(at == 128 and header["flags"] in (0, 1), "lost: header")
+    expect(header["ranges"] <= (0 if header["flags"] else 1024), "lost: ranges")
+    expect(digest(data[at:]) == header["digest"], "lost: digest")
+    ranges = []
+    for _ in range(header["ranges"]):
+        row, at = read(LOST_RANGE, data, at)
+        ranges.append((row["disk"], row["offset"], row["length"]))
+        expect(row["length"] > 0 and row["reserved"] == 0, "lost: range")
+    expect(at == len(data), "lost: size")
+    for (disk, offset, length), (next_disk, next_offset, _) in pairwise(ranges):
+        expect((disk, offset + length) < (next_disk, next_offset), "lost: order")
+    return {"header": header, "ranges": ranges}
 
 
 def parse_verdict(data: bytes, key: ec.EllipticCurvePublicKey) -> Fields:

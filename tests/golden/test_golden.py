@@ -20,6 +20,7 @@ from vrep._core import layout, record, seal
 from vrep._core import segment as native
 from vrep.errors import IntegrityError
 from vrep.recovery import verdict
+from vrep.target import lost
 from vrep.target.manifest import Manifest, Position
 
 HERE = Path(__file__).parent
@@ -56,6 +57,7 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
     "manifest": parse.parse_manifest,
     "manifest-2": parse.parse_manifest,
     "presence": parse.parse_presence,
+    "lost": parse.parse_lost,
     "verdict": lambda data: parse.parse_verdict(data, VERDICT_KEY),
 }
 # structs that only memory of one process holds
@@ -189,6 +191,27 @@ def test_maps() -> None:
     assert parsed("presence")["blocks"] == [1, 64, 99]
 
 
+def test_lost() -> None:
+    got = parsed("lost")
+    assert got["ranges"] == [(0, 65536, 65536), (0, 1 << 30, 196608), (2, 0, 65536)]
+    said = (golden("lost"), build.GROUP_ID, build.STORE_ID)
+    at = Position(3, 0, 102)
+    assert lost.decode(*said, at) == got["ranges"]
+    assert lost.encode(build.GROUP_ID, build.STORE_ID, at, lost.decode(*said, at)) == said[0]
+    unknown = lost.encode(build.GROUP_ID, build.STORE_ID, at, None)
+    assert (parse.parse_lost(unknown)["header"]["flags"], len(unknown)) == (1, 128)
+    assert lost.decode(unknown, build.GROUP_ID, build.STORE_ID, at) is None
+    for other in [(said[0], b"x" * 16, said[2], at), (said[0], said[1], b"x" * 16, at),
+                  (*said, Position(3, 0, 101)), (*said, Position(2, 0, 102))]:  # fmt: skip
+        with pytest.raises(IntegrityError):
+            lost.decode(*other)
+    for place in range(len(said[0])):
+        bad = bytearray(said[0])
+        bad[place] ^= 1 << (place % 8)
+        with pytest.raises(IntegrityError):
+            lost.decode(bytes(bad), *said[1:], at)
+
+
 def test_the_older_slot_serves_when_the_newer_is_torn() -> None:
     intent, state = bytearray(golden("intent")), bytearray(golden("state"))
     intent[130] ^= 1
@@ -290,6 +313,7 @@ GUARDED = {
     "segment-folded": (0, None), "manifest-2": (0, None),
     "checkpoint": (0, None), "index": (0, None), "ring": (0, 512), "map": (0, 128),
     "presence": (0, 4096), "control": (0, 16), "verdict": (0, None),
+    "lost": (0, None),
 }  # fmt: skip
 
 

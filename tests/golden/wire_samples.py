@@ -135,6 +135,17 @@ MESSAGES: dict[str, tuple[int, m.Message]] = {
             compare=True,
         ),
     ),
+    "group_opened_lost": (
+        1,
+        m.GroupOpened(
+            epoch=_EPOCH,
+            lanes=[m.LaneState(durable=_POSITION, received=_POSITION)],
+            credit_bytes=64 << 20,
+            empty=False,
+            compare=True,
+            lost=[m.LostRange(disk=1, offset=1 << 40, length=65536)],
+        ),
+    ),
 }
 
 RECORDS = b"VEPR" + bytes(range(124))

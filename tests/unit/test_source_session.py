@@ -24,6 +24,7 @@ from vrep.settings import SourceConfig, load_config
 from vrep.source import daemon, holder, session, spiller
 from vrep.source.feed import Feed
 from vrep.source.holder import SealKeys
+from vrep.source.lost import ranges_lost
 from vrep.source.session import BACKOFF_MAX_S, GroupSession
 from vrep.source.ship import BUFFER_BYTES
 from vrep.source.spill import Spill
@@ -610,23 +611,69 @@ def test_the_keys_that_were_sent_are_noted_and_no_others(
     one.stop()
 
 
-@pytest.mark.parametrize("compare", [False, True])
+@pytest.mark.parametrize(
+    ("durable", "compare", "lost", "steps"),
+    [
+        (40, False, None, ["stored"]),
+        (40, True, None, ["all is unshipped", "spill cut at 0", "the ring is lost", "stored"]),
+        (
+            40,
+            True,
+            {0: [(65536, 4096)], 2: [(0, 512)]},
+            ["(0, [(65536, 4096)])", "(2, [(0, 512)])", "spill cut at 0", "the ring is lost",
+             "stored"],
+        ),
+        (40, True, {}, ["spill cut at 0", "the ring is lost", "stored"]),
+        # It does not hold all that it acknowledged, so it cannot know what is lost.
+        (
+            39,
+            True,
+            {0: [(65536, 4096)]},
+            ["spill cut at 0", "all is unshipped", "spill cut at 0", "the ring is lost", "stored"],
+        ),
+    ],
+)  # fmt: skip
 def test_what_was_spilled_never_follows_a_history_that_was_repaired(
-    paths: SitePaths, compare: bool
+    paths: SitePaths,
+    durable: int,
+    compare: bool,
+    lost: dict[int, list[tuple[int, int]]] | None,
+    steps: list[str],
 ) -> None:
     """A gap-end in it would end the gap of the repair. The target holds all that was acknowledged,
-    or says that it does not: then everything is unshipped before anything is let go of."""
+    or says that it does not: then what it lost is unshipped before anything is let go of, all of
+    it where that is not known; and it outlives a power loss before anything is sent."""
     done: list[str] = []
     hold, spill = mock.Mock(), mock.Mock(after=40, last=90)
     hold.reader = mock.Mock(head=100, released=60)
     hold.status.return_value = {"acknowledged": 40}
     hold.resync_all.side_effect = lambda: done.append("all is unshipped")
+    hold.compare.side_effect = lambda *what: done.append(str(what))
     hold.lose_ring.side_effect = lambda: done.append("the ring is lost")
-    hold.await_marks.side_effect = lambda _stopping: done.append("that is stored")
+    hold.await_marks.side_effect = lambda _stopping: done.append("stored")
     spill.cut.side_effect = lambda last: done.append(f"spill cut at {last}")
     feed = Feed(hold.reader, spill, None)
     one = make_session(paths)
-    one._settle(hold, feed, 40, compare=compare)
-    lost = ["all is unshipped", "spill cut at 0", "the ring is lost"] if compare else []
-    assert done == [*lost, "that is stored"]
+    one._settle(hold, feed, durable, compare=compare, lost=lost)
+    assert done == steps
     assert one.view.history_lost is compare
+    known = lost is not None and durable == 40
+    total = sum(size for parts in (lost or {}).values() for _at, size in parts)
+    assert one.view.lost_bytes == (total if known else None)
+
+
+def test_ranges_are_of_the_disks_as_they_are() -> None:
+    """One that was made smaller since has less to compare; of an unknown disk nothing is known."""
+    disks = (DiskDefinition("root", "file:a", 100, 0), DiskDefinition("data", "file:b", 50, 1))
+    definition = mock.Mock(disks=disks)
+
+    def said(*parts: tuple[int, int, int]) -> Any:
+        ranges = [m.LostRange(disk=d, offset=o, length=n) for d, o, n in parts]
+        return mock.Mock(lost=ranges)
+
+    now = {"disks": {"root": 90}}
+    parts = [(0, 0, 10), (0, 80, 1000), (0, 90, 5), (1, 40, 30)]
+    assert ranges_lost(said(*parts), definition, now) == {0: [(0, 10), (80, 10)], 1: [(40, 10)]}
+    assert ranges_lost(said(), definition, now) == {}
+    assert ranges_lost(said((2, 0, 1)), definition, now) is None
+    assert ranges_lost(mock.Mock(lost=m.UNSET), definition, now) is None

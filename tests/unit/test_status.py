@@ -340,14 +340,15 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
         "whole_in_s": 7.5,
     }
     full = {**SESSION, "spill": {**spill, "full": "no room"}}
-    for name in ("web", "full", "lost"):
+    for name in ("web", "full", "lost", "part"):
         rig.add(name)
     rig.run(
-        {"web": FILTERED, "full": FILTERED, "lost": FILTERED},
+        dict.fromkeys(("web", "full", "lost", "part"), FILTERED),
         {
             "web": {**SESSION, "spill": spill},
             "full": full,
-            "lost": {**SESSION, "history_lost": True},
+            "lost": {**SESSION, "history_lost": True, "lost_bytes": None},
+            "part": {**SESSION, "history_lost": True, "lost_bytes": 65536},
         },
     )
     groups = rig.site.status()["groups"]
@@ -358,4 +359,6 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
     assert (target["compared_bytes"], target["equal_bytes"], target["hash_bytes"]) == (4, 3, 23)
     assert target["comparing"]
     assert groups["full"]["conditions"] == ["spill-full"]
-    assert groups["lost"]["conditions"] == ["history-lost"]
+    assert groups["lost"]["conditions"] == groups["part"]["conditions"] == ["history-lost"]
+    lost = [groups[name]["targets"][0]["lost_bytes"] for name in ("web", "lost", "part")]
+    assert lost == [0, None, 65536]

@@ -800,6 +800,38 @@ struct vrep_presence_header {
 };
 VREP_LAYOUT(struct vrep_presence_header, 4096);
 
+/* ---- what a repair lost ---------------------------------------------------- */
+
+#define VREP_LOST_MAGIC 0x54534c56u /* "VLST" */
+#define VREP_LOST_VERSION 1u
+#define VREP_LOST_RANGES_MAX 1024u
+#define VREP_LOST_UNKNOWN 0x0001u /* no range is known: all of every disk, and none follows */
+/* File header, then `ranges` ranges: what a repair's history may show otherwise than it was. It
+ * counts for the history that ends with the repair's gap-begin at `at`, and for no other. */
+struct vrep_lost_header {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t flags; /* VREP_LOST_* */
+    uint8_t group_id[16];
+    uint8_t store_id[16];
+    struct vrep_position at; /* of the gap-begin with which the repair ends the history */
+    uint32_t ranges;
+    uint32_t reserved0;
+    uint8_t digest[16]; /* XXH3-128 of the ranges */
+    uint8_t reserved[44];
+    uint32_t checksum;
+};
+VREP_LAYOUT(struct vrep_lost_header, 128);
+
+/* Rising by disk and offset, apart, none empty. */
+struct vrep_lost_range {
+    uint64_t offset;
+    uint64_t length;
+    uint32_t disk;
+    uint32_t reserved;
+};
+VREP_LAYOUT(struct vrep_lost_range, 24);
+
 /* ---- verdict on a recovery point ------------------------------------------ */
 
 #define VREP_VERDICT_MAGIC 0x44525656u /* "VVRD" */

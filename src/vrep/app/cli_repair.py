@@ -46,7 +46,8 @@ def repair(
         lines += [
             f"kept: {points}, and {size_text(report.salvaged_bytes)} behind the loss to compare "
             f"with; the damaged files are at {report.set_aside}",
-            "no later point recovers before the source has sent again what differs",
+            "no later point recovers before the source has sent again what differs; it compares "
+            + ("all of its disks" if (size := report.compared_bytes) is None else size_text(size)),
         ]
     elif report.set_aside:
         lines.append(f"the store is at {report.set_aside}; the source sends everything again")

@@ -72,6 +72,9 @@ class RepairReport(msgspec.Struct, frozen=True):
     salvaged_bytes: int = 0
     """data behind the first loss that were kept: the source need not send them, if its disks still
     hold them"""
+    compared_bytes: int | None = None
+    """of its disks, that the source will read and compare; None: all, since what was lost is not
+    known, or nothing was"""
 
 
 def repair(
@@ -92,7 +95,7 @@ def repair(
     try:
         repaired: list[str] = []
         kept_to = aside = ""
-        salvaged = 0
+        salvaged, compared = 0, None
         try:
             lease = _loaded(paths, directory, group_id, lease, repaired)
             lost, first = _repair(directory, group_id, lease, repaired, anyway=resend)
@@ -106,7 +109,8 @@ def repair(
                 )
                 _forget_checks(paths, group_id)
                 kept_to = f"pos:{kept.end}" if kept.end.seq else ""
-                salvaged, aside = kept.salvaged_bytes, str(kept.aside)
+                salvaged, compared = kept.salvaged_bytes, kept.compared_bytes
+                aside = str(kept.aside)
         except errors.IntegrityError as error:  # the manifest: nothing says what there should be
             lost = [Lost("manifest", "", "", error.detail)]
         except OSError as error:
@@ -115,7 +119,7 @@ def repair(
             aside = _set_aside(paths, directory)
     finally:
         lease.close()
-    return RepairReport(name, group_id.hex(), repaired, lost, aside, kept_to, salvaged)
+    return RepairReport(name, group_id.hex(), repaired, lost, aside, kept_to, salvaged, compared)
 
 
 def _loaded(

@@ -34,6 +34,7 @@ from vrep.recovery.view import points_in_use
 from vrep.target import runs
 from vrep.target.files import Files
 from vrep.target.lease import Lease
+from vrep.target.lost import write_lost
 from vrep.target.manifest import Manifest, Position
 from vrep.target.segment import entry_path, index_tail, scan_tail, segment_path, write_footer
 
@@ -73,6 +74,8 @@ class Kept(NamedTuple):
     """data that the source need not send, if its disks still hold them"""
     aside: Path
     """where the rest is"""
+    compared_bytes: int | None
+    """of the disks, that the source compares; None: all"""
 
 
 def keep_sound(
@@ -113,7 +116,10 @@ def keep_sound(
     if path.exists():
         os.link(path, aside / path.name)
         sync_directory(aside)
-    made = salvage.write(end, manifest.next_segment) if told else manifest.segments[:0]
+    made, lost = manifest.segments[:0], None
+    if told:
+        made, lost = salvage.write(end, manifest.next_segment), salvage.lost(end)
+        write_lost(directory, group_id, manifest.store_id, salvage.end, lost)
     if front:
         stream = stream_before(first_lost)
         entry = _write_front(directory, group_id, number, front, stream, lease)
@@ -134,7 +140,7 @@ def keep_sound(
         _move(segment_path(directory, manifest.active_segment), aside)
     sync_directory(aside)
     sync_directory(directory)
-    return Kept(end, found, aside)
+    return Kept(end, found, aside, None if lost is None else sum(one.length for one in lost))
 
 
 def _behind(
@@ -147,7 +153,9 @@ def _behind(
 
     rows = manifest.segments
     sources = [
-        Source(entry_path(directory, row), int(row["segment"]), index(row))
+        Source(
+            entry_path(directory, row), int(row["segment"]), index(row), Position.of(row["last"])
+        )
         for row in rows[first_lost:]
     ]
     if manifest.active_segment:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,11 +32,12 @@ from vrep import errors
 from vrep._core import layout, record
 from vrep._core import segment as native
 from vrep._core.index import ExtentMap, Index, IndexBuilder
-from vrep.checksum import CHECKSUM_BYTES, checksum32
-from vrep.recovery.unreadable import read_sound, require_readable
+from vrep.recovery.known import Known, begins, blocks, bytes_of, covered, gap_begins_at
+from vrep.recovery.unreadable import require_readable
 from vrep.target.files import Files
 from vrep.target.lease import Lease
-from vrep.target.manifest import EpochEntry, Position
+from vrep.target.lost import Range, read_lost, united
+from vrep.target.manifest import NOWHERE, EpochEntry, Position
 from vrep.target.segment import Batch, SegmentId, SegmentWriter, digest, segment_path
 
 __all__ = ["Salvage", "Source", "index_of", "sound_commits"]
@@ -59,6 +59,8 @@ class Source:
     path: Path
     number: int
     index: Index | None
+    last: Position = NOWHERE
+    """of its records; seq 0: it was being appended to"""
 
 
 @dataclass(frozen=True)
@@ -74,26 +76,11 @@ class _Stretch:
     """of the whole segment"""
 
 
-def _blocks(data: memoryview, group_id: bytes, number: int) -> Iterator[tuple[int, Any]]:
-    """The commit blocks of a segment that are whole, and where they stand, whatever is between."""
-    steps = len(data) // _ALIGN
-    words = np.frombuffer(data[: steps * _ALIGN], "<u4").reshape(-1, _ALIGN // 4)
-    for step in np.flatnonzero(words[:, 0] == layout.COMMIT_MAGIC).tolist():
-        at = step * _ALIGN
-        raw = data[at : at + layout.COMMIT.itemsize]
-        if len(raw) < layout.COMMIT.itemsize:
-            return
-        block = np.frombuffer(raw, layout.COMMIT)[0]
-        same = int(block["segment"]) == number and block["group_id"].tobytes() == group_id
-        if same and checksum32(raw[:-CHECKSUM_BYTES]) == int(block["checksum"]):
-            yield at, block
-
-
 def sound_commits(data: memoryview, group_id: bytes, number: int) -> list[tuple[int, int]]:
     """Where the records of each commit begin and end whose own block agrees with them, in order,
     whatever stands before, between and behind them."""
     found, reach = [], 0
-    for at, block in _blocks(data, group_id, number):
+    for at, block in blocks(data, group_id, number):
         start, end = int(block["start"]), int(block["end"])
         if (
             reach <= start <= end <= at
@@ -124,6 +111,8 @@ class Salvage:
         self._line: dict[int, int] = {}
         self._streams: dict[int, Any] = {}
         """a stream of each epoch"""
+        self._kept: dict[int, list[int]] = {}
+        """seqs of the data records that were written, by epoch"""
         self._named = _named([before, *(source.index for source in sources)], self._epochs)
         self.end = self._last()
         """the last position of the history that is known, from a commit block or the manifest"""
@@ -132,8 +121,8 @@ class Salvage:
         rows = self._manifest.segments
         last = Position.of(rows[-1]["last"]) if len(rows) else Position()
         for source in self._sources:
-            with _bytes_of(source.path) as data:
-                for _at, block in _blocks(data, self._group_id, source.number):
+            with bytes_of(source.path) as data:
+                for _at, block in blocks(data, self._group_id, source.number):
                     last = max(last, Position.of(block["last"]))
         return last
 
@@ -145,7 +134,7 @@ class Salvage:
         extents = ExtentMap(indexes, self._line.items(), group_id=self._group_id)
         shown: dict[int, list[NDArray[np.uint32]]] = {}
         total = 0
-        for disk, start, end in _covered(indexes):
+        for disk, start, end in covered(indexes):
             found = extents.lookup(disk, start, end - start)
             found = found[found["kind"] == layout.KIND_WRITE]
             found = found[_between(found, after, self.end)]
@@ -161,7 +150,7 @@ class Salvage:
     def _index(self, source: Source) -> Index | None:
         """Of what is sound in a segment."""
         builder = IndexBuilder(source.number, self._group_id)
-        with _bytes_of(source.path) as data:
+        with bytes_of(source.path) as data:
             for part in self._stretches(source, data):
                 resume = int(part.headers[0]["seq"]) - 1
                 builder.add(self._stream_record(part.stream, resume), 0)
@@ -172,8 +161,7 @@ class Salvage:
     def _stretches(self, source: Source, data: memoryview) -> Iterator[_Stretch]:
         """The records of the sound commits of a segment whose stream is known."""
         known = _Streams(source.index, self._named)
-        begins, stream = self._begins(source, data)
-        reach = begins
+        reach, stream = self._begins(source, data)
         for start, end in sound_commits(data, self._group_id, source.number):
             if start != reach:
                 stream = None  # another one may have begun in what is lost
@@ -204,20 +192,45 @@ class Salvage:
 
     def _begins(self, source: Source, data: memoryview) -> tuple[int, Any]:
         """Where the commits of a segment begin, and the stream that is in force there."""
-        try:
-            header = native.parse_header(data[: layout.SEGMENT_HEADER.itemsize])
-        except errors.IntegrityError:
+        at = begins(data, source.number)
+        if not at:
             return 0, None
-        if int(header["segment"]) != source.number:
-            return 0, None
-        folded = int(header["flags"]) & layout.SEGMENT_FOLDED
-        begins = layout.SEGMENT_HEADER.itemsize + (layout.FOLD.itemsize if folded else 0)
-        return begins, self._named.get(header["stream_id"].tobytes())
+        header = native.parse_header(data[: layout.SEGMENT_HEADER.itemsize])
+        return at, self._named.get(header["stream_id"].tobytes())
 
     def _stream_record(self, stream: Any, resume: int) -> bytes:
         body = stream.copy()
         body["resume_seq"] = resume
         return record.stream_record(body, self._manifest.lane)
+
+    # ---- what is not there any more -----------------------------------------------------------
+
+    def lost(self, after: Position) -> list[Range] | None:
+        """Behind `write`: what of the disks the new history may show otherwise than the one of
+        before. None when that cannot be known."""
+        known = Known(self._manifest, self._lease.directory, self._group_id, self._fake)
+        indexes = known.indexes(self._sources)
+        if indexes is None:
+            return None
+        found = []
+        extents = ExtentMap(indexes, self._line.items(), group_id=self._group_id)
+        kept = {epoch: np.unique(seqs) for epoch, seqs in self._kept.items()}
+        for disk, start, end in covered(indexes):
+            rows = extents.lookup(disk, start, end - start)
+            rows = rows[(rows["kind"] != 0) & (_late(rows, after))]
+            for epoch, seqs in kept.items():
+                rows = rows[(rows["epoch"] != epoch) | ~np.isin(rows["seq"], seqs)]
+            found += [Range(disk, int(row["offset"]), int(row["length"])) for row in rows]
+        if not gap_begins_at(indexes, self.end):
+            return united(found)
+        # Perhaps an earlier repair's, of which the source does not know yet.
+        store_id = self._manifest.store_id
+        before = read_lost(self._lease.directory, self._group_id, store_id, self.end)
+        return united([*found, *before]) if before is not None else None
+
+    def _fake(self, epoch: int, resume: int) -> bytes:
+        """A STREAM record, for an index of which nobody asks what sealed a record."""
+        return self._stream_record(self._any_stream(epoch), resume)
 
     # ---- writing ---------------------------------------------------------------------------
 
@@ -227,7 +240,7 @@ class Salvage:
         out = _Output(self._group_id, self._lease, after, number)
         try:
             for source in self._sources:
-                with _bytes_of(source.path) as data:
+                with bytes_of(source.path) as data:
                     for part in self._stretches(source, data):
                         self._put(source.number, part, out)
                     out.flush()  # before the bytes go away
@@ -258,6 +271,7 @@ class Salvage:
                 out.gap(seq - 1, wall_ns)
             if seq == out.at.seq + 1:
                 out.put(part.data[int(part.starts[at]) : int(ends[at])], seq, wall_ns)
+                self._kept.setdefault(epoch, []).append(seq)
 
     def _reach(self, out: _Output, epoch: int, wall_ns: int) -> None:
         """Go on with a later epoch: one that was left goes up to the place where it was left."""
@@ -435,34 +449,20 @@ class _Output:
             path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _bytes_of(path: Path) -> Iterator[memoryview]:
-    """What can be read of a file."""
-    yield memoryview(read_sound(path))
+def _late(rows: Structs, after: Position) -> NDArray[np.bool_]:
+    """Which of some extents stand behind a position."""
+    epochs = rows["epoch"]
+    late: NDArray[np.bool_] = epochs > after.epoch
+    late |= (epochs == after.epoch) & (rows["seq"] > after.seq)
+    return late
 
 
 def _between(rows: Structs, after: Position, end: Position) -> NDArray[np.bool_]:
     """Which of some extents or headers stand behind one position and before another."""
     epochs, seqs = rows["epoch"], rows["seq"]
-    late: NDArray[np.bool_] = epochs > after.epoch
-    late |= (epochs == after.epoch) & (seqs > after.seq)
+    late = _late(rows, after)
     late &= (epochs < end.epoch) | ((epochs == end.epoch) & (seqs < end.seq))
     return late
-
-
-def _covered(indexes: Sequence[Index]) -> Iterator[tuple[int, int, int]]:
-    """What the entries of some indexes cover: (disk, start, end), apart and rising."""
-    parts = [rows for index in indexes for rows in (index.short_entries, index.long_entries)]
-    rows = np.concatenate([np.zeros(0, layout.INDEX_ENTRY), *parts])
-    for disk in np.unique(rows["disk"]).tolist():
-        mine = rows[rows["disk"] == disk]
-        order = np.argsort(mine["offset"], kind="stable")
-        starts = mine["offset"][order]
-        reach = np.maximum.accumulate(starts + mine["length"][order])
-        first = np.append(True, starts[1:] > reach[:-1])
-        last = np.append(first[1:], True)
-        for start, end in zip(starts[first].tolist(), reach[last].tolist(), strict=True):
-            yield disk, start, end
 
 
 def index_of(path: Path, entry: Any) -> Index | None:

@@ -42,6 +42,7 @@ from vrep.source.effort import Effort
 from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
 from vrep.source.holder import Holder, SealKeys, stream_of
+from vrep.source.lost import Ranges, mark_lost, ranges_lost
 from vrep.source.session_view import Backlog, SessionView, spill_view
 from vrep.source.ship import Shipper, new_buffers
 from vrep.source.spiller import Spiller
@@ -404,10 +405,17 @@ class GroupSession:
         return definition
 
     def _settle(
-        self, hold: RingHold, feed: Feed, durable_seq: int, *, compare: bool = False
+        self,
+        hold: RingHold,
+        feed: Feed,
+        durable_seq: int,
+        *,
+        compare: bool = False,
+        lost: Ranges | None = None,
     ) -> None:
         """Make sure that everything that follows what the target holds is here, or is a gap.
-        Nothing is spilled meanwhile. `compare`: not all is there below that, it says."""
+        Nothing is spilled meanwhile. `compare`: not all is there below that, it says; `lost`: but
+        for this all is."""
         reader = hold.reader
         if durable_seq > reader.head:
             raise StateError(
@@ -419,15 +427,17 @@ class GroupSession:
             self._spiller.durable = durable_seq
         feed.mend(durable_seq)
         if durable_seq < acknowledged or compare:
+            ranges = lost if durable_seq >= acknowledged else None
             log.warning(
-                "the target lost what it had acknowledged: everything is compared or sent",
+                "the target lost what it had acknowledged: it is compared or sent",
                 group=self.name,
                 durable_seq=durable_seq,
                 acknowledged=acknowledged,
+                all=ranges is None,
             )
             # In this order: cut off between the two, the next attempt finds the loss again.
+            self.view.lost_bytes = mark_lost(hold, ranges)
             self.view.history_lost = True
-            hold.resync_all()
             if compare:  # what was spilled would follow, and end a gap of which it does not know
                 feed.drop()
             self._lose_ring(hold, feed)
@@ -464,7 +474,9 @@ class GroupSession:
     ) -> None:
         durable = opened.lanes[0].durable.seq
         with self._spiller.still() if self._spiller else contextlib.nullcontext():
-            self._settle(hold, feed, durable, compare=opened.compare is True)
+            compare = opened.compare is True
+            lost = ranges_lost(opened, definition, hold.status()) if compare else None
+            self._settle(hold, feed, durable, compare=compare, lost=lost)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),

@@ -35,6 +35,8 @@ class SessionView:
     attempts: int = 0
     history_lost: bool = False
     """the target lost what it had acknowledged, and does not hold it again yet"""
+    lost_bytes: int | None = None
+    """with `history_lost`: of how much of the disks that is, as far as it is known; None: all"""
     delta: DeltaCount = field(default_factory=DeltaCount)
     """of all connections since the process began"""
     rival_clients: int | None = None

@@ -27,6 +27,7 @@ from vrep.lanes import lane_of
 from vrep.target.aging import BEGIN, Count
 
 __all__ = [
+    "NOWHERE",
     "DiskEntry",
     "EpochEntry",
     "EpochState",

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from msgspec import UnsetType
+
 from vrep.durable import sync_directory
 from vrep.errors import (
     BusyError,
@@ -69,6 +71,13 @@ def _window_s(text: str) -> int:
     if text and (match is None or int(match[1]) > WINDOW_S_MAX):
         raise RefusedError("invalid", f"a window of {text!r}")
     return int(match[1]) if match else 0
+
+
+def _wire_lost(store: GroupStore) -> list[m.LostRange] | UnsetType:
+    ranges = store.lost()
+    if ranges is None:
+        return m.UNSET
+    return [m.LostRange(disk=r.disk, offset=r.offset, length=r.length) for r in ranges]
 
 
 class RefusedError(PeerError):
@@ -225,6 +234,7 @@ class GroupHost:
                         credit_bytes=self._window,
                         empty=not store.received.epoch,
                         compare=True if store.salvaged else m.UNSET,
+                        lost=_wire_lost(store),
                         conditions=self.conditions(),
                     ),
                     channel,

@@ -169,19 +169,19 @@ class Span:
                     return False
             return False
 
-    def repaired(self, manifest: Manifest, position: Position) -> bool:
-        """Whether a position stands for a gap-begin at which a repair ended the history. So it is
-        when that cannot be read."""
+    def repaired(self, manifest: Manifest, position: Position) -> Position | None:
+        """The gap-begin at which a repair ended the history, if a position stands for one. So it
+        is when that cannot be read."""
         if all(entry.epoch != position.epoch for entry in manifest.epochs):
-            return False
+            return None
         with self._lock:
             here = self._standing(manifest, position).position
             turns = [t for t in self._turns if t.point.position == here and t.begins and t.segment]
         try:
             marks = [int(self._header(t.segment, t.at)["mono_ns"]) for t in turns]
         except (VrepError, OSError):
-            return True
-        return layout.MONO_REPAIRED in marks
+            return here
+        return here if layout.MONO_REPAIRED in marks else None
 
     def recoverable(self, manifest: Manifest, position: Position) -> bool:
         """Whether a record of this position is a recovery point of the line."""

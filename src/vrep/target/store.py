@@ -45,6 +45,7 @@ from vrep.target.fold import Folded
 from vrep.target.journal import Journal
 from vrep.target.judge import judge_records
 from vrep.target.lease import Lease
+from vrep.target.lost import Range, read_lost
 from vrep.target.manifest import (
     DiskEntry,
     EpochEntry,
@@ -560,12 +561,22 @@ class GroupStore:
     @property
     def salvaged(self) -> bool:
         """Whether the history ends with what a repair salvaged, of which its source does not know
-        yet: it must compare everything before anything that follows is a recovery point."""
+        yet: it must compare what was lost before anything that follows is a recovery point."""
+        return self._repaired() is not None
+
+    def _repaired(self) -> Position | None:
         here = self.received
         epoch = self.manifest.current_epoch
         return self._span.repaired(
             self.manifest, here if here.epoch == epoch.epoch else epoch.parent
         )
+
+    def lost(self) -> list[Range] | None:
+        """Of a history that was salvaged: what its source must compare; None: everything."""
+        at = self._repaired()
+        if at is None:
+            return None
+        return read_lost(self.directory, self.group_id, self.manifest.store_id, at)
 
     def resume_position(self) -> Position:
         """Where the writer of the current epoch goes on."""

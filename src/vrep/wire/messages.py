@@ -43,6 +43,7 @@ __all__ = [
     "Joined",
     "LaneOffer",
     "LaneState",
+    "LostRange",
     "MaybePoints",
     "Message",
     "OpenGroup",
@@ -151,6 +152,14 @@ class LaneState(_Part, frozen=True, kw_only=True):
     points: MaybePoints = UNSET
 
 
+class LostRange(_Part, frozen=True, kw_only=True):
+    """A part of a disk of which the target lost records."""
+
+    disk: Annotated[int, Meta(ge=0, le=63)]
+    offset: Bytes
+    length: Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+
+
 class Hello(_Message, frozen=True, kw_only=True):
     """First frame of a client: what it speaks and who it is."""
 
@@ -219,6 +228,9 @@ class GroupOpened(_Message, frozen=True, kw_only=True):
     compare: bool | UnsetType = UNSET
     """the target lost records that it had acknowledged, though not the last: everything is to be
     compared; said to a source with FEATURE_COMPARE alone, to others nothing"""
+    lost: Annotated[list[LostRange], Meta(max_length=1024)] | UnsetType = UNSET
+    """with `compare`: nothing else than this need be compared; an earlier release does not say, and
+    compares everything when it is told"""
     conditions: Conditions = []
 
 
