@@ -62,7 +62,7 @@ def test_a_key_is_never_replaced(tmp_path: Path) -> None:
         keys.create("acme")
     other = ring(tmp_path, "other")
     other.create("acme")
-    with pytest.raises(KeyExistsError):
+    with pytest.raises(KeyExistsError, match="'--name' keeps it"):
         keys.import_key(other.export("acme"))
     assert keys.info("acme") == before
 

@@ -312,7 +312,10 @@ class TenantKeyring:
             for record in held
         )
         if held and not related:
-            raise KeyExistsError(f"{key.name!r} has the id {held[-1].key_id}")
+            raise KeyExistsError(
+                f"{key.name!r} has the id {held[-1].key_id}, this one {key.key_id}: "
+                "'--name' keeps it under another name"
+            )
         return self._store(key, origin)
 
     def create(self, name: str) -> KeyInfo:
