@@ -469,8 +469,9 @@ def test_a_store_of_which_nothing_of_the_epoch_is_left_is_not_salvaged(lab: Any)
     lab.store.fold(horizon)
     here = lab.commit()
     lab.store.add_epoch(writer=b"n" * 16, parent=here)
-    directory, manifest = lab.store.directory, lab.store.manifest
+    directory = lab.store.directory
     lab.close()
+    manifest = load_newest(directory, lab.group_id)
     path = entry_path(directory, manifest.segments[0])
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(errors.StateError, match="--start-over"):

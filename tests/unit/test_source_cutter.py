@@ -361,6 +361,38 @@ def test_a_cut_of_which_a_gap_may_have_taken_a_mark_is_not_durable(groups: Group
     assert "cut_mark" in played.asked
 
 
+def test_a_cut_does_not_stay_known_when_a_lane_may_have_lost_it(groups: GroupDirectory) -> None:
+    """It was durable with all, and then a gap began in one lane: a target may have lost what it
+    held. Told after the target was started again, it would let the windows of the other lanes
+    take the older cuts, of which one may be the last that recovers."""
+    played = Played()
+    made = cutter(groups, played)
+    assert made.tend()
+    played.heads = {0: 101, 1: 101, 2: 102}
+    assert made.tend()
+    assert made.tend()
+    assert made.durable_at(0) == (1, 100)
+    played.gap, played.gap_last[1] = True, 5001
+    assert made.tend()
+    assert made.durable_at(0) == (0, 0)
+
+
+def test_a_loss_that_is_told_of_is_heeded_at_once(groups: GroupDirectory) -> None:
+    """Before the filter's gap shows it, which may be over by the next look."""
+    played = Played()
+    made = cutter(groups, played)
+    assert made.tend()
+    played.heads = {0: 101, 1: 101, 2: 102}
+    assert made.tend()
+    assert made.tend()
+    assert made.durable_at(0) == (1, 100)
+    made.forget()
+    assert [made.durable_at(lane) for lane in range(3)] == [(0, 0)] * 3
+    played.asked.clear()
+    assert made.tend()
+    assert "cut_mark" in played.asked  # though nothing was written
+
+
 def test_a_cut_that_is_shipped_in_another_epoch_is_made_again(groups: GroupDirectory) -> None:
     """A failover was rolled back before it was durable: the target holds its marks in another
     epoch than it says, and so it is no point. The guest may write no more."""

@@ -234,6 +234,12 @@ class Cutter:
             log.info("no cut", group=self.group, reason=text)
         self._error = text
 
+    def forget(self) -> None:
+        """A target lost what it had of a lane: no cut that was made is known to stand there."""
+        with self._lock:
+            self._pending, self._newest_whole, self._told_whole = [], None, ()
+            self._heads = {}  # what was written before is in no cut, maybe
+
     # ---- one cut ---------------------------------------------------------------------
 
     def _definitions(self) -> dict[str, GroupDefinition]:
@@ -474,9 +480,10 @@ class Cutter:
         """Forget those of which a mark may not stand where they say, find the newest that is
         durable."""
         left = []
+        if self._newest_whole is not None and self._may_lack(status, self._newest_whole):
+            self._newest_whole = None  # the gap may stand for what a target lost, its mark with it
         for made in self._pending:
-            marks = [(lane_name(self.group, lane), e, seq) for e, lane, seq in made.at if seq]
-            if any(n in status and may_lack(status[n], e, seq) for n, e, seq in marks):
+            if self._may_lack(status, made):
                 self._heads = {}  # what was written before it is in no cut, maybe
                 continue
             wanted = {lane_name(self.group, lane): seq for _epoch, lane, seq in made.at if seq}
@@ -491,6 +498,11 @@ class Cutter:
             else:
                 left.append(made)
         self._pending = left
+
+    def _may_lack(self, status: Mapping[str, Mapping[str, Any]], made: _Made) -> bool:
+        """Whether the history of a lane may lack its mark in a cut."""
+        marks = [(lane_name(self.group, lane), e, seq) for e, lane, seq in made.at if seq]
+        return any(n in status and may_lack(status[n], e, seq) for n, e, seq in marks)
 
 
 def _first_of_each_target(

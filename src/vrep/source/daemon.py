@@ -202,6 +202,7 @@ class Source:
         self._unspilled.pop(name, None)
         if is_lane(name):
             session.cut_at = partial(self._cut_at, name)
+            session.history_lost = partial(self._cuts_lost, name)
         if problem:
             self._unspilled[name] = time.monotonic() + SPILL_AGAIN_S
             session.view.spill = spill_view(self._config.spill_bytes, full=problem)
@@ -251,6 +252,11 @@ class Source:
     def _cut_at(self, name: str) -> tuple[int, int]:
         cutter = self._cutters.get(group_of(name))
         return cutter.durable_at(lane_of(name)) if cutter is not None else (0, 0)
+
+    def _cuts_lost(self, name: str) -> None:
+        cutter = self._cutters.get(group_of(name))
+        if cutter is not None:
+            cutter.forget()
 
     def _cutter(self, params: Mapping[str, Any]) -> Cutter:
         with self._lock:

@@ -108,6 +108,8 @@ class GroupSession:
         self.cut_at: Callable[[], tuple[int, int]] = lambda: (0, 0)
         """of a lane: epoch and seq of its mark in the newest cut of all lanes that is durable with
         each; zeroes: none"""
+        self.history_lost: Callable[[], None] = lambda: None
+        """of a lane: told that the target lost some of what it had, before anything is done"""
         self._groups = groups
         self._identity = identity
         self._peers = peers
@@ -435,6 +437,7 @@ class GroupSession:
                 acknowledged=acknowledged,
                 all=ranges is None,
             )
+            self.history_lost()
             # In this order: cut off between the two, the next attempt finds the loss again.
             self.view.lost_bytes = mark_lost(hold, ranges)
             self.view.history_lost = True

@@ -180,6 +180,7 @@ class Target:
             self._config.target.window_bytes,
             gone_s=self._config.target.source_gone_s,
             site=bytes.fromhex(self._identity.site_id),
+            all_hosts=self._hosts.all,
         )
 
     def _load(self, group_id: bytes) -> None:

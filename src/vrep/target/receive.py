@@ -12,7 +12,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +34,7 @@ from vrep.errors import (
     VrepError,
 )
 from vrep.groups import check_name
-from vrep.lanes import group_of, lane_ids_agree
+from vrep.lanes import group_of, lane_id, lane_ids_agree
 from vrep.target import runs
 from vrep.target.base import BaseDesk, BaseOffer, end_before
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
@@ -112,8 +112,9 @@ class GroupHost:
         *,
         gone_s: float = GONE_S,
         site: bytes = b"",
+        all_hosts: Callable[[], Iterable[GroupHost]] = lambda: (),
     ) -> None:
-        """`site` is the one that this target is of."""
+        """`site` is the one that this target is of, `all_hosts` are of all that it holds."""
         self.group_id = group_id
         self.error: VrepError | None = None
         """why the store cannot be opened"""
@@ -125,6 +126,7 @@ class GroupHost:
         self._session: Session | None = None
         self._gone_s = gone_s
         self._site = site
+        self._all_hosts = all_hosts
         self.bases = BaseDesk()
         # Who was there before this process started cannot be known: it may be there still.
         self._since_s = time.monotonic()
@@ -221,7 +223,9 @@ class GroupHost:
             store.set_limits(_window_s(message.window), message.quota)
             if message.wrapped_keys:
                 store.set_wrapped_keys(message.wrapped_keys)
-            session = Session(store, verdict.epoch, transport, channel, self.conditions)
+            session = Session(
+                store, verdict.epoch, transport, channel, self.conditions, self._cuts_stand
+            )
             here = store.resume_position()
             position = m.Position(epoch=here.epoch, lane=manifest.lane, seq=here.seq)
             points = wire_points(store)
@@ -244,6 +248,17 @@ class GroupHost:
                 raise
             store.listen(session.acknowledge)
             return session
+
+    def _cuts_stand(self) -> bool:
+        """Whether a cut that the source knows to be durable may be the last point of the group.
+        Not while a lane here cannot be read, or is in a gap: that may stand for what was lost, the
+        cut's mark with it, and the other lanes' older history belongs to what can be recovered."""
+        for host in self._all_hosts():
+            if lane_id(host.group_id, 0) == lane_id(self.group_id, 0):
+                store = host._store
+                if store.in_gap if store is not None else host.error is not None:
+                    return False
+        return True
 
     def _admit(self, site_id: bytes, message: m.OpenGroup) -> GroupStore:
         """The store for an offer, created on first contact."""

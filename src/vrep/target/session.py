@@ -61,8 +61,11 @@ class Session:
         transport: FrameTransport,
         channel: int,
         conditions: Callable[[], list[str]],
+        cuts_stand: Callable[[], bool] = lambda: True,
     ) -> None:
+        """`cuts_stand` says whether what is held of the group's lanes is what cuts were made of."""
         self._conditions = conditions
+        self._cuts_stand = cuts_stand
         self.store = store
         self.epoch = epoch
         self.transport = transport
@@ -222,7 +225,7 @@ class Session:
         self.status = status
         self.clock_ahead_s = (status.time_ns - time.time_ns()) / 1e9
         epoch, seq = (status.values.get(key, 0) for key in ("cut-epoch", "cut-seq"))
-        if epoch > 0 and seq > 0:
+        if epoch > 0 and seq > 0 and self._cuts_stand():
             self.store.note_cut(Position(epoch, self.store.manifest.lane, seq))
 
     # ---- what is said, from any thread ---------------------------------------------

@@ -153,6 +153,13 @@ class Span:
                 return None
             return self._oldest, self._before_gap or self._end(manifest)
 
+    def in_gap(self, manifest: Manifest) -> bool:
+        """Whether recovery points lie behind the newest record, in a gap that has not ended, or
+        that is not known."""
+        with self._lock:
+            self._follow(manifest)
+            return not self._known or self._before_gap is not None
+
     def holds(self, manifest: Manifest, position: Position) -> bool:
         """Whether the store has the record of a position, or that at which its epoch, which wrote
         nothing before, left its parent. Where the indexes are damaged: that is not known."""

@@ -335,6 +335,11 @@ class GroupStore:
         """The oldest and the newest recovery point, both durable; None when there is none."""
         return self._span.points(self.manifest)
 
+    @property
+    def in_gap(self) -> bool:
+        """Whether there are recovery points, and nothing behind them is one yet."""
+        return self._span.in_gap(self.manifest)
+
     def note_cut(self, position: Position) -> None:
         """The source says that a cut over all lanes of the group, durable with each, has its mark
         here: history before it is not needed any more for what can be recovered."""
