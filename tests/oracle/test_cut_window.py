@@ -45,9 +45,7 @@ def told(group: Group, hosts: list[GroupHost], cut: list[Position], lane: int) -
     """What the target believes of a lane after its source has said which cut is durable."""
     host, store = hosts[lane], group.lanes[lane].store
     transport: Any = mock.Mock(peer=None)
-    session = Session(
-        store, store.manifest.current_epoch, transport, 1, lambda: [], host._cuts_stand
-    )
+    session = Session(store, store.manifest.current_epoch, transport, 1, list, host._cuts_stand)
     values = {"cut-epoch": cut[lane].epoch, "cut-seq": cut[lane].seq}
     session.note(m.Status(time_ns=time.time_ns(), state="replicating", values=values))
     newest: Position = store._newest_cut
