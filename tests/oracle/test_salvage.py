@@ -18,6 +18,7 @@ import recovery_lab as lab_module
 
 from vrep import errors
 from vrep._core import layout
+from vrep._core import segment as native
 from vrep._core.hash import hash_blocks
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import check_history
@@ -458,6 +459,35 @@ def test_sound_commits_are_found_whatever_stands_between_them(
     assert sound_commits(memoryview(data), b"x" * 16, number) == []
     assert sound_commits(memoryview(data), lab.group_id, number + 1) == []
     assert sound_commits(memoryview(b""), lab.group_id, number) == []
+
+
+def test_a_commit_with_a_right_digest_and_wrong_records_is_one_more_loss(lab: Any) -> None:
+    """Written so by a machine that errs. It stops no repair of what is sound around it."""
+    lab.sync()
+    aligned(lab, 60)
+    wanted = lab.model([(1, lab.seq)])
+    directory = lab.store.directory
+    lab.close()
+    rows = load_newest(directory, lab.group_id).segments
+    assert len(rows) > 3
+    entry_path(directory, rows[1]).unlink()
+    path = entry_path(directory, rows[3])
+    data = bytearray(path.read_bytes())
+    number = int(rows[3]["segment"])
+    start, stop = sound_commits(memoryview(data), lab.group_id, number)[-1]
+    data[start] ^= 1  # of the first record's header
+    at = -(-stop // 64) * 64
+    block = np.frombuffer(data, layout.COMMIT, 1, at)[0].copy()
+    made = native.commit(block, [bytes(data[start:stop])])
+    data[stop : stop + len(made)] = made
+    path.write_bytes(data)
+    assert sound_commits(memoryview(data), lab.group_id, number)[-1] == (start, stop)
+    report = repair(lab.paths, "web", resend=True)
+    assert [lost.object for lost in report.lost] != ["manifest"]
+    assert report.salvaged_bytes > 0
+    lab.changes = left_of(lab, report)
+    ended, _sent = resend(lab, wanted)
+    assert lab.model([(1, ended.seq)]) == wanted
 
 
 def test_a_store_of_which_nothing_of_the_epoch_is_left_is_not_salvaged(lab: Any) -> None:

@@ -166,11 +166,15 @@ class Salvage:
             if start != reach:
                 stream = None  # another one may have begun in what is lost
             reach = -(-end // _ALIGN) * _ALIGN + layout.COMMIT.itemsize
-            found, consumed = record.scan(data[start:end])
+            try:
+                found, consumed = record.scan(data[start:end])
+            except (errors.IntegrityError, errors.UnsupportedError):
+                stream = None  # what it began is not known
+                continue  # a digest of what never was a commit
             if not len(found):
                 continue  # it says what is durable, and no more
             if consumed != end - start:
-                continue  # a digest of what never was a commit
+                continue  # the same
             headers = found["header"]
             starts = start + found["position"].astype(np.int64)
             ends = np.append(starts[1:], end)
