@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vrep import errors
+from vrep import errors, threads
 
 
 def _log() -> Any:
@@ -172,7 +172,7 @@ class ControlServer:
                 target=self._serve, args=(connection,), name="control:connection", daemon=True
             )
             try:
-                thread.start()
+                threads.start(thread)
             except RuntimeError as error:  # no more threads
                 _log().warning("no control connection", path=str(self.path), error=str(error))
                 self._forget(connection)

@@ -38,7 +38,7 @@ def replicating(
         state = status["state"]
         if state == "replicating":
             return
-        if state == "initial-sync" and "target-full" in status["conditions"]:
+        if state == "initial-sync" and "target-full" in status.get("conditions", ()):
             raise errors.StoreFullError(
                 f"{status['targets'][0]['site']} has no room for {group!r}, which cannot be "
                 "recovered before there is: 'vrep status' there says how much it wants"

@@ -54,8 +54,8 @@ class FakeAgent:
                 try:
                     for line in stream:
                         self._answer(stream, json.loads(line.lstrip(b"\xff")))
-                except OSError:
-                    continue  # the client is gone
+                except (OSError, ValueError):
+                    continue  # the client is gone, or sends what no agent understands
 
     def _answer(self, stream: Any, request: dict[str, Any]) -> None:
         name = request["execute"]

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 import structlog
 
+from vrep import threads
 from vrep._core import layout, record
 from vrep._core.filter import DELTA_KEYS_MAX, DELTA_WINDOWS, Window
 from vrep._core.seal import Opener
@@ -225,7 +226,7 @@ class Delta:
         an older one is durable or gone then. UnsupportedError: the filter cannot."""
         if not self._empty:
             self._begin()
-        self._thread.start()
+        threads.start(self._thread)
 
     def stop(self) -> None:
         """The filter sends whole blocks again."""

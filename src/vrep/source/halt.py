@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import structlog
 
+from vrep import threads
 from vrep.control import ControlClient
 from vrep.errors import (
     BusyError,
@@ -83,7 +84,7 @@ class Halt:
     def answer(self, request: m.Request) -> None:
         """Do what a request asks for, on a thread of its own: the session's must go on taking
         acknowledgements."""
-        threading.Thread(target=self._answer, args=(request,), daemon=True).start()
+        threads.start(threading.Thread(target=self._answer, args=(request,), daemon=True))
 
     def _answer(self, request: m.Request) -> None:
         try:

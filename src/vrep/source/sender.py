@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Final
 
+from vrep import threads
 from vrep.errors import StateError
 from vrep.source.bandwidth import Bandwidth
 from vrep.wire.frames import PAYLOAD_BYTES_MAX
@@ -69,8 +70,9 @@ class Sender:
         sender's until the next call of any kind but `take_spent_s` has returned."""
         self.settle()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="send", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name="send", daemon=True)
+            threads.start(thread)
+            self._thread = thread
         with self._change:
             self._batch = batch
             self._change.notify_all()

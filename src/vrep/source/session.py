@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import structlog
 
+from vrep import threads
 from vrep._core.seal import Sealer
 from vrep.control import ControlClient
 from vrep.errors import (
@@ -540,7 +541,7 @@ class GroupSession:
             name=f"ship:{self.name}",
             daemon=True,
         )
-        thread.start()
+        threads.start(thread)
         halt = Halt(self.name, self._groups, self._filter, transport)
         try:
             self._listen(transport, hold, feed, shipper, halt, delta)

@@ -27,6 +27,7 @@ from typing import IO, Any, Final
 import msgspec
 import numpy as np
 
+from vrep import threads
 from vrep._core import layout, record
 from vrep.errors import CorruptError, StateError, StorageError, VrepError
 from vrep.lanes import lane_of
@@ -131,7 +132,7 @@ class Base:
         self._thread = threading.Thread(
             target=self._run, name=f"base:{plan.group_id[:8]}", daemon=True
         )
-        self._thread.start()
+        threads.start(self._thread)
 
     @property
     def running(self) -> bool:

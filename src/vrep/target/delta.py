@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from vrep import threads
 from vrep._core import layout
 from vrep._core.index import ExtentMap
 from vrep.errors import AgainError, BusyError, PeerError, StateError, VrepError
@@ -164,10 +165,11 @@ class DeltaDesk:
             self._questions.append((request.id, question))
             self._asked.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name=f"delta:{self._group_id.hex()[:8]}", daemon=True
                 )
-                self._thread.start()
+                threads.start(thread)
+                self._thread = thread
 
     def close(self) -> None:
         """Answer no more, and let go of the store's files."""

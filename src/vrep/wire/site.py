@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from vrep import __version__
+from vrep import __version__, threads
 from vrep._core.tls import TlsContext
 from vrep.errors import (
     InvalidError,
@@ -334,12 +334,12 @@ class Listener:
             if gone is not None:
                 self._send_away(gone)
             try:
-                thread.start()
+                threads.start(thread)
             except RuntimeError as error:
                 _log.warning("cannot serve %s: %s", address[0], error)
                 sock.close()
                 with self._lock:
-                    del self._open[thread]
+                    self._open.pop(thread, None)
                     self._door.leave(visit)
 
     def _send_away(self, visit: Visit) -> None:
