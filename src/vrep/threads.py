@@ -30,6 +30,6 @@ def start(thread: threading.Thread) -> None:
     """Start a thread. RuntimeError when there can be none, or when it does not begin."""
     made: Any = thread
     began = getattr(made, "_started", None)
-    if isinstance(began, threading.Event) and not began.is_set():
+    if began is not None and not began.is_set():
         made._started = _Begun()
     thread.start()
