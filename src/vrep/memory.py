@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 
 __all__ = ["large_pages"]
@@ -11,8 +12,6 @@ def large_pages(count: int) -> mmap.mmap:
     """So many zero bytes; what is not touched costs nothing. Copying, encrypting and direct I/O
     take fewer faults and translations for each 2 MiB (madvise(2), MADV_HUGEPAGE)."""
     room = mmap.mmap(-1, count, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them
         room.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        return room
     return room

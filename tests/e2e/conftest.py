@@ -91,3 +91,19 @@ def libvirtd(tmp_path: Path) -> Iterator[str]:
         daemon.terminate()
         daemon.wait(30)
         subprocess.run(["rm", "-rf", root], check=True)
+
+
+@pytest.fixture
+def make_life(seed: int) -> Iterator[Callable[..., Any]]:
+    """Makes worlds of sites between which a VM moves (`life.Life`)."""
+    from life import Life
+
+    made: list[Life] = []
+
+    def make(**options: Any) -> Life:
+        made.append(Life(seed, **options))
+        return made[-1]
+
+    yield make
+    for life in made:
+        life.close()

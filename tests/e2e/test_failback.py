@@ -4,7 +4,7 @@ that is killed at any point of that loses nothing."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,6 @@ pytestmark = pytest.mark.e2e
 UNIT = 4096
 MIB = 1 << 20
 FAILBACK_S = 90.0
-
-
-@pytest.fixture
-def make_life(seed: int) -> Iterator[Callable[..., Life]]:
-    made: list[Life] = []
-
-    def make(**options: Any) -> Life:
-        made.append(Life(seed, **options))
-        return made[-1]
-
-    yield make
-    for life in made:
-        life.close()
 
 
 def rewrite(life: Life, client: Client, at: int, data: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,6 @@ from vrep.target.epochs import EpochDoor
 from vrep.target.manifest import EpochEntry, Position
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def make_life(seed: int) -> Iterator[Callable[..., Life]]:
-    made: list[Life] = []
-
-    def make(**options: Any) -> Life:
-        made.append(Life(seed, **options))
-        return made[-1]
-
-    yield make
-    for life in made:
-        life.close()
 
 
 def test_a_recovered_vm_is_protected_back_to_its_old_site(

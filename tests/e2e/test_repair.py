@@ -46,6 +46,21 @@ def sent(pair: Pair) -> int:
     return int(pair.status()["targets"][0]["bytes_sent"])
 
 
+def goes_on(pair: Pair, rng: random.Random) -> None:
+    """The target has what the disks hold, the point before the loss is gone, and new ones come."""
+    pair.same_as_source()
+    points = pair.b.points(GROUP)
+    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
+    assert not points.gaps[-1].open
+    with pytest.raises(errors.VrepError):
+        _export(pair, "early")
+    write_some(pair, rng, 5)
+    pair.a.checkpoint(GROUP, "late")
+    pair.settle()
+    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
+    pair.alive()
+
+
 def test_lost_segments_cost_what_stood_behind_them(pair: Pair, rng: random.Random) -> None:
     """Two segments and an index of a store are gone: points before stay, the span that does not
     recover is a gap, only what differs is sent, and later points recover."""
@@ -131,17 +146,7 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     pair.settle()
     if "source" not in killed:
         assert sent(pair) - before <= (int(row["data_bytes"]) + sent_again) * 1.05 + 65536
-    pair.same_as_source()
-    points = pair.b.points(GROUP)
-    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
-    assert not points.gaps[-1].open
-    with pytest.raises(errors.VrepError):
-        _export(pair, "early")
-    write_some(pair, rng, 5)
-    pair.a.checkpoint(GROUP, "late")
-    pair.settle()
-    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
-    pair.alive()
+    goes_on(pair, rng)
 
 
 @pytest.mark.parametrize("killed", [(), ("target", "source"), ("filter",)])
@@ -188,17 +193,7 @@ def test_a_source_reads_what_was_lost_and_no_more(
     if not killed:
         assert 0 < read() <= lost * 1.05
         assert sent(pair) - before <= lost * 1.05 + 65536
-    pair.same_as_source()
-    points = pair.b.points(GROUP)
-    assert (points.verdict.whole, points.verdict.sealed) == (True, True)
-    assert not points.gaps[-1].open
-    with pytest.raises(errors.VrepError):
-        _export(pair, "early")
-    write_some(pair, rng, 5)
-    pair.a.checkpoint(GROUP, "late")
-    pair.settle()
-    compare("root", _export(pair, "late"), pair.images["root"].read_bytes())
-    pair.alive()
+    goes_on(pair, rng)
 
 
 def _export(pair: Pair, at: str) -> bytes:

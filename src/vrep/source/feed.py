@@ -14,6 +14,7 @@ from typing import Final
 from vrep._core.ring import RingReader
 from vrep._core.seal import Sealer
 from vrep.errors import CorruptError
+from vrep.memory import large_pages
 from vrep.source.spill import Batch, Spill, SpillKeys
 
 __all__ = ["Feed"]
@@ -105,7 +106,7 @@ class Feed:
         if self._after == after and self._next < len(self._batch.headers):
             return True
         if not self._room:
-            self._room = memoryview(bytearray(ROOM_BYTES))
+            self._room = memoryview(large_pages(ROOM_BYTES))
         try:
             self._batch = self.spill.batch(after, self.keys, self._room)
         except CorruptError:

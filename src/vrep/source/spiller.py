@@ -27,6 +27,7 @@ from vrep.errors import (
     UnsupportedError,
     VrepError,
 )
+from vrep.memory import large_pages
 from vrep.source.attach import RingHold
 from vrep.source.feed import Feed
 from vrep.source.spill import Spill, SpillKeys
@@ -107,7 +108,7 @@ class Spiller:
         self._work: Work | None = None
         self._gate = threading.Lock()
         self._stopping = threading.Event()
-        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._buffer = memoryview(large_pages(BUFFER_BYTES))
         self._thread = threading.Thread(target=self._run, name=f"spill:{group}", daemon=True)
 
     def start(self) -> None:
