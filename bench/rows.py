@@ -31,6 +31,8 @@ class Row:
     void: bool
     against_value: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    runs: list[tuple[float, float]] = field(default_factory=list)
+    """ours and theirs of each turn, in order: whether a median hides two states is seen there"""
 
     def __str__(self) -> str:
         verdict = "void" if self.void else {True: "met", False: "MISSED", None: "-"}[self.met]
@@ -58,7 +60,8 @@ def row(
     ratio, spread = statistics.median(ratios), max(ratios) - min(ratios)
     value, other = statistics.median(ours), statistics.median(theirs)
     met = reached(ratio, target)
-    return Row(name, value, unit, against, ratio, spread, target, met, void, other, notes)
+    runs = list(zip(ours, theirs, strict=True))
+    return Row(name, value, unit, against, ratio, spread, target, met, void, other, notes, runs)
 
 
 def plain(

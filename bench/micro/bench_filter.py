@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TARGET_US = 2.0
-LIBRARIES = ["libxxhash", "liburing", "libcrypto", "libzstd"]
+LIBRARIES = ["libxxhash", "liburing", "libssl", "libcrypto", "libzstd"]
 
 
 def compile_program(where: Path) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -33,13 +34,22 @@ def test_a_program_compiles(path: Path) -> None:
     compiles(ROOT / path)
 
 
-@pytest.mark.parametrize(("name", "text"), WITHIN)
-def test_a_program_within_a_module_compiles(name: str, text: str, tmp_path: Path) -> None:
+def micro(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "bench/micro" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "text"), WITHIN)
+def test_a_program_within_a_module_compiles(name: str, text: str, tmp_path: Path) -> None:
     source = tmp_path / "program.c"
-    source.write_text(getattr(module, text))
+    source.write_text(getattr(micro(name), text))
     compiles(source)
+
+
+def test_the_program_that_takes_the_whole_library_is_linked(tmp_path: Path) -> None:
+    """A library that a room of src/_native needs is named there too."""
+    assert micro("bench_filter").compile_program(tmp_path).exists()
