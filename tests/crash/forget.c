@@ -27,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum kind { CREATE = 1, WRITE, TRUNCATE, ZERO, RENAME, UNLINK, SYNC_BEGIN, SYNC_END, MARK };
+enum kind { CREATE = 1, WRITE, TRUNCATE, ZERO, RENAME, UNLINK, SYNC_BEGIN, SYNC_END, MARK, LINK };
 #define DSYNC 1u
 
 struct entry {
@@ -195,19 +195,30 @@ static int open_any(int dirfd, const char *path, int flags, mode_t mode)
 OPEN(open)
 OPEN(open64)
 
-int rename(const char *old, const char *new)
+/* A name of ours that another becomes, or gets beside it. */
+static int name_any(const char *old, const char *new, long number, uint32_t kind)
 {
     if (!on() || below(old) == NULL || below(new) == NULL)
-        return (int)syscall(SYS_rename, old, new);
+        return (int)syscall(number, old, new);
     pthread_mutex_lock(&lock);
-    int result = (int)syscall(SYS_rename, old, new), error = errno;
+    int result = (int)syscall(number, old, new), error = errno;
     char both[2 * PATH_MAX];
     int n = snprintf(both, sizeof both, "%s%c%s", below(old), '\n', below(new));
     if (result == 0)
-        note((struct entry){.kind = RENAME, .bytes = (uint64_t)n}, both);
+        note((struct entry){.kind = kind, .bytes = (uint64_t)n}, both);
     pthread_mutex_unlock(&lock);
     errno = error;
     return result;
+}
+
+int rename(const char *old, const char *new)
+{
+    return name_any(old, new, SYS_rename, RENAME);
+}
+
+int link(const char *old, const char *new)
+{
+    return name_any(old, new, SYS_link, LINK);
 }
 
 int unlink(const char *path)
@@ -231,7 +242,9 @@ static ssize_t write_any(int fd, const struct iovec *iov, int count, off_t offse
     if (inode == 0)
         return syscall(SYS_pwritev2, fd, iov, count, (long)offset, 0l, flags);
     pthread_mutex_lock(&lock);
-    off_t at = offset >= 0 ? offset : (off_t)syscall(SYS_lseek, fd, 0l, SEEK_CUR);
+    bool append = (fcntl(fd, F_GETFL) & O_APPEND) != 0;
+    off_t at =
+        offset >= 0 ? offset : (off_t)syscall(SYS_lseek, fd, 0l, append ? SEEK_END : SEEK_CUR);
     ssize_t n = syscall(SYS_pwritev2, fd, iov, count, (long)offset, 0l, flags & ~RWF_DSYNC);
     int error = errno;
     if (n > 0) {

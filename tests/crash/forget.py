@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 SECTOR = 512
 HEADER = struct.Struct("<IIIIQQQQ")
 MAGIC = 0x54474F46
-CREATE, WRITE, TRUNCATE, ZERO, RENAME, UNLINK, SYNC_BEGIN, SYNC_END, MARK = range(1, 10)
+CREATE, WRITE, TRUNCATE, ZERO, RENAME, UNLINK, SYNC_BEGIN, SYNC_END, MARK, LINK = range(1, 11)
 DSYNC = 1
 
 
@@ -189,6 +189,9 @@ class Storage:
         elif entry.kind == RENAME:
             old, new = entry.data.decode().split("\n")
             self.rename({old: None, new: self.live[old]})
+        elif entry.kind == LINK:
+            old, new = entry.data.decode().split("\n")
+            self.rename({new: self.live[old]})
         elif entry.kind == UNLINK:
             self.rename({entry.data.decode(): None})
         elif entry.kind == SYNC_BEGIN:

@@ -8,6 +8,7 @@ target, and lead the target to the same content.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -32,8 +33,8 @@ WRITE, ZEROES, SYNC, SYNC_ZEROES, GAP_BEGIN, GAP_END = 1, 2, 4, 5, 7, 8
 JUMP = 0x0008
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+def load(name: str, where: Path = HERE) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, where / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -44,6 +45,7 @@ def load(name: str) -> ModuleType:
 
 forget = load("forget")
 worker = load("source_worker")
+parse = load("parse", HERE.parent / "golden")
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +198,31 @@ def apply(target: list[bytearray], said: dict[str, Any], data: bytes | None) -> 
         target[said["disk"]][span] = bytes(said["length"])
 
 
+def explained(durable: Path) -> set[tuple[int, int]]:
+    """The blocks that a resync may have to read: those that the newest whole checkpoint of the
+    change map has, and those of the newest whole write-intent's extents, as the independent
+    parser reads them."""
+    slots = []
+    for path in (durable / "map.0", durable / "map.1"):
+        with contextlib.suppress(parse.BadFormat, FileNotFoundError):
+            slots.append(parse.parse_checkpoint(path.read_bytes()))
+    bitmaps = parse.newest(slots)["bitmaps"]
+    blocks = {(disk, bit) for disk, bits in enumerate(bitmaps) for bit in bits}
+    a_disk = -(-worker.SIZE // worker.EXTENT // 64) * 64  # each begins at a word of its own
+    for extent in parse.parse_intent((durable / "intent").read_bytes())["extents"]:
+        disk, within = divmod(extent, a_disk)
+        first = within * worker.EXTENT // worker.BIT
+        last = min((within + 1) * worker.EXTENT, worker.SIZE) // worker.BIT
+        blocks |= {(disk, bit) for bit in range(first, last)}
+    return blocks
+
+
 def check_loss(there: Path, world: World) -> int:
-    """The source that a power loss left in ``there`` opens, and leads its target on. Returns how
-    many of the blocks that are written to it knew to be equal."""
+    """The source that a power loss left in ``there`` opens, and leads its target on, and reads no
+    more for it than its durable state makes it doubt. Returns how many of the blocks that are
+    written to it knew to be equal."""
     clean = 0
+    doubted = explained(there / "durable")
     (there / "shm").mkdir()
     sources = [(there / "durable" / f"disk{disk}").read_bytes() for disk in range(worker.DISKS)]
     for guest, source in zip(world.guests, sources, strict=True):
@@ -219,7 +242,10 @@ def check_loss(there: Path, world: World) -> int:
         fds = group.consumer_attach("target", worker.TARGET, world.durable)
         follower = Follower(there / "shm" / "ring", fds)
         assert follower.released >= world.head
+        dirty = sum(sum(map(bool, group.dirty(disk))) for disk in range(worker.DISKS))
+        assert dirty <= len(doubted), "more is copied than the state explains"
         lead_on(group, follower, world, sources)
+        assert 0 < group.status()["resync_bytes"] <= 1.05 * len(doubted) * worker.BIT or not dirty
         return clean
     finally:
         group.kill()
@@ -254,8 +280,9 @@ def lead_on(group: Any, follower: Follower, world: World, sources: list[bytes]) 
         assert mine == bytes(theirs)
 
 
-def crash_at(root: Path, seed: int, cuts: int) -> None:
-    """Rebuild and check ``cuts`` moments of a recorded run, and its quiet end."""
+def crash_at(root: Path, seed: int, cuts: int | None) -> int:
+    """Rebuild and check ``cuts`` moments of a recorded run, or the last before the end of each
+    flush, and its quiet end. Returns how many."""
     rng = random.Random(seed ^ 1)
     entries = list(forget.read_log(root / "log"))
     opened = next(
@@ -263,7 +290,14 @@ def crash_at(root: Path, seed: int, cuts: int) -> None:
         for number, entry in enumerate(entries)
         if entry.kind == forget.MARK and b'"opened"' in entry.data[:40]
     )
-    moments = {*rng.sample(range(opened + 1, len(entries)), cuts), len(entries)}
+    if cuts is not None:
+        moments = {*rng.sample(range(opened + 1, len(entries)), cuts), len(entries)}
+    else:  # the flush is under way: of what stands before it anything may be there
+        moments = {
+            number
+            for number, entry in enumerate(entries)
+            if entry.kind == forget.SYNC_END and number > opened
+        } | {len(entries)}
     storage = forget.Storage(root / "before")
     rename_inodes(storage, root)
     world = World(root, seed)
@@ -280,6 +314,7 @@ def crash_at(root: Path, seed: int, cuts: int) -> None:
             shutil.rmtree(there)
     blocks = worker.DISKS * worker.WINDOWS * worker.WINDOW // worker.BIT
     assert clean == blocks, "what was durable there and cold is sent again"
+    return len(moments)
 
 
 def rename_inodes(storage: Any, root: Path) -> None:
@@ -295,6 +330,11 @@ def rename_inodes(storage: Any, root: Path) -> None:
 def test_power_loss(round_: int, root: Path, shim: Path, seed: int) -> None:
     record(root, shim, seed, 600)
     crash_at(root, seed, 8)
+
+
+def test_power_loss_at_every_flush(root: Path, shim: Path, seed: int) -> None:
+    record(root, shim, seed, 100)
+    assert crash_at(root, seed, None) > 20
 
 
 @pytest.mark.slow

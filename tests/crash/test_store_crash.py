@@ -7,12 +7,15 @@ import errno
 import importlib.util
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -51,19 +54,50 @@ def content(directory: Path) -> bytes:
         return bytes(out)
 
 
+Loss = tuple[Any, Position, int]
+"""what the disk's memory held, what was promised, and how many bytes had been given"""
+
+
 @pytest.mark.parametrize("round_", range(12))
 def test_power_loss_leaves_at_least_what_was_acknowledged(
     tmp_path: Path, rng: random.Random, round_: int
 ) -> None:
-    """Crashes taken before single steps of the I/O of a store that appends, rotates, merges
-    and reopens; every one must open again, hold an exact prefix, and go on."""
+    """Before single steps of the I/O of a store that appends, rotates, merges and reopens."""
+    rounds = rng.randrange(20, 60)
+    taken, sent = losses(
+        tmp_path, rng, rounds, lambda _step, so_far: rng.random() < 0.1 and so_far < 12
+    )
+    assert taken or round_
+    for number, (memory, promised, length) in enumerate(taken):
+        there = tmp_path / f"crash-{number}"
+        memory.crash(store_path(there, GROUP), rng)
+        check_recovered(there, promised, sent, length)
+
+
+def test_power_loss_at_every_flush(tmp_path: Path, rng: random.Random) -> None:
+    """While each is under way: of what it covers anything may be there."""
+    taken, sent = losses(tmp_path, rng, 40, lambda step, _so_far: step.startswith("sync"))
+    assert len(taken) > 24
+    for number, (memory, promised, length) in enumerate(taken):
+        for turn in range(3):
+            there = tmp_path / f"crash-{number}-{turn}"
+            copy.deepcopy(memory).crash(store_path(there, GROUP), rng)
+            check_recovered(there, promised, sent, length)
+            shutil.rmtree(there)
+
+
+def losses(
+    tmp_path: Path, rng: random.Random, rounds: int, wanted: Callable[[str, int], bool]
+) -> tuple[list[Loss], bytes]:
+    """Moments before steps of a store's I/O at which its power may be lost, and all that it was
+    given."""
     files = forgetting.ForgettingFiles()
-    taken: list[tuple[object, Position, int]] = []
+    taken: list[Loss] = []
     sent = bytearray()
     acked = [Position()]
 
-    def before(_what: str, memory: object) -> None:
-        if rng.random() < 0.1 and len(taken) < 12:
+    def before(what: str, memory: object) -> None:
+        if wanted(what, len(taken)):
             taken.append((copy.deepcopy(memory), acked[0], len(sent)))
 
     feed = records.Feed()
@@ -76,7 +110,7 @@ def test_power_loss_leaves_at_least_what_was_acknowledged(
 
         store.listen(acknowledge)
         batch = feed.stream()
-        for _ in range(rng.randrange(20, 60)):
+        for _ in range(rounds):
             batch += feed.writes(rng.randrange(1, 9), 512 * rng.randrange(1, 20))
             sent += batch
             store.append(batch)
@@ -84,14 +118,12 @@ def test_power_loss_leaves_at_least_what_was_acknowledged(
             if rng.random() < 0.2:
                 store.commit()
         store.commit()
-    assert taken or round_
-    for number, (memory, promised, length) in enumerate(taken):
-        there = tmp_path / f"crash-{number}"
-        memory.crash(store_path(there, GROUP), rng)
-        check_recovered(there, promised, bytes(sent), length)
+        files.before = lambda _what, _memory: None
+    return taken, bytes(sent)
 
 
 def check_recovered(there: Path, promised: Position, sent: bytes, length: int) -> None:
+    """It opens again, holds an exact prefix, and goes on."""
     with GroupStore.open(there, GROUP, options=SMALL) as store:
         assert store.durable >= promised
         kept = content(there)

@@ -492,7 +492,7 @@ def parse_state(data: bytes) -> Fields:
     for at in range(0, len(data), 8192):
         try:
             header, _ = headed(STATE, data, at, b"\0\0VREPST", "state")
-            expect(header["flags"] & ~0x1F == 0 and header["disks"] <= 64, "state: flags, disks")
+            expect(header["flags"] & ~0x1FF == 0 and header["disks"] <= 64, "state: flags, disks")
         except BadFormat:
             continue
         slots.append({"header": header})

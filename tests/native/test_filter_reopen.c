@@ -138,6 +138,39 @@ static void a_start_killed_before_its_gap_begins_is_carried_on(void)
     rig_free(&rig);
 }
 
+/* One that is killed while it replays what was in flight, at each entry: the next one replays the
+ * rest, and copies nothing else. */
+static void a_replay_that_is_killed_is_carried_on(void)
+{
+    enum { N = 6 };
+    for (unsigned k = 1; k <= N; k++) {
+        synced();
+        struct vrep_command *commands[N];
+        bool done[N];
+        for (int i = 0; i < N; i++)
+            commands[i] = rig_prepare(&rig, VREP_OP_WRITE, VREP_COMMAND_FUA, (uint64_t)i * 400000,
+                                      50000, i, &done[i]);
+        for (int i = 0; i < N; i++)
+            vrep_command_submit(commands[i]);
+        uint64_t head = rig_status(&rig).head;
+        rig_kill(&rig);
+        char fault[32];
+        snprintf(fault, sizeof fault, "recover.replay:%u:kill", k);
+        killed_start(fault);
+        rig_open(&rig);
+        struct vrep_group_status status = rig_status(&rig);
+        CHECK_EQ(status.opened_as, VREP_OPENED_KILLED);
+        CHECK_EQ(status.replayed, N - (k - 1));
+        CHECK_EQ(status.head, head + N);
+        CHECK_EQ(status.gap, 0);
+        CHECK_EQ(status.unshipped_bytes, 0);
+        CHECK(rig_check_dirty(&rig) > 0);
+        rig_sync(&rig);
+        rig_compare(&rig);
+        rig_free(&rig);
+    }
+}
+
 static void a_failed_start_leaves_the_stamps_of_the_disk(void)
 {
     synced();
@@ -222,6 +255,7 @@ int main(void)
     RUN(a_failed_flush_outlives_a_kill_until_it_is_repaired);
     RUN(a_start_killed_before_its_map_is_whole_leaves_none);
     RUN(a_start_killed_before_its_gap_begins_is_carried_on);
+    RUN(a_replay_that_is_killed_is_carried_on);
     RUN(a_failed_start_leaves_the_stamps_of_the_disk);
     RUN(a_full_ring_does_not_keep_an_unexplained_disk_from_starting);
     RUN(a_killed_filter_without_its_write_intent_syncs_before_it_goes_on);

@@ -504,12 +504,13 @@ static void child_writes(const char *fault)
 }
 
 static const char *const points[] = {
-    "tap.after_grant:40:kill",  "tap.after_stage:41:kill",     "tap.after_raise:42:kill",
-    "tap.after_commit:43:kill", "tap.before_done:44:kill",     "gap.after_flag:1:kill",
-    "gap.after_stage:1:kill",   "gap.after_commit:1:kill",     "gap.after_stage:2:kill",
-    "gap.after_commit:2:kill",  "sync.after_grant:3:kill",     "sync.after_publish:3:kill",
-    "sync.after_clear:3:kill",  "consumer.after_clear:3:kill", "intent.write:1:kill",
-    "tap.after_stage:700:kill", "tap.after_grant:900:kill",    "state.write:2:kill",
+    "tap.after_grant:40:kill",       "tap.after_stage:41:kill",     "tap.after_raise:42:kill",
+    "tap.after_commit:43:kill",      "tap.before_done:44:kill",     "gap.after_flag:1:kill",
+    "gap.after_stage:1:kill",        "gap.after_commit:1:kill",     "gap.after_stage:2:kill",
+    "gap.after_commit:2:kill",       "sync.after_grant:3:kill",     "sync.after_publish:3:kill",
+    "sync.after_clear:3:kill",       "consumer.after_clear:3:kill", "intent.write:1:kill",
+    "tap.after_stage:700:kill",      "tap.after_grant:900:kill",    "state.write:2:kill",
+    "consumer.after_release:3:kill",
 };
 
 static void kills_at_every_point_lose_nothing(void)

@@ -104,3 +104,20 @@ def test_no_work_is_left_as_a_note() -> None:
     suffixes = {".c", ".h", ".py", ".pyx", ".pxd", ".pyi"}
     files = (path for path in sorted(SOURCE.rglob("*")) if path.suffix in suffixes)
     assert [path for path in files if note.search(path.read_text())] == []
+
+
+def test_every_fault_point_is_passed_in_a_test() -> None:
+    """A place at which nobody kills the process or fails the call proves nothing."""
+    named = re.compile(r'vrep_fault\("([a-z_.]+)"\)')
+    points = {name for path in native_files() for name in named.findall(path.read_text())}
+    assert len(points) > 30
+    tests = Path(__file__).resolve().parents[1]
+    armed = "".join(
+        path.read_text()
+        for room in ("native", "e2e", "crash")
+        for path in sorted((tests / room).iterdir())
+        if path.suffix in {".c", ".h", ".py"}
+    )
+    assert [
+        name for name in sorted(points) if not re.search(rf'[",]{re.escape(name)}[:"]', armed)
+    ] == []
