@@ -38,6 +38,29 @@ static void what_is_written_is_read(void)
     end();
 }
 
+/* A guest may write again into a buffer that is under way (direct I/O, a dirty page): what the disk
+ * and the record get is one content, that of when the request was taken. */
+static void a_buffer_that_changes_under_way_is_one_write(void)
+{
+    begin();
+    connect_and_start(MONITOR_FEATURES, -1);
+    double_hold(group, true);
+    uint8_t *data = guest_request(&m, 0, 0, VREP_VIRTIO_OUT, 8, 8192);
+    memset(data, 0x11, 8192);
+    guest_offer(&m, 0, 0);
+    guest_kick(&m, 0);
+    wait_held(1);
+    memset(data, 0x22, 8192);
+    double_hold(group, false);
+    CHECK_EQ(guest_take(&m, 0, NULL), 0);
+    CHECK_EQ(guest_status(&m, 0), VREP_VIRTIO_OK);
+    uint8_t *back = guest_request(&m, 0, 1, VREP_VIRTIO_IN, 8, 8192);
+    CHECK_EQ(guest_run(&m, 0, 1), VREP_VIRTIO_OK);
+    for (int i = 0; i < 8192; i++)
+        CHECK_EQ(back[i], 0x11);
+    end();
+}
+
 static void zeroes_and_discard(void)
 {
     static const uint32_t types[] = {VREP_VIRTIO_WRITE_ZEROES, VREP_VIRTIO_DISCARD};
@@ -605,6 +628,7 @@ static void a_stop_answers_what_was_submitted(void)
 int main(void)
 {
     RUN(what_is_written_is_read);
+    RUN(a_buffer_that_changes_under_way_is_one_write);
     RUN(zeroes_and_discard);
     RUN(errors_are_told);
     RUN(a_driver_without_flush_gets_writes_that_are_durable);
