@@ -144,6 +144,29 @@ def test_the_window_moves_with_time(rig: Rig) -> None:
     assert status["window_s"] == 100
 
 
+def test_discards_are_accounted_and_let_go_of(rig: Rig) -> None:
+    """A guest that discards for ever: each takes a header of room and counts, and the window lets
+    go of what they erased as of what was written."""
+    rig.put(rig.feed.writes(64, 4096, 0))
+    before = rig.store.used_bytes()
+    for _ in range(200):
+        rig.passes(1)
+        rig.put(rig.feed.zeroes(0, 64 * 4096))
+    grown = rig.store.used_bytes() - before
+    assert 200 * 64 <= grown <= 200 * 512  # a header, and the commit that it came in
+    assert rig.store.usage().used_bytes == rig.store.used_bytes()
+    rig.store.set_limits(50, 0)
+    used = []
+    for number in range(300):
+        rig.passes(1)
+        rig.put(rig.feed.writes(8, 4096, number % 8 * 8 * 4096))
+        rig.passes(1)
+        rig.put(rig.feed.zeroes(number % 8 * 8 * 4096, 8 * 4096))
+        rig.keep_up()
+        used.append(rig.store.used_bytes())
+    assert max(used[100:]) < 25 * 9 * 4096 + 4 * SEGMENT  # of the window, not of all that came
+
+
 def test_a_window_is_kept_when_the_store_is_opened_again(rig: Rig) -> None:
     rig.store.set_limits(100, 1 << 30)
     rig.store.close()
