@@ -16,22 +16,11 @@ from vrep.control import ControlClient
 from vrep.groups import GroupDefinition
 from vrep.lanes import group_of
 from vrep.settings import StatusConfig
+from vrep.states import STATES, state_of
 
 if TYPE_CHECKING:
     from vrep.site.base import SiteBase
 
-STATES: Final = (
-    "initial-sync",
-    "replicating",
-    "spilling",
-    "gap",
-    "resync",
-    "unverified",
-    "paused",
-    "offline",
-    "failed-over",
-    "error",
-)
 CRITICAL_STATES: Final = frozenset({"offline", "unverified", "failed-over", "error"})
 CRITICAL_CONDITIONS: Final = frozenset({"target-full", "two-vms", "verify-failed"})
 HARMLESS: Final = frozenset({"testing", "unprotected"})
@@ -221,6 +210,7 @@ def _unreadable(error: errors.VrepError, filtered: Mapping[str, Any] | None) -> 
         "targets": [],
         "disks": [],
         "filter": None,
+        "transitions": None,
     }
 
 
@@ -279,7 +269,7 @@ def _protected(
         conditions.append("flush-failed")
     return {
         "role": "source",
-        "state": _state(definition, filtered, session),
+        "state": state_of(definition, filtered, session),
         "conditions": sorted(set(conditions)),
         "error": error,
         "group_id": definition.group_id,
@@ -294,7 +284,15 @@ def _protected(
         "filter": dict(filtered) if filtered else None,
         "created": definition.created,
         "untaken": untaken,
+        "transitions": _transitions(session),
     }
+
+
+def _transitions(session: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Since when the group is as it is, and how often it came into each state since the source's
+    process began; None when that is not known."""
+    found = (session or {}).get("transitions")
+    return {key: found[key] for key in ("since_ns", "counts")} if found else None
 
 
 def _untaken(definition: GroupDefinition, filtered: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -322,6 +320,7 @@ def _target(
         # The filter knows only when the spill began. Its gap, if there is one, is younger.
         oldest = int(spill["oldest_ns"])
     used = int(filtered["ring_bytes"]) - int(filtered["ring_free_bytes"]) if filtered else 0
+    changes = (session or {}).get("transitions") or {}
     return {
         "site": name,
         "connected": bool(session and session["connected"]),
@@ -333,7 +332,8 @@ def _target(
         "lag_bytes": used + int(spill.get("bytes", 0)),
         "spill_bytes": int(spill.get("bytes", 0)),
         "spill_quota_bytes": int(spill.get("quota_bytes", 0)),
-        "whole_in_s": spill.get("whole_in_s"),
+        "whole_in_s": changes.get("whole_in_s"),
+        "missing_bytes": changes.get("missing_bytes"),
         "dirty_bytes": int(filtered["dirty_bytes"]) if filtered else 0,
         "unshipped_bytes": int(filtered["unshipped_bytes"]) if filtered else 0,
         "total_bytes": int(filtered["total_bytes"]) if filtered else 0,
@@ -370,34 +370,6 @@ def _point(known: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
     time_ns = int(known["wall_ns"])
     return {"point": known["point"], "time": format_time(time_ns) if time_ns else None}
-
-
-def _state(
-    definition: GroupDefinition,
-    filtered: Mapping[str, Any] | None,
-    session: Mapping[str, Any] | None,
-) -> str:
-    if definition.fenced or (session is not None and session["fenced"]):
-        return "failed-over"
-    if definition.detached:
-        return "offline"
-    if filtered is None:
-        return "error"
-    if definition.paused:
-        return "paused"
-    if session is None or not session["connected"]:
-        return "offline"
-    if filtered["unverified"]:
-        return "unverified"
-    if filtered["gap"]:
-        if int(filtered["gap_seq"]) <= 1:
-            return "initial-sync"
-        return "resync" if int(filtered["unshipped_bytes"]) else "gap"
-    if not int(filtered["durable"]):  # all is sent, and nothing of it is held
-        return "initial-sync"
-    if session.get("spill") and session["spill"]["bytes"]:
-        return "spilling"
-    return "replicating"
 
 
 def verdict(status: Mapping[str, Any], limits: StatusConfig | None = None) -> tuple[int, list[str]]:

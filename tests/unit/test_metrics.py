@@ -23,6 +23,7 @@ vrep_group_condition gauge group,condition
 vrep_group_epoch gauge group
 vrep_group_clients gauge group
 vrep_group_size_bytes gauge group,disk
+vrep_group_transitions_total counter group,state
 vrep_lane_cuts_total counter group
 vrep_lane_cuts_void_total counter group
 vrep_lane_hold_max_seconds gauge group
@@ -30,6 +31,8 @@ vrep_target_connected gauge group,target
 vrep_target_rpo_seconds gauge group,target
 vrep_target_lag_bytes gauge group,target
 vrep_target_spill_bytes gauge group,target
+vrep_target_missing_bytes gauge group,target
+vrep_target_whole_seconds gauge group,target
 vrep_target_dirty_bytes gauge group,target
 vrep_target_unshipped_bytes gauge group,target
 vrep_target_seq gauge group,target
@@ -53,7 +56,7 @@ vrep_store_stale_bytes gauge group
 
 TARGET = {
     "site": "east", "connected": True, "rpo_ms": 250, "lag_bytes": 1, "dirty_bytes": 2,
-    "spill_bytes": 1,
+    "spill_bytes": 1, "missing_bytes": 12, "whole_in_s": 2.5,
     "unshipped_bytes": 3, "seq": 10, "durable_seq": 9, "round_trip_ms": 1.5, "bytes_sent": 4,
     "records_sent": 5, "compared_bytes": 6, "equal_bytes": 7, "hash_bytes": 8,
 }  # fmt: skip
@@ -64,6 +67,7 @@ STATUS: dict[str, Any] = {
         "web": {
             "role": "source", "state": "gap", "conditions": ["fenced"], "epoch": 3, "clients": 1,
             "disks": [{"name": "root", "size": 4096}], "targets": [TARGET],
+            "transitions": {"since_ns": 1, "counts": {"gap": 2}},
         },
         "shop@1": {
             "role": "source", "state": "gap", "conditions": [], "epoch": 1, "clients": 0,
@@ -102,6 +106,8 @@ def test_every_value_belongs_to_a_metric() -> None:
     assert found["vrep_target_rpo_seconds"] == {("web", "east"): 0.25}
     assert found["vrep_target_round_trip_seconds"] == {("web", "east"): 0.0015}
     assert found["vrep_lane_hold_max_seconds"] == {("shop@1",): 0.002}
+    assert found["vrep_group_transitions_total"] == {("web", "gap"): 2}
+    assert found["vrep_target_whole_seconds"] == {("web", "east"): 2.5}
     assert found["vrep_verdict"] == {(): 2}
     assert found["vrep_role_up"][("source",)] == 0
     states = {k[2]: v for k, v in found["vrep_group_state"].items() if k[0] == "web"}

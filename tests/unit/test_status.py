@@ -337,15 +337,15 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
         "quota_bytes": 1 << 30,
         "oldest_ns": 0,
         "full": "",
-        "whole_in_s": 7.5,
     }
+    changes = {"since_ns": 5, "counts": {"spilling": 1}, "missing_bytes": 6 << 20, "whole_in_s": 7.5}
     full = {**SESSION, "spill": {**spill, "full": "no room"}}
     for name in ("web", "full", "lost", "part"):
         rig.add(name)
     rig.run(
         dict.fromkeys(("web", "full", "lost", "part"), FILTERED),
         {
-            "web": {**SESSION, "spill": spill},
+            "web": {**SESSION, "spill": spill, "transitions": changes},
             "full": full,
             "lost": {**SESSION, "history_lost": True, "lost_bytes": None},
             "part": {**SESSION, "history_lost": True, "lost_bytes": 65536},
@@ -355,6 +355,10 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
     target = groups["web"]["targets"][0]
     assert (groups["web"]["state"], groups["web"]["conditions"]) == ("spilling", [])
     assert (target["spill_bytes"], target["whole_in_s"]) == (5 << 20, 7.5)
+    assert target["missing_bytes"] == 6 << 20
+    assert groups["web"]["transitions"] == {"since_ns": 5, "counts": {"spilling": 1}}
+    assert groups["full"]["transitions"] is None
+    assert "spilling, whole in 7.5 s" in text_of(rig.site.status())
     assert target["lag_bytes"] >= 5 << 20
     assert (target["compared_bytes"], target["equal_bytes"], target["hash_bytes"]) == (4, 3, 23)
     assert target["comparing"]

@@ -71,6 +71,8 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
         state = f"{state} {done:.0f} %"
+    if target.get("whole_in_s"):
+        state = f"{state}, whole in {age_text(target['whole_in_s'] * 1000)}"
     return (
         name,
         state,

@@ -52,6 +52,12 @@ METRICS: Final = (
     Definition("vrep_group_epoch", "gauge", _GROUP, "the epoch that writes"),
     Definition("vrep_group_clients", "gauge", _GROUP, "NBD connections"),
     Definition("vrep_group_size_bytes", "gauge", ("group", "disk"), "size of a protected disk"),
+    Definition(
+        "vrep_group_transitions_total",
+        "counter",
+        ("group", "state"),
+        "how often it came into a state since the source's process began",
+    ),
     Definition("vrep_lane_cuts_total", "counter", _GROUP, "cuts that a lane held for to the end"),
     Definition(
         "vrep_lane_cuts_void_total", "counter", _GROUP, "holds that ended by themselves: void cuts"
@@ -63,6 +69,12 @@ METRICS: Final = (
     ),
     Definition("vrep_target_lag_bytes", "gauge", _TARGET, "recorded and not durable there"),
     Definition("vrep_target_spill_bytes", "gauge", _TARGET, "of that, on the source's disk"),
+    Definition(
+        "vrep_target_missing_bytes", "gauge", _TARGET, "what it lacks until replication is whole"
+    ),
+    Definition(
+        "vrep_target_whole_seconds", "gauge", _TARGET, "estimate of when that is; none: not known"
+    ),
     Definition("vrep_target_dirty_bytes", "gauge", _TARGET, "blocks it may not hold durably"),
     Definition("vrep_target_unshipped_bytes", "gauge", _TARGET, "blocks that a sync must copy"),
     Definition("vrep_target_seq", "gauge", _TARGET, "newest record of the group"),
@@ -111,6 +123,8 @@ def samples(
 
 def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
     yield "vrep_group_clients", (name,), float(group["clients"])
+    for state, count in ((group.get("transitions") or {}).get("counts") or {}).items():
+        yield "vrep_group_transitions_total", (name, state), float(count)
     lane = group.get("filter") if group.get("cuts") else None
     if lane:
         yield "vrep_lane_cuts_total", (name,), float(lane["cuts"])
@@ -124,6 +138,10 @@ def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
         yield "vrep_target_rpo_seconds", labels, target["rpo_ms"] / 1000
         yield "vrep_target_lag_bytes", labels, float(target["lag_bytes"])
         yield "vrep_target_spill_bytes", labels, float(target["spill_bytes"])
+        if target.get("missing_bytes") is not None:
+            yield "vrep_target_missing_bytes", labels, float(target["missing_bytes"])
+        if target.get("whole_in_s") is not None:
+            yield "vrep_target_whole_seconds", labels, float(target["whole_in_s"])
         yield "vrep_target_dirty_bytes", labels, float(target["dirty_bytes"])
         yield "vrep_target_unshipped_bytes", labels, float(target["unshipped_bytes"])
         yield "vrep_target_seq", labels, float(target["seq"])

@@ -27,10 +27,13 @@ from vrep.source.session import GroupSession
 from vrep.source.session_view import spill_view
 from vrep.source.spill import Spill, is_spilled
 from vrep.source.spiller import Spiller
+from vrep.source.transitions import Transitions
 from vrep.wire.peers import PeerRegistry
 from vrep.wire.transport import Timeouts
 
 SCAN_EVERY_S: Final = 1.0
+FILTER_ANSWERS_S: Final = 2.0
+"""a filter that takes longer is said not to serve"""
 SPILL_AGAIN_S: Final = 10.0
 """after which a spill that could not be opened is tried again"""
 
@@ -58,6 +61,8 @@ class Source:
         self._sessions: dict[str, GroupSession] = {}
         self._unspilled: dict[str, float] = {}
         """sessions whose spill could not be opened, and when that is tried again"""
+        self._transitions: dict[str, Transitions] = {}
+        self._filter = ControlClient(paths.socket("filter"), timeout=FILTER_ANSWERS_S)
         self._scanning = threading.Lock()
         self._cutters: dict[str, Cutter] = {}
         self._lock = threading.Lock()
@@ -87,8 +92,37 @@ class Source:
         while not self._stopping.wait(SCAN_EVERY_S):
             try:
                 self._scan()
+                self._look()
             except (VrepError, OSError) as error:
                 log.error("the groups cannot be looked at", error=str(error))
+
+    def _look(self) -> None:
+        """Make an event of what became of each group."""
+        with self._lock:
+            sessions = dict(self._sessions)
+        if not sessions:
+            return
+        try:
+            filters = self._filter.call("status")
+        except VrepError:
+            filters = {}  # it is down, or hangs: no group is served
+        for name in set(self._transitions) - set(sessions):
+            del self._transitions[name]
+        for name, session in sessions.items():
+            try:
+                definition = self._groups.load(name)
+            except VrepError:
+                continue  # its session says what is wrong
+            filtered = filters.get(name)
+            served = filtered is not None and "error" not in filtered
+            view = session.view
+            self._transitions.setdefault(name, Transitions(name)).look(
+                definition,
+                filtered if served else None,
+                {"connected": view.connected, "fenced": view.fenced, "spill": view.spill},
+                time.monotonic(),
+                time.time_ns(),
+            )
 
     def request_stop(self) -> None:
         self._stopping.set()
@@ -243,6 +277,8 @@ class Source:
 
     def _view(self, name: str, session: GroupSession) -> dict[str, Any]:
         view = dataclasses.asdict(session.view)
+        changes = self._transitions.get(name)
+        view["transitions"] = changes.view if changes is not None else {}
         cutter = self._cutters.get(group_of(name)) if is_lane(name) else None
         if cutter is not None:
             view["cuts"] = cutter.view()

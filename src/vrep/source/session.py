@@ -44,7 +44,7 @@ from vrep.source.feed import Feed
 from vrep.source.halt import Halt, go_on
 from vrep.source.holder import Holder, SealKeys, stream_of
 from vrep.source.lost import Ranges, mark_lost, ranges_lost
-from vrep.source.session_view import Backlog, SessionView, spill_view
+from vrep.source.session_view import SessionView, spill_view
 from vrep.source.ship import Shipper, new_buffers
 from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
@@ -128,7 +128,6 @@ class GroupSession:
             name, groups, peers, filter_control, self._sealing, spiller, self._clock,
             self._stopping,
         )  # fmt: skip
-        self._catching_up = Backlog()
         self._effort: Effort | None = None
         # Of one shipper after the other: what an ended attempt leaves behind is freed late.
         self._buffers = new_buffers()
@@ -622,25 +621,19 @@ class GroupSession:
         if self._spiller is not None:
             self._spiller.durable = durable_seq
 
-    def _show_spill(self, status: Mapping[str, Any] | None = None) -> None:
-        """What the spill holds, and in how many seconds all of it and of the ring is durable, as
-        far as that can be said."""
+    def _show_spill(self) -> None:
+        """What the spill holds."""
         spiller = self._spiller
         if spiller is None:
             return
         spill, durable = spiller.spill, self.view.durable_seq
         held = spill.bytes if spill.last > durable else 0
-        left_s = None
-        if status is not None:
-            ring = int(status["ring_bytes"]) - int(status["ring_free_bytes"])
-            left_s = self._catching_up.left_s(self._clock.monotonic(), held + ring)
         self.view.spill = spill_view(
             spill.quota_bytes,
             held=held,
             last_seq=spill.last if held else 0,
             oldest_ns=spill.oldest_ns(durable),
             full=spiller.full,
-            whole_in_s=left_s,
         )
 
     def _listen(
@@ -676,7 +669,7 @@ class GroupSession:
                     raise StateError("the filter restarted")
                 status = hold.status()
                 self.view.history_lost = self.view.history_lost and bool(status["gap"])
-                self._show_spill(status)
+                self._show_spill()
                 transport.post(self._report(status), CHANNEL)
 
     def _take(self, message: object, feed: Feed, shipper: Shipper) -> bool:

@@ -1,4 +1,4 @@
-"""What a session shows in the status: positions, points, conditions, and how long a backlog takes.
+"""What a session shows in the status: positions, points, conditions.
 
 Times are nanoseconds since the epoch where they end in `_ns`, seconds where in `_s`.
 """
@@ -6,12 +6,12 @@ Times are nanoseconds since the epoch where they end in `_ns`, seconds where in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from vrep.source.delta import DeltaCount
 from vrep.wire import messages as m
 
-__all__ = ["Backlog", "SessionView", "spill_view"]
+__all__ = ["SessionView", "spill_view"]
 
 
 @dataclass
@@ -62,40 +62,13 @@ def spill_view(
     last_seq: int = 0,
     oldest_ns: int = 0,
     full: str = "",
-    whole_in_s: float | None = None,
 ) -> dict[str, Any]:
     """What the status says of a spill: bytes held and allowed, its last record, when its oldest
-    was written, why it takes no more, and in how many seconds all is durable."""
+    was written, and why it takes no more."""
     return {
         "bytes": held,
         "quota_bytes": quota_bytes,
         "last_seq": last_seq,
         "oldest_ns": oldest_ns,
         "full": full,
-        "whole_in_s": whole_in_s,
     }
-
-
-class Backlog:
-    """How fast a backlog shrinks, as a mean over some seconds."""
-
-    MEAN_S: Final = 10.0
-
-    def __init__(self) -> None:
-        self._at_s = 0.0
-        self._bytes = 0
-        self._rate: float | None = None
-
-    def left_s(self, now_s: float, backlog_bytes: int) -> float | None:
-        """Seconds until it is empty; None when it does not shrink, or is just being looked at."""
-        passed_s = now_s - self._at_s
-        if self._at_s and 0 < passed_s < self.MEAN_S:
-            rate = (self._bytes - backlog_bytes) / passed_s
-            share = min(1.0, passed_s / self.MEAN_S) if self._rate is not None else 1.0
-            self._rate = rate * share + (self._rate or 0.0) * (1 - share)
-        else:
-            self._rate = None
-        self._at_s, self._bytes = now_s, backlog_bytes
-        if not backlog_bytes:
-            return 0.0
-        return round(backlog_bytes / self._rate, 1) if self._rate and self._rate > 0 else None
