@@ -338,7 +338,8 @@ def test_what_a_session_says_of_its_history(rig: Rig) -> None:
         "oldest_ns": 0,
         "full": "",
     }
-    changes = {"since_ns": 5, "counts": {"spilling": 1}, "missing_bytes": 6 << 20, "whole_in_s": 7.5}
+    changes: dict[str, Any] = {"since_ns": 5, "counts": {"spilling": 1}, "missing_bytes": 6 << 20}
+    changes["whole_in_s"] = 7.5
     full = {**SESSION, "spill": {**spill, "full": "no room"}}
     for name in ("web", "full", "lost", "part"):
         rig.add(name)
