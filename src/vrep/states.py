@@ -43,7 +43,7 @@ def state_of(
         return "paused"
     if session is None or not session["connected"]:
         return "offline"
-    if filtered["unverified"]:
+    if filtered["unverified"] or session.get("rolled_back"):
         return "unverified"
     if filtered["gap"]:
         if int(filtered["gap_seq"]) <= 1:

@@ -276,7 +276,7 @@ def _protected(
         "epoch": definition.epoch,
         "clients": clients,
         "cuts": session.get("cuts") if session else None,
-        "unverified": filtered["unverified"] if filtered else "",
+        "unverified": _unverified(filtered, session),
         "targets": [_target(target, filtered, session, now_ns)],
         "disks": [
             {"name": disk.name, "size": disk.bytes, "uri": disk.uri} for disk in definition.disks
@@ -286,6 +286,14 @@ def _protected(
         "untaken": untaken,
         "transitions": _transitions(session),
     }
+
+
+def _unverified(filtered: Mapping[str, Any] | None, session: Mapping[str, Any] | None) -> str:
+    """Why nothing is believed: a reason of the filter's, or `rolled-back`."""
+    if filtered is None:
+        return ""
+    back = "rolled-back" if session is not None and session.get("rolled_back") else ""
+    return str(filtered["unverified"] or back)
 
 
 def _transitions(session: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -273,7 +273,7 @@ def test_what_shipped_is_freed_with_its_attempt(
         bytes_sent = records_sent = 0
 
         def __init__(self, *args: Any) -> None:
-            made.append((weakref.ref(self), args[-1]))
+            made.append((weakref.ref(self), args[-2]))
 
         def open_stream(self, _stream: Any) -> None:
             pass

@@ -127,6 +127,12 @@ static void attach_shared(struct vrep_group *group, struct vrep_finding *found, 
     group->ring = NULL;
 }
 
+/* Seconds times 2^24 lie above any seq that counting reaches. */
+static uint64_t above_any_seq(const struct vrep_group *group)
+{
+    return vrep_clock_ns(group, CLOCK_REALTIME) / NS_PER_S << 24;
+}
+
 static int find_out(struct vrep_group *group, struct vrep_finding *found)
 {
     const struct vrep_group_config *config = &group->config;
@@ -154,12 +160,11 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
         return VREP_OK;
     }
     if (status == VREP_E_CORRUPT) {
-        /* The high-water mark is lost with it: seconds times 2^24 lie above any seq that counting
-         * reaches. */
+        /* The high-water mark is lost with it. */
         memset(&group->state, 0, sizeof group->state);
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_STATE;
-        found->first_seq = vrep_clock_ns(group, CLOCK_REALTIME) / NS_PER_S << 24;
+        found->first_seq = above_any_seq(group);
         return VREP_OK;
     }
     found->first_seq = group->state.seq_limit;
@@ -197,6 +202,11 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
             found->reason = VREP_UNVERIFIED_PAST;
         }
     }
+    /* The disk and this state may be those of an earlier time, put back: a target may hold more
+     * than the state knows of. */
+    if (found->how == VREP_OPENED_UNEXPLAINED && !found->shared &&
+        found->first_seq < above_any_seq(group))
+        found->first_seq = above_any_seq(group);
     return VREP_OK;
 }
 

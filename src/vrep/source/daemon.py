@@ -119,7 +119,12 @@ class Source:
             self._transitions.setdefault(name, Transitions(name)).look(
                 definition,
                 filtered if served else None,
-                {"connected": view.connected, "fenced": view.fenced, "spill": view.spill},
+                {
+                    "connected": view.connected,
+                    "fenced": view.fenced,
+                    "spill": view.spill,
+                    "rolled_back": view.rolled_back,
+                },
                 time.monotonic(),
                 time.time_ns(),
             )

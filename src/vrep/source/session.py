@@ -46,6 +46,7 @@ from vrep.source.holder import Holder, SealKeys, stream_of
 from vrep.source.lost import Ranges, mark_lost, ranges_lost
 from vrep.source.session_view import SessionView, spill_view
 from vrep.source.ship import Shipper, new_buffers
+from vrep.source.shipped import Shipped
 from vrep.source.spiller import Spiller
 from vrep.wire import messages as m
 from vrep.wire.peers import Peer, PeerRegistry
@@ -414,24 +415,29 @@ class GroupSession:
         *,
         compare: bool = False,
         lost: Ranges | None = None,
+        went_back: bool = False,
     ) -> None:
         """Make sure that everything that follows what the target holds is here, or is a gap.
         Nothing is spilled meanwhile. `compare`: not all is there below that, it says; `lost`: but
-        for this all is."""
+        for this all is. `went_back`: it holds what this site does not know to have sent."""
         reader = hold.reader
         if durable_seq > reader.head:
             raise StateError(
                 f"the target holds seq {durable_seq} but this site never wrote past "
-                f"{reader.head}: the state of the filter was replaced by an older one"
+                f"{reader.head}: the state of the filter was replaced by an older one. Stop 'vrep "
+                f"run', empty the file {self._groups.path(self.name) / 'state'} and start it: all "
+                "is compared then"
             )
         acknowledged = int(hold.status()["acknowledged"])
         if self._spiller is not None:
             self._spiller.durable = durable_seq
         feed.mend(durable_seq)
-        if durable_seq < acknowledged or compare:
-            ranges = lost if durable_seq >= acknowledged else None
+        if durable_seq < acknowledged or compare or went_back:
+            ranges = lost if durable_seq >= acknowledged and not went_back else None
             log.warning(
-                "the target lost what it had acknowledged: it is compared or sent",
+                "this site went back to an earlier state: all is compared"
+                if went_back
+                else "the target lost what it had acknowledged: it is compared or sent",
                 group=self.name,
                 durable_seq=durable_seq,
                 acknowledged=acknowledged,
@@ -440,8 +446,11 @@ class GroupSession:
             self.history_lost()
             # In this order: cut off between the two, the next attempt finds the loss again.
             self.view.lost_bytes = mark_lost(hold, ranges)
-            self.view.history_lost = True
-            if compare:  # what was spilled would follow, and end a gap of which it does not know
+            self.view.history_lost = not went_back
+            self.view.rolled_back = went_back
+            if (
+                compare or went_back
+            ):  # what was spilled would follow, and end a gap of which it does not know
                 feed.drop()
             self._lose_ring(hold, feed)
         elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
@@ -476,10 +485,13 @@ class GroupSession:
         opened: m.GroupOpened,
     ) -> None:
         durable = opened.lanes[0].durable.seq
+        shipped = Shipped(self._groups.path(self.name), definition, self._clock)
         with self._spiller.still() if self._spiller else contextlib.nullcontext():
             compare = opened.compare is True
             lost = ranges_lost(opened, definition, hold.status()) if compare else None
-            self._settle(hold, feed, durable, compare=compare, lost=lost)
+            went_back = shipped.went_back(durable)
+            self._settle(hold, feed, durable, compare=compare, lost=lost, went_back=went_back)
+        shipped.begin(durable)
         stream_id = secrets.token_bytes(16)
         sealer = Sealer(
             data_key.stream_key(stream_id),
@@ -510,6 +522,7 @@ class GroupSession:
             self._bandwidth,
             self._effort,
             self._buffers,
+            shipped.allow,
         )
         shipper.open_stream(stream_of(definition, data_key, self._clock))
         self._acknowledged(feed, durable, durable)
@@ -522,7 +535,7 @@ class GroupSession:
         log.info("replicating", group=self.name, resume_seq=durable, epoch=definition.epoch)
         with self._comparing(transport, hold, definition, data_key, opened) as delta:
             hold.resync(True, definition.options.rate_bytes_per_s)
-            self._flow(transport, hold, feed, shipper, delta)
+            self._flow(transport, hold, feed, shipper, delta, shipped)
 
     def _flow(
         self,
@@ -531,6 +544,7 @@ class GroupSession:
         feed: Feed,
         shipper: Shipper,
         delta: Delta | None,
+        shipped: Shipped,
     ) -> None:
         """Ship and listen until the connection ends."""
         failure: list[BaseException] = []
@@ -543,7 +557,7 @@ class GroupSession:
         threads.start(thread)
         halt = Halt(self.name, self._groups, self._filter, transport)
         try:
-            self._listen(transport, hold, feed, shipper, halt, delta)
+            self._listen(transport, hold, feed, shipper, halt, delta, shipped)
         except VrepError as error:
             raise (failure[0] if failure else error) from None
         finally:
@@ -644,6 +658,7 @@ class GroupSession:
         shipper: Shipper,
         halt: Halt,
         delta: Delta | None,
+        shipped: Shipped,
     ) -> None:
         next_status = 0.0
         while not self._stopping.is_set():
@@ -669,6 +684,8 @@ class GroupSession:
                     raise StateError("the filter restarted")
                 status = hold.status()
                 self.view.history_lost = self.view.history_lost and bool(status["gap"])
+                self.view.rolled_back = self.view.rolled_back and bool(status["gap"])
+                shipped.settle()
                 self._show_spill()
                 transport.post(self._report(status), CHANNEL)
 

@@ -35,6 +35,8 @@ class SessionView:
     attempts: int = 0
     history_lost: bool = False
     """the target lost what it had acknowledged, and does not hold it again yet"""
+    rolled_back: bool = False
+    """this site went back to an earlier state, and not all is compared yet"""
     lost_bytes: int | None = None
     """with `history_lost`: of how much of the disks that is, as far as it is known; None: all"""
     delta: DeltaCount = field(default_factory=DeltaCount)

@@ -8,6 +8,7 @@ that hold the largest record each, of which only what batches need is ever touch
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from vrep._core.seal import Sealer
@@ -54,14 +55,17 @@ class Shipper:
         bandwidth: Bandwidth | None = None,
         effort: Effort | None = None,
         buffers: tuple[memoryview, memoryview] | None = None,
+        allow: Callable[[int], None] = lambda _seq: None,
     ) -> None:
-        """`buffers`, from `new_buffers`, are this shipper's until `join` has returned."""
+        """`buffers`, from `new_buffers`, are this shipper's until `join` has returned; `allow` is
+        asked before records up to a seq are sent."""
         self._feed = feed
         self._sealer = sealer
         self._clock = clock
         self._effort = effort or Effort(sealer.level)
         self._sender = Sender(transport, channel, clock, bandwidth or Bandwidth(0))
         self._buffer, self._other = buffers or new_buffers()
+        self._allow = allow
         self._stopping = False
         self._batch_bytes = BATCH_FIRST_BYTES
         self.records_sent = 0
@@ -113,6 +117,7 @@ class Shipper:
     def _ship(self, last: int) -> None:
         """Seal one batch, and send it, or have it sent while the next is sealed."""
         batch = self._seal(last)
+        self._allow(self._sealer.seq)
         if self._sealer.seq < last:
             self._sender.hand_over(batch)
         else:

@@ -1,0 +1,123 @@
+"""Shipped: up to which seq anything of an epoch was sent, so that a disk put back is noticed.
+
+A host that is taken back to an earlier state (a snapshot of its storage, a backup) has a disk, a
+change map and a write-intent that agree with each other, and a target that holds what was written
+since: blocks differ that no bit has. What gives it away is the target, which holds more than this
+site knows to have sent. So before a record is sent, a seq at or above it is stored here, beside the
+group's other state, where whatever takes the disk back takes this back as well. A target that holds
+more in this epoch was written by a future that is gone: nothing is believed, and all is compared.
+
+The mark is stored once a second at most, ahead by what a second of this load needs, and drawn
+back to what was sent when that is less. So what was sent within about a second of the snapshot
+is not noticed. A mark that cannot be stored is removed: then nothing is known, and nothing noticed.
+
+File: `shipped.json` in the group's directory, replaced as a whole. Threads: any.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Annotated, Final
+
+import msgspec
+import structlog
+from msgspec import Meta
+
+from vrep.durable import sync_directory, write_atomic
+from vrep.errors import VrepError
+from vrep.groups import GroupDefinition
+from vrep.wire.stream import Clock
+
+__all__ = ["Shipped"]
+
+VERSION: Final = 1
+EVERY_S: Final = 1.0
+
+log = structlog.get_logger("vrep.source")
+
+
+class _Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The file."""
+
+    version: int
+    epoch: int
+    epoch_id: str
+    seq: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class Shipped:
+    """Of one group's present epoch."""
+
+    def __init__(self, directory: Path, definition: GroupDefinition, clock: Clock) -> None:
+        self._path = directory / "shipped.json"
+        self._group = definition.name
+        self._epoch, self._epoch_id = definition.epoch, definition.epoch_id
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._limit: int | None = None
+        """stored; None: nothing is known"""
+        self._sent = 0
+        self._stored_s = clock.monotonic() - EVERY_S
+        self._stored_at = 0
+        mark = self._load()
+        if mark is not None and (mark.epoch, mark.epoch_id) == (self._epoch, self._epoch_id):
+            self._limit = mark.seq
+
+    def _load(self) -> _Mark | None:
+        try:
+            mark = msgspec.json.decode(self._path.read_bytes(), type=_Mark)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("not known what was sent", group=self._group, error=str(error))
+            return None
+        return mark if mark.version == VERSION else None
+
+    def went_back(self, durable: int) -> bool:
+        """Whether a target that holds `durable` of this epoch holds more than was sent."""
+        return self._limit is not None and durable > self._limit
+
+    def begin(self, durable: int) -> None:
+        """What the target holds is known from here on: before anything is sent, and once what
+        `went_back` means outlasts a power loss."""
+        with self._lock:
+            self._sent = self._stored_at = durable
+            if self._limit is None or durable > self._limit:
+                self._store(durable)
+
+    def allow(self, seq: int) -> None:
+        """Return when records up to `seq` may be sent."""
+        with self._lock:
+            pace = max(0, seq - self._stored_at)
+            passed_s = max(self._clock.monotonic() - self._stored_s, 1e-3)
+            self._sent = seq
+            if self._limit is not None and (seq > self._limit or passed_s >= EVERY_S):
+                self._store(seq + int(pace * EVERY_S / passed_s))  # for a second of this load
+                self._stored_at = seq
+
+    def settle(self) -> None:
+        """Draw the mark back to what was sent; for an idle moment."""
+        with self._lock:
+            idle = self._clock.monotonic() - self._stored_s >= EVERY_S
+            if idle and self._limit is not None and self._limit > self._sent:
+                self._store(self._sent)
+                self._stored_at = self._sent
+
+    def _store(self, seq: int) -> None:
+        mark = _Mark(VERSION, self._epoch, self._epoch_id, seq)
+        self._stored_s = self._clock.monotonic()
+        try:
+            write_atomic(self._path, msgspec.json.encode(mark))
+            self._limit = seq
+        except (OSError, VrepError) as error:
+            self._limit = None
+            log.warning("what was sent is not noted", group=self._group, error=str(error))
+            self._forget()
+
+    def _forget(self) -> None:
+        try:
+            self._path.unlink(missing_ok=True)
+            sync_directory(self._path.parent)
+        except OSError as error:  # it may make a later session compare everything
+            log.warning("an old mark stays", group=self._group, error=str(error))

@@ -1,0 +1,143 @@
+"""The mark of what was sent: never below it, drawn back to it, and what a target above it means."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vrep.groups import VERSION, DiskDefinition, GroupDefinition
+from vrep.source import shipped as module
+from vrep.source.shipped import Shipped
+
+
+class Clock:
+    now_s = 100.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def time_ns(self) -> int:
+        return int(self.now_s * 1e9)
+
+
+def definition(**changes: Any) -> GroupDefinition:
+    fields: dict[str, Any] = {
+        "version": VERSION,
+        "group_id": "11" * 16,
+        "name": "web",
+        "disks": (DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
+        "to_site": "22" * 16,
+        "key": "acme",
+        "tenant_key_id": "k",
+        "epoch": 1,
+        "epoch_id": "33" * 16,
+        "wrapped_keys": (),
+        "created": 0.0,
+    }
+    return GroupDefinition(**{**fields, **changes})
+
+
+def opened(where: Path, clock: Clock | None = None, **changes: Any) -> Shipped:
+    return Shipped(where, definition(**changes), clock or Clock())
+
+
+def stored(where: Path) -> int:
+    return int(json.loads((where / "shipped.json").read_text())["seq"])
+
+
+def test_the_mark_is_never_below_what_was_sent(tmp_path: Path, rng: random.Random) -> None:
+    """Under any load; and it is stored about once a second."""
+    clock = Clock()
+    mark = opened(tmp_path, clock)
+    mark.begin(7)
+    seq, begun_s, stores, last = 7, clock.now_s, 0, 0
+    for _ in range(5000):
+        pause_s = rng.choice((0.0005, 0.004, 0.02, 0.5, 3.0)) * rng.random()
+        clock.now_s += pause_s
+        if pause_s > 1:
+            mark.settle()
+            assert stored(tmp_path) == seq
+        seq += rng.choice((1, 1, 5, 300))
+        mark.allow(seq)
+        assert stored(tmp_path) >= seq
+        stores += stored(tmp_path) != last
+        last = stored(tmp_path)
+    assert stores <= 4 * (clock.now_s - begun_s) + 10
+    clock.now_s += 1
+    mark.settle()
+    assert stored(tmp_path) == seq
+    assert not opened(tmp_path).went_back(seq)
+    assert opened(tmp_path).went_back(seq + 1)
+
+
+def test_a_steady_load_stores_once_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, seconds = Clock(), []
+    real = module.write_atomic
+    monkeypatch.setattr(
+        module, "write_atomic", lambda *a, **o: (seconds.append(clock.now_s), real(*a, **o))
+    )
+    mark = opened(tmp_path, clock)
+    mark.begin(0)
+    for number in range(1, 10_001):
+        clock.now_s += 0.001
+        mark.allow(10 * number)
+    assert 8 <= len(seconds) <= 16  # of ten seconds
+    assert stored(tmp_path) <= 100_000 + 11_000
+
+
+def test_nothing_is_known_before_the_first_session(tmp_path: Path) -> None:
+    mark = opened(tmp_path)
+    assert not mark.went_back(1 << 60)
+    mark.begin(41)
+    assert stored(tmp_path) == 41
+    again = opened(tmp_path)
+    assert not again.went_back(41)
+    assert again.went_back(42)
+    # It stays so until that outlasts a power loss.
+    assert opened(tmp_path).went_back(42)
+    again.begin(42)
+    assert not opened(tmp_path).went_back(42)
+
+
+@pytest.mark.parametrize("change", [{"epoch": 2}, {"epoch_id": "44" * 16}])
+def test_another_epoch_has_another_mark(tmp_path: Path, change: dict[str, Any]) -> None:
+    """What stands before it was written by another site."""
+    opened(tmp_path).begin(10)
+    mark = opened(tmp_path, **change)
+    assert not mark.went_back(1000)
+    mark.begin(1000)
+    assert opened(tmp_path, **change).went_back(1001)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"version":1}', b'{"version":9,"epoch":1}'])
+def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "shipped.json").write_bytes(content)
+    mark = opened(tmp_path)
+    assert not mark.went_back(1 << 60)
+    mark.begin(5)
+    assert stored(tmp_path) == 5
+
+
+def test_a_full_disk_leaves_no_wrong_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records go on; an old mark would make the next session compare everything."""
+    clock = Clock()
+    mark = opened(tmp_path, clock)
+    mark.begin(5)
+
+    def full(*_a: Any, **_o: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_atomic", full)
+        mark.allow(6)
+        mark.allow(60)
+    assert not (tmp_path / "shipped.json").exists()
+    assert not opened(tmp_path).went_back(60)
+    opened(tmp_path).begin(60)  # of the next session
+    assert opened(tmp_path).went_back(61)
