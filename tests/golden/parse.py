@@ -94,7 +94,7 @@ INTENT_HEADER = (
     "magic:Q version:I extent_bytes:I counter:Q group_id:16s disks:I slot_bytes:I words:Q"
     " digest:16s reserved:52s checksum:I"
 )
-STATE_DISK = "bytes:Q device:Q inode:Q mtime_ns:Q ctime_ns:Q reserved:24s"
+STATE_DISK = "bytes:Q device:Q inode:Q mtime_ns:Q ctime_ns:Q commands:Q sectors:Q reserved:8s"
 STATE = (
     "magic:Q version:I flags:I counter:Q group_id:16s epoch_id:16s epoch:I lane:H disks:H"
     " seq_limit:Q durable_seq:Q unverified:I reserved0:I disk:64[state_disk] boot_id:16s"

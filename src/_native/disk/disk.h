@@ -82,6 +82,7 @@ struct vrep_disk_info {
     bool block_device;
     bool read_only;
     uint64_t device, inode, mtime_ns, ctime_ns; /* stamps: who wrote past the filter */
+    uint64_t commands, sectors; /* those of a block device: see look.h; 0: a file, or not counted */
 };
 
 #define VREP_DISK_DIRECT 1u

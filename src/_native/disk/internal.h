@@ -28,6 +28,7 @@ struct vrep_disk {
     uint32_t align_bytes, block_bytes;
     uint64_t bytes;
     uint64_t device, inode, mtime_ns, ctime_ns;
+    uint64_t commands, sectors;
     uint64_t slow_until_ns;         /* inline writes are off until then; owner thread only */
     uint64_t read_end, ahead_end;   /* of reads, and of what is fetched; any thread, hints */
     struct vrep_presence *presence; /* overlays only */

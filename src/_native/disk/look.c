@@ -119,6 +119,16 @@ static int look_at_device(int fd, dev_t device, struct vrep_look *out)
     return counted(device, out) ? VREP_OK : VREP_E_UNSUPPORTED;
 }
 
+bool vrep_look_counts(int fd, uint64_t *commands, uint64_t *sectors)
+{
+    struct stat st;
+    struct vrep_look found = {0};
+    bool known = fstat(fd, &st) == 0 && S_ISBLK(st.st_mode) && counted(st.st_rdev, &found);
+    *commands = known ? found.commands : 0;
+    *sectors = known ? found.sectors : 0;
+    return known;
+}
+
 int vrep_look_at(int fd, struct vrep_look *out)
 {
     struct stat st;

@@ -27,6 +27,9 @@ int vrep_look_open(const char *path, int *fd);
 /* LOCKED: somebody has it open to write, it is mounted, or another device stands on it.
  * UNSUPPORTED: the kernel does not count what is written to it. */
 int vrep_look_at(int fd, struct vrep_look *out);
+/* What was written and discarded on a block device since boot, by whatever name; false: the kernel
+ * does not count it.  What lies in the page cache does not count yet. */
+bool vrep_look_counts(int fd, uint64_t *commands, uint64_t *sectors);
 /* The same image, and nothing was written to it in between. */
 bool vrep_look_same(const struct vrep_look *a, const struct vrep_look *b);
 /* Reads of a block device tell what is stored, not what was read before. */

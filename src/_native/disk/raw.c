@@ -19,6 +19,7 @@
 #include "base/atomic.h"
 #include "base/status.h"
 #include "disk/internal.h"
+#include "disk/look.h"
 
 /* A page-cached copy of this size takes some tens of microseconds: less than a hand-over to a
  * thread and back when the thread sleeps. */
@@ -83,6 +84,7 @@ int vrep_disk_refresh(struct vrep_disk *disk)
     disk->inode = st.st_ino;
     disk->mtime_ns = (uint64_t)st.st_mtim.tv_sec * 1000000000ull + (uint64_t)st.st_mtim.tv_nsec;
     disk->ctime_ns = (uint64_t)st.st_ctim.tv_sec * 1000000000ull + (uint64_t)st.st_ctim.tv_nsec;
+    (void)vrep_look_counts(disk->fd, &disk->commands, &disk->sectors);
     uint64_t bytes = (uint64_t)st.st_size;
     if (disk->block_device && ioctl(disk->fd, BLKGETSIZE64, &bytes) != 0)
         return vrep_status_from_errno(errno);
@@ -313,6 +315,8 @@ int vrep_disk_info(struct vrep_disk *disk, struct vrep_disk_info *out)
         .inode = disk->inode,
         .mtime_ns = disk->mtime_ns,
         .ctime_ns = disk->ctime_ns,
+        .commands = disk->commands,
+        .sectors = disk->sectors,
     };
     return VREP_OK;
 }

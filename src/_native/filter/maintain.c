@@ -92,6 +92,8 @@ void vrep_state_stamp(struct vrep_group *group)
             .inode = info->inode,
             .mtime_ns = info->mtime_ns,
             .ctime_ns = info->ctime_ns,
+            .commands = info->commands,
+            .sectors = info->sectors,
         };
     }
 }

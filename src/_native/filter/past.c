@@ -4,7 +4,8 @@
  * the stamps of a clean close: it finds the image locked by another when it wants to open it (then
  * it stores at once that the next open may believe nothing, whoever has ended until then); or an
  * unclean end lies in another boot of the host, and an image was written in this one, before any
- * filter was there. */
+ * filter was there: by the times of a file, by the kernel's count of what a block device was given.
+ */
 #include <limits.h>
 #include <stdio.h>
 #include <string.h>
@@ -26,7 +27,8 @@ bool vrep_past_since_boot(const struct vrep_group *group)
     uint64_t booted = vrep_clock_ns(group, CLOCK_REALTIME) -
                       ((uint64_t)up.tv_sec * NS_PER_S + (uint64_t)up.tv_nsec);
     for (uint32_t i = 0; i < group->disks_count; i++)
-        if (!group->disks[i].info.block_device && group->disks[i].info.mtime_ns > booted)
+        if (group->disks[i].info.block_device ? group->disks[i].info.commands > 0
+                                              : group->disks[i].info.mtime_ns > booted)
             return true;
     return false;
 }

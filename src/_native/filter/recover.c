@@ -62,12 +62,26 @@ static bool sizes_match(const struct vrep_group *group)
     return true;
 }
 
+/* A device node is made anew at each boot, and its times say nothing of its content: the kernel's
+ * count of what was written to it does, since the boot.  One that is not counted is believed. */
+static bool counts_match(const struct vrep_state_disk *before, const struct vrep_disk_info *now,
+                         bool same_boot)
+{
+    if (!same_boot)
+        return now->commands == 0;
+    return before->commands == now->commands && before->sectors == now->sectors;
+}
+
 static bool stamps_match(const struct vrep_group *group)
 {
+    uint8_t boot[16];
+    bool same_boot =
+        vrep_boot_id(boot) == VREP_OK && memcmp(group->state.boot_id, boot, sizeof boot) == 0;
     for (uint32_t i = 0; i < group->disks_count; i++) {
         const struct vrep_state_disk *before = &group->state.disk[i];
         const struct vrep_disk_info *now = &group->disks[i].info;
-        /* A device node is made anew at each boot, and its times say nothing of its content. */
+        if (now->block_device && !counts_match(before, now, same_boot))
+            return false;
         if (!now->block_device &&
             (before->inode != now->inode || before->mtime_ns != now->mtime_ns ||
              before->ctime_ns != now->ctime_ns))

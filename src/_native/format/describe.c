@@ -119,7 +119,8 @@ FIELDS(vrep_intent_header, FIELD(vrep_intent_header, magic), FIELD(vrep_intent_h
        FIELD(vrep_intent_header, checksum));
 FIELDS(vrep_state_disk, FIELD(vrep_state_disk, bytes), FIELD(vrep_state_disk, device),
        FIELD(vrep_state_disk, inode), FIELD(vrep_state_disk, mtime_ns),
-       FIELD(vrep_state_disk, ctime_ns), FIELD(vrep_state_disk, reserved));
+       FIELD(vrep_state_disk, ctime_ns), FIELD(vrep_state_disk, commands),
+       FIELD(vrep_state_disk, sectors), FIELD(vrep_state_disk, reserved));
 FIELDS(vrep_state, FIELD(vrep_state, magic), FIELD(vrep_state, version), FIELD(vrep_state, flags),
        FIELD(vrep_state, counter), FIELD(vrep_state, group_id), FIELD(vrep_state, epoch_id),
        FIELD(vrep_state, epoch), FIELD(vrep_state, lane), FIELD(vrep_state, disks),

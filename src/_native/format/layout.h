@@ -456,7 +456,10 @@ struct vrep_state_disk {
     uint64_t inode;
     uint64_t mtime_ns;
     uint64_t ctime_ns;
-    uint64_t reserved[3];
+    uint64_t
+        commands;     /* of a block device: writes and discards since boot, as its kernel counts; */
+    uint64_t sectors; /* and how much; both 0: not counted */
+    uint64_t reserved;
 };
 VREP_LAYOUT(struct vrep_state_disk, 64);
 struct vrep_state {
