@@ -169,6 +169,34 @@ static void writes_past_the_filter_make_it_unverified(void)
     rig_free(&rig);
 }
 
+/* A copy that was restored, or another disk: its times say nothing after an unclean end, its inode
+ * does. */
+static void another_file_in_its_place_is_noticed(void)
+{
+    for (int end = 0; end < 3; end++) {
+        synced();
+        write_some(1, 3);
+        if (end == 0)
+            rig_close(&rig, true);
+        else if (end == 1)
+            rig_kill(&rig);
+        else
+            rig_power_loss(&rig);
+        rig_shell("at=%s; cp $at $at.other && mv $at.other $at", rig.disk);
+        int fd = open(rig.disk, O_WRONLY);
+        CHECK(fd >= 0 && pwrite(fd, "older", 5, 3000000) == 5);
+        close(fd);
+        rig_open(&rig);
+        CHECK_EQ(rig_status(&rig).opened_as, VREP_OPENED_UNEXPLAINED);
+        CHECK_EQ(rig_status(&rig).unverified, VREP_UNVERIFIED_STAMPS);
+        rig_check_dirty(&rig);
+        rig_sync(&rig);
+        CHECK_EQ(rig_status(&rig).unverified, 0);
+        rig_compare(&rig);
+        rig_free(&rig);
+    }
+}
+
 static void lost_state_makes_it_unverified(void)
 {
     synced();
@@ -560,6 +588,7 @@ int main(void)
     RUN(kill_resyncs_nothing_but_the_table);
     RUN(power_loss_resyncs_extents_and_checkpoint);
     RUN(writes_past_the_filter_make_it_unverified);
+    RUN(another_file_in_its_place_is_noticed);
     RUN(lost_state_makes_it_unverified);
     RUN(target_that_lost_history_needs_a_new_beginning);
     RUN(nobody_waits_for_who_wanted_the_ring_lost);

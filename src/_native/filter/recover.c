@@ -9,6 +9,7 @@
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
  *                              UNEXPLAINED   everything, when a disk was written since this boot
+ *   any        any             UNEXPLAINED   everything, when another file stands in a disk's place
  *   anything that these do not explain: UNEXPLAINED, everything, with a reason; so is a state that
  *   says that a VM may have written past the filter, and a VM that does (a hand-over, a mirror)
  *
@@ -70,6 +71,16 @@ static bool counts_match(const struct vrep_state_disk *before, const struct vrep
     if (!same_boot)
         return now->commands == 0;
     return before->commands == now->commands && before->sectors == now->sectors;
+}
+
+/* What holds whatever was written: a file that was put in its place has another inode. */
+static bool same_files(const struct vrep_group *group)
+{
+    for (uint32_t i = 0; i < group->disks_count; i++)
+        if (!group->disks[i].info.block_device &&
+            group->state.disk[i].inode != group->disks[i].info.inode)
+            return false;
+    return true;
 }
 
 static bool stamps_match(const struct vrep_group *group)
@@ -201,7 +212,7 @@ static int find_out(struct vrep_group *group, struct vrep_finding *found)
         found->how = VREP_OPENED_UNEXPLAINED;
         if (found->reason != VREP_UNVERIFIED_FLUSH)
             found->reason = VREP_UNVERIFIED_BYPASS;
-    } else if (!open && !stamps_match(group)) {
+    } else if (open ? !same_files(group) : !stamps_match(group)) {
         found->how = VREP_OPENED_UNEXPLAINED;
         found->reason = VREP_UNVERIFIED_STAMPS;
     } else if (!open) {
