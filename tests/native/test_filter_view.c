@@ -1,6 +1,8 @@
 /* Views: absent blocks wait for a fill, partial writes fill first, newer data stay. */
 #include <pthread.h>
 
+#include "base/atomic.h"
+#include "filter/internal.h"
 #include "filter_rig.h"
 
 #define BLOCK 65536u
@@ -276,6 +278,67 @@ static void protected_view_ships_what_it_fetched(void)
     rig_free(&rig);
 }
 
+#define FILLERS 3
+
+static struct filler {
+    pthread_t thread;
+    uint64_t from;
+    uint32_t ended; /* atomic */
+    int status;
+    uint8_t data[1 << 20];
+} fillers[FILLERS];
+
+static void *fill_a_mib(void *argument)
+{
+    struct filler *filler = argument;
+    struct vrep_miss miss;
+    filler->status = vrep_group_fill_next(rig.group, 0, filler->from, sizeof filler->data, &miss);
+    if (filler->status == VREP_OK) {
+        make(filler->data, miss.offset, miss.length);
+        filler->status = vrep_group_fill(rig.group, miss.ticket, filler->data, VREP_OK);
+    }
+    vrep_store_release_u32(&filler->ended, 1);
+    return NULL;
+}
+
+static void begin_filler(unsigned i)
+{
+    fillers[i].from = (uint64_t)i << 20;
+    fillers[i].ended = 0;
+    CHECK_EQ(pthread_create(&fillers[i].thread, NULL, fill_a_mib, &fillers[i]), 0);
+}
+
+/* The front-ends are stopped while a view is filled: whose loop polled, polls no more. */
+static void fills_end_when_nobody_polls_any_more(void)
+{
+    for (int round = 0; round < 20; round++) {
+        open_view();
+        static uint8_t got[FILLERS << 20], want[FILLERS << 20];
+        vrep_group_poll(rig.group);
+        begin_filler(0);
+        while (rig.group->fills_inflight == 0)
+            vrep_group_poll(rig.group);
+        vrep_group_disown(rig.group);
+        for (unsigned i = 1; i < FILLERS; i++)
+            begin_filler(i);
+        for (unsigned i = 0; i < FILLERS; i++) {
+            for (int ms = 0; vrep_load_acquire_u32(&fillers[i].ended) == 0; ms++) {
+                if (ms > 20000) {
+                    CHECK(!"a fill never ends");
+                    exit(check_report());
+                }
+                usleep(1000);
+            }
+            CHECK_EQ(pthread_join(fillers[i].thread, NULL), 0);
+            CHECK_OK(fillers[i].status);
+        }
+        make(want, 0, sizeof want);
+        CHECK_OK(rig_read(&rig, 0, sizeof got, got));
+        CHECK_MEM(got, want, sizeof got);
+        rig_free(&rig);
+    }
+}
+
 int main(void)
 {
     RUN(read_waits_for_its_fill);
@@ -286,6 +349,7 @@ int main(void)
     RUN(killed_view_keeps_what_it_answered);
     RUN(view_equals_its_oracle);
     RUN(closing_fails_those_who_wait);
+    RUN(fills_end_when_nobody_polls_any_more);
     RUN(protected_view_ships_what_it_fetched);
     return check_report();
 }

@@ -402,29 +402,30 @@ int vrep_group_call(struct vrep_group *group, int (*fn)(struct vrep_group *group
     return call.status;
 }
 
-bool vrep_group_drives_itself(struct vrep_group *group)
+bool vrep_group_take(struct vrep_group *group, bool *taken)
 {
     pthread_mutex_lock(&group->mail_lock);
-    bool self = !group->owned || pthread_equal(group->owner, pthread_self());
+    *taken = !group->owned;
+    if (*taken) {
+        group->owner = pthread_self();
+        group->owned = true;
+    }
+    bool mine = pthread_equal(group->owner, pthread_self());
     pthread_mutex_unlock(&group->mail_lock);
-    return self;
+    return mine;
 }
 
-bool vrep_group_is_owned(struct vrep_group *group)
-{
-    pthread_mutex_lock(&group->mail_lock);
-    bool owned = group->owned;
-    pthread_mutex_unlock(&group->mail_lock);
-    return owned;
-}
-
+/* No call is left behind: who lets go of the group may be followed by another at once. */
 void vrep_group_disown(struct vrep_group *group)
 {
-    run_mail(group);
-    pthread_mutex_lock(&group->mail_lock);
-    group->owned = false;
-    pthread_mutex_unlock(&group->mail_lock);
-    run_mail(group); /* what came between */
+    bool left;
+    do {
+        run_mail(group);
+        pthread_mutex_lock(&group->mail_lock);
+        left = group->mail_first != NULL;
+        group->owned = left;
+        pthread_mutex_unlock(&group->mail_lock);
+    } while (left);
 }
 
 /* ---- close -------------------------------------------------------------------------- */

@@ -347,5 +347,8 @@ int vrep_group_fill_parts(struct vrep_group *group, uint64_t ticket, const void 
  * whole. */
 int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from, uint64_t max,
                          struct vrep_miss *out);
+/* Any thread: makes stable what a view's disk holds, and which blocks of it are there.  A disk is
+ * whole behind this only: what was filled may be lost until then.  Guests do not wait. */
+int vrep_group_sync_disk(struct vrep_group *group, uint16_t disk);
 
 #endif

@@ -402,9 +402,9 @@ void vrep_consumers_close(struct vrep_group *group);
 const struct vrep_ring_desc *vrep_group_desc(const struct vrep_group *group, uint64_t seq);
 
 /* group.c */
-/* True on the thread that polls, or when no thread does. */
-bool vrep_group_drives_itself(struct vrep_group *group);
-bool vrep_group_is_owned(struct vrep_group *group);
+/* True on the thread that polls; when no thread does this one takes the group, and is to disown it.
+ */
+bool vrep_group_take(struct vrep_group *group, bool *taken);
 /* One turn of the loop: waits for work, then polls. */
 void vrep_group_wait(struct vrep_group *group, int timeout_ms);
 

@@ -7,6 +7,8 @@
 #include "filter/fault.h"
 #include "filter/internal.h"
 
+#define FILL_LOOK_MS 10 /* who waits for a fill looks so often whether somebody polls */
+
 int vrep_miss_init(struct vrep_group *group)
 {
     pthread_condattr_t monotonic;
@@ -14,7 +16,7 @@ int vrep_miss_init(struct vrep_group *group)
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     pthread_cond_init(&group->miss_wake, &monotonic);
-    pthread_cond_init(&group->fill_wake, NULL);
+    pthread_cond_init(&group->fill_wake, &monotonic);
     pthread_condattr_destroy(&monotonic);
     list_init(&group->miss_full);
     for (uint32_t i = 0; i < MISSES; i++)
@@ -327,14 +329,42 @@ static int fill_begin(struct vrep_group *group, void *argument)
     return VREP_OK;
 }
 
-/* Nobody else polls: this thread does, until its fill has ended. */
-static void drive(struct vrep_group *group, const bool *filled)
+static struct timespec in_ms(int ms)
 {
-    bool owned = vrep_group_is_owned(group);
-    while (!*filled)
-        vrep_group_wait(group, 10);
-    if (!owned)
-        vrep_group_disown(group);
+    struct timespec until;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    uint64_t at = (uint64_t)until.tv_sec * NS_PER_S + (uint64_t)until.tv_nsec +
+                  (ms > 0 ? (uint64_t)ms * NS_PER_MS : 0);
+    until.tv_sec = (time_t)(at / NS_PER_S);
+    until.tv_nsec = (long)(at % NS_PER_S);
+    return until;
+}
+
+static bool ended_within(struct vrep_group *group, const struct fill_request *request, int ms)
+{
+    struct timespec until = in_ms(ms);
+    int error = 0;
+    pthread_mutex_lock(&group->miss_lock);
+    while (!request->filled && error != ETIMEDOUT)
+        error = pthread_cond_timedwait(&group->fill_wake, &group->miss_lock, &until);
+    bool filled = request->filled;
+    pthread_mutex_unlock(&group->miss_lock);
+    return filled;
+}
+
+/* Who polls the group ends the fill.  When nobody does, or does no more since the group's
+ * front-ends were stopped, one of those that wait does it. */
+static void await(struct vrep_group *group, const struct fill_request *request)
+{
+    bool taken;
+    do {
+        if (!vrep_group_take(group, &taken))
+            continue;
+        while (!ended_within(group, request, 0))
+            vrep_group_wait(group, FILL_LOOK_MS);
+        if (taken)
+            vrep_group_disown(group);
+    } while (!ended_within(group, request, FILL_LOOK_MS));
 }
 
 static int fill_as_asked(struct vrep_group *group, struct fill_request *request)
@@ -342,12 +372,7 @@ static int fill_as_asked(struct vrep_group *group, struct fill_request *request)
     int begun = vrep_group_call(group, fill_begin, request);
     if (begun != VREP_OK)
         return begun;
-    if (vrep_group_drives_itself(group))
-        drive(group, &request->filled);
-    pthread_mutex_lock(&group->miss_lock);
-    while (!request->filled)
-        pthread_cond_wait(&group->fill_wake, &group->miss_lock);
-    pthread_mutex_unlock(&group->miss_lock);
+    await(group, request);
     return request->status != VREP_OK ? VREP_OK : request->filled_status;
 }
 
@@ -389,12 +414,7 @@ static uint32_t take(struct vrep_group *group, struct vrep_miss *out, uint32_t m
 uint32_t vrep_group_misses(struct vrep_group *group, struct vrep_miss *out, uint32_t max,
                            int timeout_ms)
 {
-    struct timespec until;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    uint64_t at = (uint64_t)until.tv_sec * NS_PER_S + (uint64_t)until.tv_nsec +
-                  (timeout_ms > 0 ? (uint64_t)timeout_ms * NS_PER_MS : 0);
-    until.tv_sec = (time_t)(at / NS_PER_S);
-    until.tv_nsec = (long)(at % NS_PER_S);
+    struct timespec until = in_ms(timeout_ms);
     pthread_mutex_lock(&group->miss_lock);
     uint32_t count = take(group, out, max);
     int error = 0;
@@ -443,6 +463,14 @@ int vrep_group_fill_next(struct vrep_group *group, uint16_t disk, uint64_t from,
 {
     struct next_request request = {.disk = disk, .from = from, .max = max, .out = out};
     return vrep_group_call(group, next_absent, &request);
+}
+
+int vrep_group_sync_disk(struct vrep_group *group, uint16_t disk)
+{
+    if (disk >= group->disks_count || !group->disks[disk].overlay)
+        return VREP_E_INVALID;
+    int status = vrep_fault("view.sync");
+    return status != VREP_OK ? status : vrep_overlay_sync(group->disks[disk].disk);
 }
 
 void vrep_group_stop_misses(struct vrep_group *group)

@@ -214,6 +214,7 @@ cdef extern from "filter/group.h" nogil:
                               const vrep_fill_part *parts, uint32_t count)
     int vrep_group_fill_next(vrep_group *group, uint16_t disk, uint64_t start, uint64_t most,
                              vrep_miss *out)
+    int vrep_group_sync_disk(vrep_group *group, uint16_t disk)
 
 
 cdef extern from "filter/delta.h" nogil:

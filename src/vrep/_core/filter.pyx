@@ -722,6 +722,17 @@ cdef class Group:
         check(status)
         return Miss(miss.ticket, miss.disk, miss.offset, miss.length)
 
+    def sync_disk(self, uint16_t disk):
+        """Make stable what a view's disk holds, and which blocks of it are there."""
+        cdef int status
+        cdef vrep_group *group = self.enter()
+        try:
+            with nogil:
+                status = vrep_group_sync_disk(group, disk)
+        finally:
+            self.leave()
+        check(status)
+
     def close(self, bint clean=True):
         """Drain and close; ``clean`` stores what lets the next open go on without a resync."""
         cdef vrep_group *group = self.handle
