@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from sites import wait_until
 
 from vrep import errors
+from vrep._core import layout
 from vrep.control import ControlServer
 from vrep.recovery import export as export_module
 from vrep.recovery import failover, view
@@ -26,6 +29,8 @@ from vrep.recovery.keeper import ViewKeeper
 from vrep.recovery.points import list_points
 from vrep.target.epochs import EpochDoor
 from vrep.target.manifest import DiskEntry, EpochState, Position
+from vrep.target.reader import StoreReader
+from vrep.target.segment import entry_path
 
 
 def load_lab() -> Any:
@@ -347,6 +352,74 @@ def test_a_failover_that_is_rolled_back_gives_the_group_back(lab: Any) -> None:
     assert read_all(again) == lab.at(newest)
 
 
+def of_a_closed_segment(lab: Any, disk: int) -> tuple[Path, int]:
+    """Where a piece of data stands that shows at the end: file and byte."""
+    for _ in range(400):
+        with StoreReader(lab.paths.store, lab.group_id) as reader:
+            closed = {int(entry["segment"]): entry for entry in reader.manifest.segments}
+            found = reader.extent_map(reader.durable).lookup(disk, 0, DISKS[disk].bytes)
+            found = found[found["kind"] == layout.KIND_WRITE][1:]  # the first proves the key
+            for extent in found[found["piece"] == 0][::-1]:
+                segment, at = int(extent["segment"]), int(extent["position"])
+                if segment in closed:
+                    header = reader.read(segment, at, layout.RECORD.itemsize)
+                    words = 4 * int(np.frombuffer(header, layout.RECORD)[0]["pieces"])
+                    path = entry_path(reader.directory, closed[segment])
+                    return path, at + len(header) + words
+        lab.random_write()
+        lab.commit()
+    raise AssertionError("no segment was closed")
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_what_cannot_be_read_keeps_nothing_else_from_being_filled(lab: Any) -> None:
+    """It is passed over and tried again: all is there once it can be read."""
+    place = of_a_closed_segment(lab, 0)
+    wanted = lab.at(lab.commit())
+    lab.close()
+    flip(*place)
+    info = failover.start(lab.paths, "web", force=True)
+
+    def fill() -> dict[str, Any]:
+        found: dict[str, Any] = view.list_views(lab.paths)[0].fill
+        return found
+
+    wait_until("the other disk is filled", lambda: fill()["filled_to"].get("data") == 1 << 20)
+    assert not fill()["done"]
+    assert "unreadable" in view.list_views(lab.paths)[0].conditions[0]
+    flip(*place)
+    wait_until("all is filled", lambda: fill()["done"])
+    assert read_all(info) == wanted
+
+
+def test_a_disk_is_whole_when_it_is_stable(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on from its blocks being there, as `reverse` does, may lose the only process
+    that knows that they could not be stored."""
+    wanted = lab.at(lab.commit())
+    lab.close()
+    monkeypatch.setenv("VREP_FAULT", "view.sync:2:io+")  # of the second disk
+    info = failover.start(lab.paths, "web", force=True)
+    monkeypatch.delenv("VREP_FAULT")
+
+    def now() -> view.ViewInfo:
+        return view.list_views(lab.paths)[0]
+
+    assert wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c])
+    assert now().fill["filled_to"] == {"root": 2 << 20, "data": 1 << 20}
+    assert not now().fill["done"]
+    kill(lab.paths, info)
+    assert view.restart_views(lab.paths) == []
+    wait_until("all is filled", lambda: now().fill["done"])
+    assert read_all(now()) == wanted
+
+
 class Cut(Exception):
     """The command is killed here."""
 
@@ -392,6 +465,32 @@ def test_a_failover_that_is_cut_off_goes_on(
         failover.start(lab.paths, "web", "pos:1/0/5", force=True)
     failover.rollback(lab.paths, "web")
     assert epochs(lab)[1:] == [(2, "abandoned"), (3, "accepted")]
+
+
+def test_a_commit_that_was_cut_off_is_no_failover_to_give_back(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its epoch was accepted: nothing gives that back, and without its view nobody could go on."""
+    lab.close()
+    info = failover.start(lab.paths, "web", force=True)
+    change = view.ViewDirectory.change
+
+    def cut(directory: view.ViewDirectory, **changes: Any) -> Any:
+        if changes.get("state") == "committed":
+            raise Cut
+        return change(directory, **changes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(view.ViewDirectory, "change", cut)
+        with pytest.raises(Cut):
+            failover.commit(lab.paths, "web")
+    assert epochs(lab) == [(1, "accepted"), (2, "accepted")]
+    assert view.list_views(lab.paths)[0].state == "serving"
+    with pytest.raises(errors.StateError, match="was committed"):
+        failover.rollback(lab.paths, "web")
+    assert view.list_views(lab.paths)[0].running
+    assert failover.commit(lab.paths, "web").id == info.id
+    assert view.list_views(lab.paths)[0].state == "committed"
 
 
 @pytest.mark.parametrize("step", ["end", "roll_back"])

@@ -119,6 +119,15 @@ class Failover:
         """The epochs that were not abandoned; the last one is the current one."""
         return [entry for entry in self.epochs() if entry.state is not EpochState.ABANDONED]
 
+    def committed(self, record: ViewRecord) -> bool:
+        """Whether the epoch of a view was accepted, whatever the record says: a commit that was cut
+        off had its effect."""
+        return record.state == "committed" or any(
+            (entry.epoch, entry.epoch_id.hex()) == (record.epoch, record.epoch_id)
+            and entry.state is EpochState.ACCEPTED
+            for entry in self.epochs()
+        )
+
     def require_of_now(self, record: ViewRecord) -> None:
         """StateError when a view is not of the group as it stands: its epoch is not the current
         one, or, before it raised one, others went on from the epoch that it was begun in. Served,
@@ -421,7 +430,7 @@ def rollback(paths: SitePaths, group: str) -> None:
         failover.door.roll_back(entry.epoch)
         return
     record = view.load()
-    if record.state == "committed":
+    if failover.committed(record):
         raise errors.StateError(
             f"the failover of {group!r} was committed: what this site wrote since is the truth"
         )

@@ -184,8 +184,7 @@ def failover_rollback(paths: SitePaths, held: HeldLanes) -> None:
     """Give all lanes back to their old writers. What was cut off goes on when it is asked for
     again; a lane that was committed already stops it before anything is undone."""
     begun = _failovers(paths, held)
-    committed = [lane for lane, (_view, record) in begun.items() if record.state == "committed"]
-    if committed:
+    if any(Failover(paths, one.group_id).committed(one) for _view, one in begun.values()):
         raise errors.StateError(
             f"the failover of {held.name!r} was committed: what this site wrote since is the truth"
         )

@@ -59,6 +59,9 @@ __all__ = ["View"]
 FETCHERS: Final = 3
 BATCH: Final = 8
 FILL_BYTES: Final = 1 << 20
+FILL_AGAIN_S: Final = 1.0
+"""before what could not be filled is tried again"""
+FILL_NICE: Final = 10
 CONDITIONS_MAX: Final = 8
 
 
@@ -257,28 +260,51 @@ class View:
         self._fill_wanted.wait()
         if self._closing.is_set():
             return
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        me = threading.get_native_id()
+        # Never less than whoever started it has: that is not allowed.
+        os.setpriority(os.PRIO_PROCESS, me, max(FILL_NICE, os.getpriority(os.PRIO_PROCESS, me)))
+        while not self._closing.is_set():
+            whole = [self._fill_disk(n, name) for n, (name, _) in enumerate(self._group.disks)]
+            if all(whole) and not self._closing.is_set():
+                self._fill_done = True
+                return
+            self._closing.wait(FILL_AGAIN_S)
+
+    def _fill_disk(self, disk: int, name: str) -> bool:
+        """Once through a disk; whether it is whole, and stable. What fails is passed over."""
         rate = self._config.recovery.fill_rate
-        for disk, (name, _size) in enumerate(self._group.disks):
-            start = 0
-            while not self._closing.is_set():
-                began = time.monotonic()
-                try:
-                    miss = self._group.fill_next(disk, start, FILL_BYTES)
-                except errors.AgainError:
-                    self._closing.wait(0.005)
-                    continue
-                except errors.VrepError:
-                    return  # closed
-                if miss is None:
-                    break
-                self._serve([miss])
-                start = miss.offset + miss.length
-                self._filled_to[name] = start
-                if rate:
-                    pause_s = miss.length / rate - (time.monotonic() - began)
-                    self._closing.wait(max(0.0, pause_s))
-        self._fill_done = not self._closing.is_set() and not self._problems
+        start = 0
+        while not self._closing.is_set():
+            began = time.monotonic()
+            try:
+                miss = self._group.fill_next(disk, start, FILL_BYTES)
+            except errors.AgainError:
+                self._closing.wait(0.005)
+                continue
+            except errors.VrepError:
+                return False  # closed
+            if miss is None:
+                return self._is_stable(disk)
+            again = miss.offset < start
+            self._serve([miss])
+            if again:
+                return False
+            start = miss.offset + miss.length
+            self._filled_to[name] = start
+            if rate:
+                pause_s = miss.length / rate - (time.monotonic() - began)
+                self._closing.wait(max(0.0, pause_s))
+        return False
+
+    def _is_stable(self, disk: int) -> bool:
+        """Whether all blocks of a disk, which are there, outlive this host's power."""
+        try:
+            self._group.sync_disk(disk)
+        except errors.VrepError as error:
+            if not isinstance(error, errors.GoneError):
+                self._problem(f"storage: {error}")
+            return False
+        return True
 
     # ---- control -------------------------------------------------------------------------
 
