@@ -43,7 +43,7 @@ def place_onto(
     if unknown:
         raise errors.InvalidError(f"the group has no disk {sorted(unknown)[0]!r}")
     taken = {
-        disk.uri.replace("qcow2:", "file:", 1): f"a disk of group {group.name!r}"
+        _named(disk.uri): f"a disk of group {group.name!r}"
         for group in GroupDirectory(paths.root).readable()
         if not (group.yielded and group.group_id == group_id)
         for disk in group.disks
@@ -51,21 +51,34 @@ def place_onto(
     for view in view_directories(paths):
         record = view.load()
         if record.state != "protected":
-            taken |= {d.onto: f"filled by view {record.id}" for d in record.disks if d.onto}
+            taken |= {_named(d.onto): f"filled by view {record.id}" for d in record.disks if d.onto}
     found = []
     for disk in disks:
         uri = onto.get(disk.name)
         if uri is not None:
             uri = _examined(disk, uri)
-            if uri in taken:
-                raise errors.BusyError(f"{uri} is {taken[uri]}")
-            taken[uri] = f"filled by disk {disk.name!r} already"
+            named = _named(uri)
+            if named in taken:
+                raise errors.BusyError(f"{uri} is {taken[named]}")
+            taken[named] = f"filled by disk {disk.name!r} already"
             disk = msgspec.structs.replace(disk, onto=uri)
         found.append(disk)
     for disk in found:
         if disk.onto.startswith("file:"):
             _make(Path(disk.onto.removeprefix("file:")), disk.bytes)
     return found
+
+
+def _named(uri: str) -> tuple[int | str, ...]:
+    """The file or device that a URI names, which may have other names, as in /dev/disk."""
+    path = Path(uri.partition(":")[2])
+    try:
+        status = path.stat()
+    except OSError:
+        return (os.path.realpath(path),)
+    if stat.S_ISBLK(status.st_mode):
+        return ("device", status.st_rdev)
+    return (status.st_dev, status.st_ino)
 
 
 def _examined(disk: RecordedDisk, uri: str) -> str:
