@@ -614,3 +614,38 @@ def test_what_an_earlier_repair_lost_counts_until_its_source_knows(lab: Any) -> 
         read_lost(directory, lab.group_id, load_newest(directory, lab.group_id).store_id, head)
         is None
     )
+
+
+def test_the_record_whose_place_the_gap_takes_is_lost(lab: Any) -> None:
+    """All are sound: of the segment its own header alone is damaged. Before the first of them
+    stands no other position, so that what it covered is not there any more."""
+    lab.sync()
+    bits = layout.MAP_BIT_BYTES
+
+    def begin_a_segment(*places: int) -> Position:
+        number = lab.store.manifest.active_segment
+        while lab.store.manifest.active_segment == number:
+            first = lab.write(0, lab.rng.choice(places) * bits, lab.rng.randbytes(BLOCK))
+            lab.commit()
+        return first
+
+    first = begin_a_segment(0)  # the last that is written there
+    number = lab.store.manifest.active_segment
+    begin_a_segment(*range(1, DISKS[0].bytes // bits))
+    head, wanted = Position(1, 0, lab.seq), lab.model([(1, lab.seq)])
+    (row,) = [row for row in lab.store.manifest.segments if int(row["segment"]) == number]
+    path = entry_path(lab.store.directory, row)
+    lab.close()
+    damaged = bytearray(path.read_bytes())
+    damaged[20] ^= 1
+    path.write_bytes(damaged)
+    report = repair(lab.paths, "web", resend=True)
+    assert report.kept_to == f"pos:1/0/{first.seq - 1}"
+    lost = lost_ranges(lab, head)
+    last = lab.changes[-1].offset  # another gap-begin ends the history
+    assert lost == [Range(0, 0, bits), Range(0, last, bits)]
+    judge_ranges(lost, shown(lab, head), wanted)
+    assert shown(lab, head)[0][:BLOCK] != wanted[0][:BLOCK]
+    ended, sent = resend(lab, wanted)
+    assert sent[0] >= {0, last // BLOCK}
+    assert shown(lab, ended) == wanted
