@@ -411,7 +411,7 @@ def test_a_disk_is_whole_when_it_is_stable(lab: Any, monkeypatch: pytest.MonkeyP
     def now() -> view.ViewInfo:
         return view.list_views(lab.paths)[0]
 
-    assert wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c])
+    wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c], 30.0)
     assert now().fill["filled_to"] == {"root": 2 << 20, "data": 1 << 20}
     assert not now().fill["done"]
     kill(lab.paths, info)

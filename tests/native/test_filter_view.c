@@ -308,6 +308,19 @@ static void begin_filler(unsigned i)
     CHECK_EQ(pthread_create(&fillers[i].thread, NULL, fill_a_mib, &fillers[i]), 0);
 }
 
+static void end_filler(unsigned i)
+{
+    for (int ms = 0; vrep_load_acquire_u32(&fillers[i].ended) == 0; ms++) {
+        if (ms > 20000) {
+            CHECK(!"a fill never ends");
+            exit(check_report());
+        }
+        usleep(1000);
+    }
+    CHECK_EQ(pthread_join(fillers[i].thread, NULL), 0);
+    CHECK_OK(fillers[i].status);
+}
+
 /* The front-ends are stopped while a view is filled: whose loop polled, polls no more. */
 static void fills_end_when_nobody_polls_any_more(void)
 {
@@ -319,19 +332,12 @@ static void fills_end_when_nobody_polls_any_more(void)
         while (rig.group->fills_inflight == 0)
             vrep_group_poll(rig.group);
         vrep_group_disown(rig.group);
+        if (round % 2 == 0) /* nobody comes who could do it for this one */
+            end_filler(0);
         for (unsigned i = 1; i < FILLERS; i++)
             begin_filler(i);
-        for (unsigned i = 0; i < FILLERS; i++) {
-            for (int ms = 0; vrep_load_acquire_u32(&fillers[i].ended) == 0; ms++) {
-                if (ms > 20000) {
-                    CHECK(!"a fill never ends");
-                    exit(check_report());
-                }
-                usleep(1000);
-            }
-            CHECK_EQ(pthread_join(fillers[i].thread, NULL), 0);
-            CHECK_OK(fillers[i].status);
-        }
+        for (unsigned i = round % 2 == 0 ? 1 : 0; i < FILLERS; i++)
+            end_filler(i);
         make(want, 0, sizeof want);
         CHECK_OK(rig_read(&rig, 0, sizeof got, got));
         CHECK_MEM(got, want, sizeof got);
