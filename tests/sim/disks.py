@@ -101,6 +101,11 @@ class StoreDisk:
                 self.memory.contents[number] = forgetting.Content(bytearray(path.read_bytes()))
                 self.memory.names[path.name] = self.current[path.name] = number
 
+    def settle(self) -> None:
+        """In time all is stored that was written."""
+        self._known = None
+        self.look()
+
     @property
     def busy(self) -> bool:
         """Whether something is written and not synced."""

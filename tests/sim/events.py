@@ -37,6 +37,12 @@ EVER: Final = (
         "host power under a use",
         "host power under a view",
         "fold of lanes",
+        "rot",
+        "repair",
+        "resend",
+        "damage told",
+        "told to compare",
+        "told what was lost",
     ),
 )
 """what every run has at least once"""

@@ -9,6 +9,8 @@ from typing import Any, Final
 from vrep._core import layout
 from vrep.target.manifest import Position
 
+SALVAGED: Final = -1
+"""in the place of a record's kind: the end of a history that was repaired"""
 WRITES: Final = (layout.KIND_WRITE, layout.KIND_SYNC)
 DISK_BYTES_MAX: Final = 512 << 10
 
@@ -90,12 +92,30 @@ class Ledger:
     """the highest seq that it said was durable"""
 
 
+@dataclass
+class Salvage:
+    """What a repair left of a history, at the position where it ended."""
+
+    shown: Image
+    """what the store shows of the disks"""
+    truth: Image
+    """what it showed before the loss"""
+    behind: list[set[int]]
+    """of each disk, the blocks of which records stood behind what was kept"""
+    known: bool
+    """whether it can be known what was lost"""
+
+
 class Image:
     """Disks: what is in front of their end, and what lies behind it, which a larger size shows."""
 
     def __init__(self, sizes: list[int]) -> None:
         self.sizes = sizes
         self._bytes = [bytearray(DISK_BYTES_MAX) for _ in sizes]
+
+    def become(self, other: Image) -> None:
+        self.sizes[:] = other.sizes
+        self._bytes = [bytearray(data) for data in other._bytes]
 
     def put(self, disk: int, offset: int, data: bytes) -> None:
         self._bytes[disk][offset : offset + len(data)] = data

@@ -18,6 +18,7 @@ from kernel import NS, Kernel, Violation
 from net import Network
 from oracle import Oracle
 from plan import AT_SOURCE, Plan
+from rot import Rot
 from sites import SourceSite, TargetSite
 from uses import GONE, Uses
 
@@ -48,6 +49,7 @@ class Faults:
         self._east = east
         self._verify_store = verify
         self._uses = uses
+        self.rot: Rot | None = None
         self.over = False
         """all that was to break has"""
         self.failed_over = False
@@ -239,6 +241,11 @@ class Faults:
         self._oracle.target_is_old(taken)
         kernel.event("old target")
         self._restart_target()
+
+    def _rot(self) -> None:
+        """Something of the target's store goes bad, and is repaired."""
+        if self.rot is not None and not self.failed_over:
+            self.rot.play()
 
     def _verify(self) -> None:
         self._verify_store()

@@ -30,7 +30,19 @@ from vrep.groups import GroupDefinition, GroupDirectory
 from vrep.keys.datakey import DataKey
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
-from vrep.recovery import export, failover, move, old_site, reverse, untaken, view
+from vrep.recovery import (
+    export,
+    failover,
+    move,
+    old_site,
+    rebuild,
+    repair,
+    resend,
+    reverse,
+    salvage,
+    untaken,
+    view,
+)
 from vrep.recovery import fold as recovery_fold
 from vrep.recovery import process as view_process
 from vrep.settings import Config, FilterConfig, NetworkConfig, SourceConfig, TargetConfig
@@ -42,7 +54,9 @@ from vrep.target import base, halts, receive, upkeep
 from vrep.target import daemon as target_daemon
 from vrep.target import epochs as target_epochs
 from vrep.target import lease as target_lease
+from vrep.target import lost as target_lost
 from vrep.target import session as target_session
+from vrep.target.aging import Steady
 from vrep.target.manifest import EpochEntry
 from vrep.target.store import GroupStore
 from vrep.wire import messages as m
@@ -63,6 +77,8 @@ DATA_KEY: Final = DataKey(GROUP_ID, 1, bytes(range(32)))
 KEY: Final = "acme"
 SPILL_LOOK_S: Final = 0.04
 """how often a ring that fills up is looked at: a guest here is as slow as its ring is small"""
+LOST_BLOCK: Final = 4096
+"""in which what a repair lost is told: whole bits of the larger maps of larger disks"""
 RECORD_ROOM: Final = 512 << 10
 """the largest record here, sealed: a copy of 256 KiB"""
 
@@ -387,6 +403,18 @@ def small_world(kernel: Kernel) -> Iterator[None]:
 
         return call
 
+    def steady() -> Steady:
+        return Steady(1, kernel.now_ns)
+
+    def burned(run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            process = _caller(kernel)
+            if process is not None:
+                process.burn()
+            return run(*args)
+
+        return call
+
     def spilled(self: spill.Spill, sealed: memoryview) -> None:
         append(self, sealed)
         kernel.event("spill")
@@ -485,5 +513,11 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(old_site, ControlClient=client)
         put(untaken, ControlClient=client, load_config=settings)
         put(export, ThreadPoolExecutor=InlinePool)
+        for module in (repair, rebuild, resend, salvage):
+            put(module, Files=called("Files"))
+        put(repair, Lease=functools.partial(target_lease.Lease, steady=steady))
+        put(rebuild, host_steady=steady)
+        put(resend, _move=burned(resend._move))
+        put(target_lost, write_atomic=written, _BIT=LOST_BLOCK)
         put(rotate, ControlClient=client)
         yield

@@ -174,7 +174,9 @@ class Network(Line):
         """between sites that are near each other"""
         self.near_sites: set[str] = set()
         self.capacity = 1 << 16
-        self.features: Sequence[str] = m.FEATURES if plan.delta else ()
+        self.features: Sequence[str] = [
+            feature for feature in m.FEATURES if plan.delta or feature != m.FEATURE_HASHES
+        ]
         """that both sites say they have"""
         self._serve: dict[str, tuple[Process, Callable[[Stream], None]]] = {}
         self._open: list[tuple[Pipe, Pipe]] = []

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from facts import WRITES, Epoch, Flight, Image, Ledger, Record, Reign
+from facts import SALVAGED, WRITES, Epoch, Flight, Image, Ledger, Record, Reign
 from kernel import Kernel, Violation
+from salvages import Salvages
 
 from vrep._core import layout, record
 from vrep._core.ring import RingReader
@@ -97,6 +98,9 @@ class Oracle:
         """one of them was a sync"""
         self.amnesia = False
         """the target lost what it had acknowledged, and the source does not know yet"""
+        self.salvages = Salvages(self)
+        self.check_due = False
+        """the change map is to be looked at now"""
         self.deciding = False
         """somebody asked for another epoch"""
         self.horizon = Position()
@@ -284,6 +288,7 @@ class Oracle:
         elif one.kind == layout.KIND_GAP_END:
             self.kernel.event("gap end")
             self.gap = False
+            self.check_due |= self.salvages.ended()
         elif one.kind in (layout.KIND_SYNC, layout.KIND_SYNC_ZEROES):
             self.kernel.event("sync copy")
         elif one.kind == layout.KIND_WRITE:
@@ -348,7 +353,9 @@ class Oracle:
             model[:] = now
             if power_lost:
                 self.flushed[disk] = self.stamp
-        if not power_lost:
+        if power_lost:
+            self.salvages.power_lost()
+        else:
             for flight in self.flights:
                 self._touch(flight)  # the system did some of it after the last flush
         self.flights.clear()
@@ -433,6 +440,7 @@ class Oracle:
         self.ledger = Ledger(list(taken))
         self.horizon = Position()
         self.amnesia, self.store = True, None
+        self.salvages.power_lost()
 
     def told(self, seq: int) -> None:
         if seq > self.fork:
@@ -453,6 +461,7 @@ class Oracle:
                 raise Violation("11: a source was heard whose group another site writes")
             if message.epoch.counter != self.current.number:
                 raise Violation(f"11: epoch {message.epoch.counter} was accepted")
+            self.salvages.opened(message)
             self.kernel.event("session")
         elif isinstance(message, m.Status) and message.values.get("cut-seq"):
             at = Position(message.values["cut-epoch"], self.lane, message.values["cut-seq"])
@@ -562,13 +571,14 @@ class Oracle:
             if not before or epoch in reigns:  # it begins behind what the other site wrote
                 before = max(before, begins[epoch])
                 reigns = [first for first in reigns if first > epoch]
-            jump = kind == layout.KIND_GAP_BEGIN and (
-                self.record_of(epoch, seq).flags & layout.RECORD_JUMP
+            jump = kind == SALVAGED or (
+                kind == layout.KIND_GAP_BEGIN
+                and self.record_of(epoch, seq).flags & layout.RECORD_JUMP
             )
             if seq != before + 1 and not jump:
                 raise Violation(f"8: the target's history goes from {before} to {seq}")
             before = seq
-            if kind == layout.KIND_GAP_BEGIN:
+            if kind in (layout.KIND_GAP_BEGIN, SALVAGED):
                 whole = False
             elif kind == layout.KIND_GAP_END:
                 whole = True
@@ -576,7 +586,11 @@ class Oracle:
                 found.append(Position(epoch, self.lane, seq))
         return found
 
-    def apply(self, image: Image, epoch: int, seq: int) -> None:
+    def apply(self, image: Image, entry: tuple[int, int, int]) -> None:
+        epoch, seq, kind = entry
+        if kind == SALVAGED:
+            image.become(self.salvages.shown(entry))
+            return
         one = self.record_of(epoch, seq)
         if one.kind in WRITES:
             image.put(one.disk, one.offset, one.data)
@@ -588,9 +602,13 @@ class Oracle:
     def image(self, point: Position) -> Image:
         """What every disk holds at a point."""
         image = self._empty()
-        for epoch, seq, _kind in self.history(point):
-            self.apply(image, epoch, seq)
+        for entry in self.history(point):
+            self.apply(image, entry)
         return image
+
+    def image_anew(self) -> None:
+        """What the store holds is not what it held."""
+        self._image_of, self._image = [], self._empty()
 
     def durable_image(self) -> Image:
         """What the target's newest durable point of the accepted writer holds."""
@@ -599,14 +617,16 @@ class Oracle:
         known = self._image_of
         if wanted[: len(known)] != known:
             self._image, known = self._empty(), []
-        for epoch, seq, _kind in wanted[len(known) :]:
-            self.apply(self._image, epoch, seq)
+        for entry in wanted[len(known) :]:
+            self.apply(self._image, entry)
         self._image_of = wanted
         return self._image
 
     def check_map(self, group: Any, source: Callable[[int], bytes]) -> None:
         """Invariant 2: where source and durable target differ, a bit is set."""
         if self.amnesia and group.status()["acknowledged"] > self._durable_seq():
+            return
+        if self.salvages.awaited:
             return
         self.amnesia = False
         bit = self.plan.bit_bytes

@@ -40,6 +40,8 @@ FAULTS: Final = {
     "rotate": 2,
 }
 """and how often each is drawn"""
+ROTS: Final = (0.75, 0.18, 0.07)
+"""of the worlds have so many times something of the target's store go bad"""
 LANES: Final = 0.1
 """of the worlds have a group of two lanes"""
 HOSTS: Final = 0.6
@@ -105,6 +107,9 @@ class Plan:
         faults = [rng.choice(CRASHES), "cut", "power target"]
         faults += rng.choices(list(FAULTS), list(FAULTS.values()), k=rng.randrange(4, 10))
         rng.shuffle(faults)
+        own = random.Random(f"rot {seed}")  # what else a seed draws stays what it was
+        for _ in range(own.choices(range(len(ROTS)), ROTS)[0]):
+            faults.insert(own.randrange(len(faults) + 1), "rot")
         return cls(
             seed=seed,
             disk_bytes=(rng.choice((64, 96, 128)) << 10, (rng.choice((16, 32)) << 10) + 512 * 3),

@@ -13,7 +13,7 @@ from kernel import Kernel, Violation
 from oracle import Oracle
 from sites import TargetSite
 
-from vrep.errors import GapError, PointNotFoundError
+from vrep.errors import GapError, IntegrityError, PointNotFoundError, StorageError
 from vrep.recovery.access import KeyAccess
 from vrep.recovery.check import check_history
 from vrep.recovery.fetch import Fetcher
@@ -44,9 +44,42 @@ class Recoveries:
         finally:
             self._kernel.current = current
 
+    def look(self, count: int, *, whole: bool) -> None:
+        """The same of a store that nobody has open."""
+        current, self._kernel.current = self._kernel.current, None
+        try:
+            self._recover(count, whole=whole)
+        finally:
+            self._kernel.current = current
+
+    def read_damaged(self, count: int) -> None:
+        """A store of which something went bad shows what was written, or an error with a name."""
+        current, self._kernel.current = self._kernel.current, None
+        try:
+            with StoreReader(self._east.paths.store, GROUP_ID) as reader:
+                access = KeyAccess.open(self._east.paths, GROUP_ID, reader.wrapped_keys)
+                horizon = reader.manifest.horizon
+                points = [p for p in self._oracle.recoverable(reader.durable) if p >= horizon]
+                for point in {self._rng.choice(points) for _ in range(count)} if points else ():
+                    self._read_damaged(reader, access, point)
+        except (IntegrityError, StorageError) as error:
+            self._kernel.note(f"damage is told: {error}")
+            self._kernel.event("damage told")
+        finally:
+            self._kernel.current = current
+
+    def _read_damaged(self, reader: StoreReader, access: KeyAccess, point: Position) -> None:
+        try:
+            compare(reader, access, point, self._oracle.image(point))
+        except (IntegrityError, StorageError) as error:
+            self._kernel.note(f"damage at {point} is told: {error}")
+            self._kernel.event("damage told")
+
     def _recover(self, count: int, *, whole: bool) -> None:
         oracle, rng = self._oracle, self._rng
         with StoreReader(self._east.paths.store, GROUP_ID) as reader:
+            if not reader.durable.seq:
+                return
             access = KeyAccess.open(self._east.paths, GROUP_ID, reader.wrapped_keys)
             if whole:
                 verdict = check_history(self._east.paths, reader, access)

@@ -435,6 +435,14 @@ class SimGroup(GroupDriver):
     def lose_ring(self) -> None:
         self.site.look()
         super().lose_ring()
+        self.site.oracle.salvages.ring_lost()
+
+    def resync(
+        self, allowed: bool = True, *, bytes_per_s: int = 0, everything: bool = False
+    ) -> None:
+        if everything:
+            self.site.oracle.salvages.all_again()
+        super().resync(allowed, bytes_per_s=bytes_per_s, everything=everything)
 
     def cut_complete(self, cut_id: bytes, lanes: Any, label: str = "") -> int:
         seq = super().cut_complete(cut_id, lanes, label)

@@ -24,6 +24,7 @@ from net import Network
 from oracle import Oracle
 from plan import AGAIN, Plan
 from recoveries import Recoveries
+from rot import Rot
 from sites import SourceSite, TargetSite
 from uses import Uses
 from views import Views
@@ -61,6 +62,7 @@ class World:
         self.recoveries = recoveries = Recoveries(kernel, oracle, east)
         self.uses = Uses(kernel, oracle, west, east, views)
         self.faults = self.faults_of(oracle, west, east, recoveries.verify)
+        self.faults.rot = Rot(kernel, oracle, east, recoveries, views.process)
         self.guest = Guest(kernel, plan, oracle, west, lambda: self.faults.over)
         west.after_turn = self.guest.answers
         west.check_map = self.guest.check_map = self._check_map
