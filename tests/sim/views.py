@@ -99,6 +99,10 @@ class ViewMachine:
         if group is not None:
             group.kill()
 
+    def synced(self, disk: int) -> None:
+        files = self.files[disk]
+        self._views.stored[files] = files.read()
+
     def closed(self) -> None:
         """In good order: all is synced."""
         for files in self.files:
@@ -187,6 +191,11 @@ class SimViewGroup(GroupDriver):
             if timeout is not None or kernel.current is None:
                 return []
             kernel.block(self.machine.misses, 0.05)
+
+    def sync_disk(self, disk: int) -> None:
+        """What was filled is stored, and which blocks are there."""
+        super().sync_disk(disk)
+        self.machine.synced(disk)
 
     def close(self, clean: bool = True) -> None:
         super().close(clean)
