@@ -2,7 +2,8 @@
 
 A group is `protected` here (this site is its source) or `stored` here (its target), and has one
 `state` of `STATES` and any number of `conditions`. Times are milliseconds, sizes bytes. What is
-wrong with one group, or with one process, is said of that one: the others are reported.
+wrong with one group, or with one process, is said of that one: the others are reported. A figure
+that nobody knows, since the process that would know does not answer, is None, never 0.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def _noted(site: SiteBase, group: str) -> dict[str, Any]:
     try:
         found = read_untaken(site.paths, group)
     except errors.VrepError as error:
-        return {"after": None, "to": None, "bytes": 0, "exported": None, "error": str(error)}
+        return {"after": None, "to": None, "bytes": None, "exported": None, "error": str(error)}
     size = 0 if found.exported else found.bytes
     return {"after": found.after, "to": None, "bytes": size, "exported": found.exported or None}
 
@@ -205,7 +206,7 @@ def _unreadable(error: errors.VrepError, filtered: Mapping[str, Any] | None) -> 
         "conditions": ["unreadable"],
         "error": str(error),
         "group_id": "",
-        "clients": int(filtered.get("clients", 0)) if filtered else 0,
+        "clients": _count(filtered, "clients"),
         "unverified": "",
         "targets": [],
         "disks": [],
@@ -222,7 +223,7 @@ def _protected(
     now_ns: int,
 ) -> dict[str, Any]:
     conditions: list[str] = []
-    error, clients = "", int(filtered.get("clients", 0)) if filtered else 0
+    error, clients = "", _count(filtered, "clients")
     if filtered is None:
         conditions.append("filter-down")
     elif "error" in filtered:
@@ -312,7 +313,7 @@ def _untaken(definition: GroupDefinition, filtered: Mapping[str, Any] | None) ->
         "to": f"pos:{definition.epoch}/0/{int(filtered['head'])}"
         if definition.fenced and filtered
         else None,
-        "bytes": int(filtered["dirty_bytes"]) if definition.fenced and filtered else 0,
+        "bytes": _count(filtered, "dirty_bytes") if definition.fenced else 0,
     }
 
 
@@ -322,35 +323,36 @@ def _target(
     session: Mapping[str, Any] | None,
     now_ns: int,
 ) -> dict[str, Any]:
-    oldest = int(filtered["oldest_ns"]) if filtered else 0
+    oldest = _count(filtered, "oldest_ns")
     spill = dict(session["spill"]) if session and session.get("spill") else {}
     if spill.get("oldest_ns"):
         # The filter knows only when the spill began. Its gap, if there is one, is younger.
         oldest = int(spill["oldest_ns"])
-    used = int(filtered["ring_bytes"]) - int(filtered["ring_free_bytes"]) if filtered else 0
+    spilled = None if session is None else int(spill.get("bytes", 0))
+    used = int(filtered["ring_bytes"]) - int(filtered["ring_free_bytes"]) if filtered else None
     changes = (session or {}).get("transitions") or {}
     return {
         "site": name,
         "connected": bool(session and session["connected"]),
-        "seq": int(filtered["head"]) if filtered else 0,
-        "received_seq": int(session["received_seq"]) if session else 0,
-        "durable_seq": int(filtered["durable"]) if filtered else 0,
+        "seq": _count(filtered, "head"),
+        "received_seq": _count(session, "received_seq"),
+        "durable_seq": _count(filtered, "durable"),
         **_points(session),
-        "rpo_ms": max(0, now_ns - oldest) // 1_000_000 if oldest else 0,
-        "lag_bytes": used + int(spill.get("bytes", 0)),
-        "spill_bytes": int(spill.get("bytes", 0)),
-        "spill_quota_bytes": int(spill.get("quota_bytes", 0)),
+        "rpo_ms": max(0, now_ns - oldest) // 1_000_000 if oldest else oldest,
+        "lag_bytes": None if used is None or spilled is None else used + spilled,
+        "spill_bytes": spilled,
+        "spill_quota_bytes": None if session is None else int(spill.get("quota_bytes", 0)),
         "whole_in_s": changes.get("whole_in_s"),
         "missing_bytes": changes.get("missing_bytes"),
-        "dirty_bytes": int(filtered["dirty_bytes"]) if filtered else 0,
-        "unshipped_bytes": int(filtered["unshipped_bytes"]) if filtered else 0,
-        "total_bytes": int(filtered["total_bytes"]) if filtered else 0,
-        "bytes_sent": int(session["bytes_sent"]) if session else 0,
-        "records_sent": int(session["records_sent"]) if session else 0,
-        "resync_bytes": int(filtered.get("resync_bytes", 0)) if filtered else 0,
-        "compared_bytes": int(filtered.get("compared_bytes", 0)) if filtered else 0,
-        "equal_bytes": int(filtered.get("equal_bytes", 0)) if filtered else 0,
-        "lost_bytes": session.get("lost_bytes") if session and session.get("history_lost") else 0,
+        "dirty_bytes": _count(filtered, "dirty_bytes"),
+        "unshipped_bytes": _count(filtered, "unshipped_bytes"),
+        "total_bytes": _count(filtered, "total_bytes"),
+        "bytes_sent": _count(session, "bytes_sent"),
+        "records_sent": _count(session, "records_sent"),
+        "resync_bytes": _count(filtered, "resync_bytes"),
+        "compared_bytes": _count(filtered, "compared_bytes"),
+        "equal_bytes": _count(filtered, "equal_bytes"),
+        "lost_bytes": _lost_bytes(session),
         "hash_bytes": _hash_bytes(session),
         "comparing": bool(((session or {}).get("delta") or {}).get("on")),
         "compression": session.get("compression") if session else None,
@@ -360,9 +362,23 @@ def _target(
     }
 
 
-def _hash_bytes(session: Mapping[str, Any] | None) -> int:
+def _count(answer: Mapping[str, Any] | None, key: str) -> int | None:
+    """A figure in a process's answer; None when there is no answer."""
+    return None if answer is None else int(answer.get(key, 0))
+
+
+def _lost_bytes(session: Mapping[str, Any] | None) -> int | None:
+    """Of how much of the disks the target lost records; None when that is not known."""
+    if session is None:
+        return None
+    return session.get("lost_bytes") if session.get("history_lost") else 0
+
+
+def _hash_bytes(session: Mapping[str, Any] | None) -> int | None:
     """What comparing cost on the wire, both ways."""
-    count = (session or {}).get("delta") or {}
+    if session is None:
+        return None
+    count = session.get("delta") or {}
     return int(count.get("hash_bytes", 0)) + int(count.get("question_bytes", 0))
 
 
@@ -422,8 +438,8 @@ def _level(group: Mapping[str, Any]) -> int:
 def _late(group: Mapping[str, Any], target: Mapping[str, Any], limits: StatusConfig) -> int:
     """How bad a target's RPO is, whatever the state: a session that stands proves nothing about
     what is durable. A first sync has nothing to lose yet."""
-    if group["state"] == "initial-sync":
-        return WELL
+    if group["state"] == "initial-sync" or target["rpo_ms"] is None:
+        return WELL  # who would know does not answer: that is what is wrong
     if target["rpo_ms"] >= limits.rpo_critical_s * 1000:
         return CRITICAL
     return WARNING if target["rpo_ms"] >= limits.rpo_warning_s * 1000 else WELL

@@ -48,7 +48,7 @@ def replicating(
         if state in ("paused", "failed-over"):
             raise errors.StateError(f"{group!r} is {state}: nothing of it is shipped")
         target = status["targets"][0]
-        if progress is not None:
+        if progress is not None and target["total_bytes"] is not None:
             progress(target["total_bytes"] - target["unshipped_bytes"], target["total_bytes"])
         if deadline is not None and time.monotonic() > deadline:
             raise errors.TimeLimitError(f"{group!r} is {state} after {timeout_s:g} s")

@@ -230,6 +230,66 @@ def test_the_error_with_which_a_session_paused_is_none(rig: Rig) -> None:
     assert groups["mail"]["error"] == ended["error"]
 
 
+# ---- a process that does not answer ----------------------------------------------------------
+
+FILTER_KNOWS = {
+    "rpo_ms", "seq", "durable_seq", "lag_bytes", "dirty_bytes", "unshipped_bytes", "total_bytes",
+    "resync_bytes", "compared_bytes", "equal_bytes",
+}  # fmt: skip
+SOURCE_KNOWS = {
+    "received_seq", "lag_bytes", "spill_bytes", "spill_quota_bytes", "bytes_sent", "records_sent",
+    "hash_bytes", "lost_bytes",
+}  # fmt: skip
+SPILL = {"bytes": 7, "quota_bytes": 9, "oldest_ns": 0, "full": "", "whole_in_s": None}
+NEVER_NUMBERS = {
+    "site", "connected", "comparing", "oldest_point", "newest_point", "whole_in_s",
+    "missing_bytes", "compression", "round_trip_ms",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("down", [set(), {"filter"}, {"source"}, {"filter", "source"}])
+def test_a_figure_that_nobody_knows_is_no_zero(rig: Rig, down: set[str]) -> None:
+    rig.add("web")
+    for role, answer in (("filter", FILTERED), ("source", {**SESSION, "spill": SPILL})):
+        if role not in down:
+            rig.serve(role, lambda said={"web": answer}: said)
+    rig.serve("target", lambda: {"groups": {}})
+    group = rig.site.status()["groups"]["web"]
+    (target,) = group["targets"]
+    unknown = (FILTER_KNOWS if "filter" in down else set()) | (
+        SOURCE_KNOWS if "source" in down else set()
+    )
+    figures = {name: value for name, value in target.items() if name not in NEVER_NUMBERS}
+    assert {name for name, value in figures.items() if value is None} == unknown
+    assert set(figures) == FILTER_KNOWS | SOURCE_KNOWS
+    assert (group["clients"] is None) == ("filter" in down)
+    found = {name for name, _labels, _value in samples("west", rig.site.status())}
+    assert ("vrep_target_rpo_seconds" in found) == ("filter" not in down)
+    assert ("vrep_target_lag_bytes" in found) == (not down)
+    assert ("vrep_target_sent_bytes_total" in found) == ("source" not in down)
+    assert ("vrep_group_clients" in found) == ("filter" not in down)
+    assert "vrep_target_connected" in found
+    code, _reasons = rig.site.verdict(rig.site.status())
+    assert code == (CRITICAL if down else WARNING)  # it spills
+    text_of(rig.site.status())
+
+
+def test_a_spill_tells_its_age_without_the_filter(rig: Rig) -> None:
+    rig.add("web")
+    oldest_ns = time.time_ns() - 60_000_000_000
+    rig.serve("source", lambda: {"web": {**SESSION, "spill": {**SPILL, "oldest_ns": oldest_ns}}})
+    (target,) = rig.site.status()["groups"]["web"]["targets"]
+    assert 60_000 <= target["rpo_ms"] < 120_000
+    assert target["lag_bytes"] is None
+
+
+def test_what_was_not_taken_is_not_known_without_the_filter(rig: Rig) -> None:
+    rig.add("web", fenced=True)
+    assert rig.site.status()["groups"]["web"]["untaken"]["bytes"] is None
+    rig.serve("filter", lambda: {"web": {**FILTERED, "dirty_bytes": 65536}})
+    assert rig.site.status()["groups"]["web"]["untaken"]["bytes"] == 65536
+
+
 # ---- what is held here -----------------------------------------------------------------------
 
 

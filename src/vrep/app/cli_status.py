@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
@@ -47,6 +47,11 @@ def _verified(group: Mapping[str, Any]) -> str:
     return f"{found['state']}, {found['made'][:16]}Z" if found["made"] else str(found["state"])
 
 
+def _known(value: int | None, text: Callable[[int], str]) -> str:
+    """A figure; a dash when nobody knows it, since who would does not answer."""
+    return "-" if value is None else text(value)
+
+
 def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
     """One group as cells of a table."""
     conditions = ", ".join(group["conditions"]) or "-"
@@ -62,12 +67,10 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
             _newest(group),
             _verified(group),
         )
+    clients = _known(group["clients"], str)
     if not group["targets"]:  # its definition cannot be read
-        return (name, state, conditions, *("-",) * 4, str(group["clients"]), "-", "-", "-")
+        return (name, state, conditions, *("-",) * 4, clients, *("-",) * 3)
     target = group["targets"][0]
-    if "filter" in group and group["filter"] is None:  # who would know does not answer
-        session = (str(target["site"]), *("-",) * 3, str(group["clients"] or "-"), "-")
-        return (name, state, conditions, *session, _newest(target), "-")
     if state in ("initial-sync", "resync") and target["total_bytes"]:
         done = 100 - 100 * target["unshipped_bytes"] / target["total_bytes"]
         state = f"{state} {done:.0f} %"
@@ -78,11 +81,11 @@ def row(name: str, group: Mapping[str, Any]) -> tuple[str, ...]:
         state,
         conditions,
         str(target["site"]),
-        age_text(target["rpo_ms"]),
-        size_text(target["lag_bytes"]),
-        size_text(target["dirty_bytes"]),
-        str(group["clients"]),
-        f"to seq {target['durable_seq']}",
+        _known(target["rpo_ms"], age_text),
+        _known(target["lag_bytes"], size_text),
+        _known(target["dirty_bytes"], size_text),
+        clients,
+        _known(target["durable_seq"], lambda seq: f"to seq {seq}"),
         _newest(target),
         "-",
     )

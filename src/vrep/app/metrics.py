@@ -2,6 +2,7 @@
 
 Names, labels and types are API: `METRICS` is the whole list, the reference is generated from it.
 Nothing is counted on a guest's path; a scrape asks the site's processes what `vrep status` asks.
+A figure whose process does not answer has no sample.
 """
 
 from __future__ import annotations
@@ -121,8 +122,19 @@ def samples(
         yield from _protected(name, group) if group["role"] == "source" else _stored(name, group)
 
 
+def _known(
+    source: Mapping[str, Any], labels: tuple[str, ...], keys: Iterable[tuple[str, str, float]]
+) -> Iterator[Sample]:
+    """Samples of (metric, key, values a unit): what nobody knows has none, since 0 would say that
+    all is well."""
+    for metric, key, unit in keys:
+        value = source.get(key)
+        if value is not None:
+            yield metric, labels, value / unit
+
+
 def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
-    yield "vrep_group_clients", (name,), float(group["clients"])
+    yield from _known(group, (name,), (("vrep_group_clients", "clients", 1),))
     for state, count in ((group.get("transitions") or {}).get("counts") or {}).items():
         yield "vrep_group_transitions_total", (name, state), float(count)
     lane = group.get("filter") if group.get("cuts") else None
@@ -135,40 +147,45 @@ def _protected(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
     for target in group["targets"]:
         labels = (name, str(target["site"]))
         yield "vrep_target_connected", labels, float(target["connected"])
-        yield "vrep_target_rpo_seconds", labels, target["rpo_ms"] / 1000
-        yield "vrep_target_lag_bytes", labels, float(target["lag_bytes"])
-        yield "vrep_target_spill_bytes", labels, float(target["spill_bytes"])
-        if target.get("missing_bytes") is not None:
-            yield "vrep_target_missing_bytes", labels, float(target["missing_bytes"])
-        if target.get("whole_in_s") is not None:
-            yield "vrep_target_whole_seconds", labels, float(target["whole_in_s"])
-        yield "vrep_target_dirty_bytes", labels, float(target["dirty_bytes"])
-        yield "vrep_target_unshipped_bytes", labels, float(target["unshipped_bytes"])
-        yield "vrep_target_seq", labels, float(target["seq"])
-        yield "vrep_target_durable_seq", labels, float(target["durable_seq"])
-        if target["round_trip_ms"] is not None:
-            yield "vrep_target_round_trip_seconds", labels, target["round_trip_ms"] / 1000
-        yield "vrep_target_sent_bytes_total", labels, float(target["bytes_sent"])
-        yield "vrep_target_sent_records_total", labels, float(target["records_sent"])
-        yield "vrep_target_compared_bytes", labels, float(target["compared_bytes"])
-        yield "vrep_target_equal_bytes", labels, float(target["equal_bytes"])
-        yield "vrep_target_hash_bytes_total", labels, float(target["hash_bytes"])
+        yield from _known(
+            target,
+            labels,
+            (
+                ("vrep_target_rpo_seconds", "rpo_ms", 1000),
+                ("vrep_target_lag_bytes", "lag_bytes", 1),
+                ("vrep_target_spill_bytes", "spill_bytes", 1),
+                ("vrep_target_missing_bytes", "missing_bytes", 1),
+                ("vrep_target_whole_seconds", "whole_in_s", 1),
+                ("vrep_target_dirty_bytes", "dirty_bytes", 1),
+                ("vrep_target_unshipped_bytes", "unshipped_bytes", 1),
+                ("vrep_target_seq", "seq", 1),
+                ("vrep_target_durable_seq", "durable_seq", 1),
+                ("vrep_target_round_trip_seconds", "round_trip_ms", 1000),
+                ("vrep_target_sent_bytes_total", "bytes_sent", 1),
+                ("vrep_target_sent_records_total", "records_sent", 1),
+                ("vrep_target_compared_bytes", "compared_bytes", 1),
+                ("vrep_target_equal_bytes", "equal_bytes", 1),
+                ("vrep_target_hash_bytes_total", "hash_bytes", 1),
+            ),
+        )
 
 
 def _stored(name: str, group: Mapping[str, Any]) -> Iterator[Sample]:
-    for metric, key in (
-        ("vrep_store_bytes", "bytes"),
-        ("vrep_store_durable_seq", "durable_seq"),
-        ("vrep_store_segments", "segments"),
-        ("vrep_store_quota_bytes", "quota_bytes"),
-        ("vrep_store_window_seconds", "real_window_s"),
-        ("vrep_store_folded_bytes_total", "folded_bytes"),
-        ("vrep_store_write_amplification", "write_amplification"),
-        ("vrep_store_dead_ratio", "dead_share"),
-        ("vrep_store_stale_bytes", "stale_bytes"),
-    ):
-        if group.get(key) is not None:  # a store that could not be opened has none of them
-            yield metric, (name,), float(group[key])
+    yield from _known(  # a store that could not be opened has none of them
+        group,
+        (name,),
+        (
+            ("vrep_store_bytes", "bytes", 1),
+            ("vrep_store_durable_seq", "durable_seq", 1),
+            ("vrep_store_segments", "segments", 1),
+            ("vrep_store_quota_bytes", "quota_bytes", 1),
+            ("vrep_store_window_seconds", "real_window_s", 1),
+            ("vrep_store_folded_bytes_total", "folded_bytes", 1),
+            ("vrep_store_write_amplification", "write_amplification", 1),
+            ("vrep_store_dead_ratio", "dead_share", 1),
+            ("vrep_store_stale_bytes", "stale_bytes", 1),
+        ),
+    )
 
 
 class SiteCollector(Collector):

@@ -265,11 +265,14 @@ class Demo:
         if status is None:
             return
         target = status["targets"][0]
+        if status["filter"] is None:  # nobody knows more
+            say(f"{status['state']:<13} lines {len(self.witness())}")
+            return
         if status["state"] == "replicating":
             self.report.rpo_ms_seen.append(int(target["rpo_ms"]))
         say(
             f"{status['state']:<13} RPO {target['rpo_ms']:>5} ms   "
-            f"lag {target['lag_bytes'] / 1024:>8.0f} KiB   "
+            f"lag {(target['lag_bytes'] or 0) / 1024:>8.0f} KiB   "
             f"dirty {target['dirty_bytes'] / 1048576:>6.1f} MiB   lines {len(self.witness())}"
         )
 
