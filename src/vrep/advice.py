@@ -54,8 +54,8 @@ CONDITIONS: Final[dict[str, str]] = {
     "keys-unsent": "told by itself when a session opens; keep the old generation until then",
     "flush-failed": "the disk's storage failed: see to it; everything since the last good flush "
     "is copied again",
-    "history-lost": "all is sent again by itself; see to the target's storage, which lost "
-    "what it had synced",
+    "history-lost": "what differs is sent again by itself; see to the target's storage, which "
+    "lost what it had synced",
     "spill-full": "the next burst is a gap: bring the other site back, or raise "
     "spill_bytes in the settings",
     "lane-absent": "bring the other host's 'vrep run' back; points follow again with all lanes",

@@ -23,7 +23,20 @@ def view_text(view: ViewInfo) -> str:
     lines += [f"  {disk.name}: {disk.uri}" for disk in view.disks]
     if view.bitmap:
         lines.append(f"  what may differ from {view.since}: {view.bitmap}")
+    if filled := _fill_text(view):
+        lines.append(f"  {filled}")
     return "\n".join(lines)
+
+
+def _fill_text(view: ViewInfo) -> str:
+    """How far the disks of a failover are whole, which until then need the view."""
+    fills = [view.fill] if "done" in view.fill else [part for part in view.fill.values() if part]
+    if view.kind != "failover" or not fills:
+        return ""
+    if all(fill["done"] for fill in fills):
+        return "filled: its disks are whole"
+    reached = [at for fill in fills for at in fill["filled_to"].values()]
+    return f"filling: {size_text(sum(reached))} of {size_text(sum(d.bytes for d in view.disks))}"
 
 
 def untaken_text(left: Untaken) -> str:
