@@ -428,6 +428,16 @@ void vrep_group_disown(struct vrep_group *group)
     } while (left);
 }
 
+void vrep_group_attend(struct vrep_group *group)
+{
+    bool taken;
+    vrep_group_take(group, &taken);
+    if (!taken)
+        return;
+    vrep_group_poll(group);
+    vrep_group_disown(group);
+}
+
 /* ---- close -------------------------------------------------------------------------- */
 
 static void fail_mail(struct vrep_group *group)

@@ -81,6 +81,10 @@ void vrep_group_abandon(struct vrep_group *group);
  * requests run on the threads that make them. */
 void vrep_group_disown(struct vrep_group *group);
 
+/* One turn of a group that is open while no loop polls it (its guest is paused): acknowledgements
+ * are taken, timers run.  Does nothing when a loop does.  No loop may start meanwhile. */
+void vrep_group_attend(struct vrep_group *group);
+
 int vrep_group_fd(const struct vrep_group *group); /* an epoll fd: readable when poll has work */
 void vrep_group_poll(struct vrep_group *group);    /* completions, consumers, mailbox, timers */
 int vrep_group_timeout_ms(

@@ -185,6 +185,7 @@ cdef extern from "filter/group.h" nogil:
                                 uint16_t label_bytes, uint64_t *seq)
     int vrep_group_resync(vrep_group *group, bint allowed, uint64_t bytes_per_s, bint all)
     int vrep_group_lose_ring(vrep_group *group)
+    void vrep_group_attend(vrep_group *group)
     int vrep_group_let_go(vrep_group *group)
     int vrep_group_take_back(vrep_group *group)
     int vrep_group_mirror_live(vrep_group *group)

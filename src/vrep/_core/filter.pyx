@@ -579,6 +579,16 @@ cdef class Group:
             finally:
                 PyBuffer_Release(&view)
 
+    def attend(self):
+        """What a server's thread does, once, for a group that none serves: acknowledgements are
+        taken, timers run. Nothing while one does; none may start or stop meanwhile."""
+        cdef vrep_group *group = self.enter()
+        try:
+            with nogil:
+                vrep_group_attend(group)
+        finally:
+            self.leave()
+
     def let_go(self):
         """Begin to let go of the disks' locks, for a VM that switches back to its images; the
         status' ``handover`` becomes ``out``. BusyError in a hand-over."""

@@ -180,6 +180,8 @@ class FilterHost:
                 self._try_close(one)
             self._end_late_handovers()
             for one in list(self._hosted.values()):
+                if one.server is None:
+                    one.group.attend()  # what is acknowledged of it is known all the same
                 if one.publisher is not None:
                     one.publisher.step(one.group)
             for name in missing:
