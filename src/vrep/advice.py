@@ -39,8 +39,7 @@ CONDITIONS: Final[dict[str, str]] = {
     "stay, the log of 'vrep run' says why",
     "detached": "nothing is replicated before 'vrep attach GROUP'",
     "unreadable": "put its group.json back from a copy; its history at the other site stays",
-    "old-source-alive": "two VMs may run: end the one at the old site, or undo the failover with "
-    "'vrep failover rollback GROUP'",
+    "old-source-alive": "its VM may run as well as the one here: see that it is ended",
     "two-vms": "two VMs write different futures: end one of them now",
     "fenced": "its VM's writes here are not replicated any more: end it; 'vrep reverse GROUP' at "
     "the site that took over protects it back",
@@ -81,6 +80,21 @@ CONDITIONS: Final[dict[str, str]] = {
 }
 
 
+UNDECIDED: Final = (
+    "taken over here, and not decided: 'vrep failover commit GROUP' keeps it, 'vrep failover "
+    "rollback GROUP' gives it back to its old site"
+)
+TAKEN_OVER: Final = (
+    "taken over here, and replicated nowhere: 'vrep reverse GROUP' protects it back to its old site"
+)
+
+
+def _taken_over(group: Mapping[str, Any]) -> str:
+    """What to do at the site that took a group over, whose old source is silent by intent."""
+    epochs = group.get("epochs") or [{}]
+    return UNDECIDED if epochs[-1].get("state") == "provisional" else TAKEN_OVER
+
+
 def advice(name: str, group: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(state or condition, what to do) for each that a group has, worst known first as it shows
     them; nothing for one that replicates well. What its role or its conditions explain better than
@@ -91,6 +105,9 @@ def advice(name: str, group: Mapping[str, Any]) -> list[tuple[str, str]]:
     explained = explained or (state == "failed-over" and "fenced" in group["conditions"])
     if group["role"] == "source" and state in STATES and not explained:
         found.insert(0, (state, STATES[state]))
+    if group["role"] == "target" and state == "failed-over":
+        found = [(code, text) for code, text in found if code != "source-silent"]
+        found.insert(0, (state, _taken_over(group)))
     return [(code, text.replace("GROUP", name)) for code, text in found]
 
 

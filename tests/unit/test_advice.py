@@ -78,3 +78,27 @@ def test_a_first_sync_that_a_full_target_does_not_hold_is_none(rig: Rig) -> None
     assert (status["state"], status["conditions"]) == ("initial-sync", ["target-full"])
     with pytest.raises(errors.StoreFullError, match="no room for 'web'"):
         waits.replicating(rig.site, "web", 5.0, None)
+
+
+@pytest.mark.parametrize(
+    ("decided", "wanted", "unwanted"),
+    [
+        ("provisional", ["commit", "rollback"], ["reverse"]),
+        ("accepted", ["reverse"], ["commit", "rollback"]),
+    ],
+)
+def test_a_group_that_was_taken_over_has_a_way_on(
+    decided: str, wanted: list[str], unwanted: list[str]
+) -> None:
+    """Its old source is silent since it was shut out: to fail over once more is no advice."""
+    group: dict[str, Any] = {
+        "role": "target",
+        "state": "failed-over",
+        "conditions": ["old-source-alive", "source-silent"],
+        "epochs": [{"epoch": 1, "state": "accepted"}, {"epoch": 2, "state": decided}],
+    }
+    texts = dict(advice("web", group))
+    assert set(texts) == {"failed-over", "old-source-alive"}
+    assert all(word in texts["failed-over"] for word in wanted)
+    assert not any(word in text for text in texts.values() for word in unwanted)
+    assert "failover start" not in str(texts)
