@@ -4,17 +4,15 @@ there, and it goes on when they are well."""
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import store_records as records
 
 from vrep._core import layout
 from vrep.errors import StorageError, StoreFullError, VrepError
@@ -25,18 +23,6 @@ from vrep.target.files import Files
 from vrep.target.reader import StoreReader
 from vrep.target.store import GroupStore, StoreOptions
 
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
-    return module
-
-
-records = load(Path(__file__).parents[1] / "oracle" / "store_records.py")
 GROUP = records.GROUP
 SMALL = StoreOptions(commit_s=0.0, segment_bytes=1 << 20, reserve_bytes=0)
 BAD = (errno.EIO, errno.EROFS, errno.ENOMEM, errno.EMFILE)

@@ -7,15 +7,14 @@ A process writes state files, files that must be new, and a log, over storage th
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import forget
 import pytest
 
 HERE = Path(__file__).resolve().parent
@@ -42,19 +41,6 @@ for number in range(1, int(sys.argv[3]) + 1):
             append_durable(where / "log", content)
         say(f"end {kind} {number}")
 """
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forget = load("forget")
 
 
 class Promise:

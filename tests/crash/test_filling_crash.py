@@ -3,34 +3,20 @@ compared again, and the disk comes to be right (invariants 6 and 8)."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import filling_worker as worker
+import forget
 import pytest
 
 from vrep._core.disk import Disk, Engine
 
 HERE = Path(__file__).resolve().parent
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forget = load("forget")
-worker = load("filling_worker")
 
 
 def present(directory: Path) -> list[int]:

@@ -4,7 +4,6 @@ had before the step or after it, and each recovers (invariants 7 and 8)."""
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import random
 import shutil
@@ -12,10 +11,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import forgetting
 import pytest
+import store_records as records
 
 from vrep._core import layout
 from vrep._core.seal import Opener
@@ -29,18 +29,6 @@ BLOCK = 4096
 BLOCKS = 12
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forgetting = load(HERE / "forgetting.py")
-records = load(HERE.parent / "oracle" / "store_records.py")
 GROUP = records.GROUP
 SMALL = StoreOptions(commit_s=0.0005, segment_bytes=1 << 15, reserve_bytes=0, merge=False)
 Model = list[dict[int, int]]
@@ -199,6 +187,7 @@ def test_a_kill_at_every_step_of_a_fold(tmp_path: Path, rng: random.Random) -> N
     # Each in a child of one interpreter: it forks before it has threads.
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path), str(horizon.seq)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,

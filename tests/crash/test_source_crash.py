@@ -9,7 +9,6 @@ target, and lead the target to the same content.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -20,11 +19,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import forget
 import numpy as np
+import parse
 import pytest
+import source_worker as worker
 
 from vrep._core import layout
 from vrep._core.filter_driver import Follower
@@ -33,21 +34,6 @@ from vrep.checksum import CHECKSUM_BYTES, checksum32
 HERE = Path(__file__).resolve().parent
 WRITE, ZEROES, SYNC, SYNC_ZEROES, GAP_BEGIN, GAP_END = 1, 2, 4, 5, 7, 8
 JUMP = 0x0008
-
-
-def load(name: str, where: Path = HERE) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, where / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forget = load("forget")
-worker = load("source_worker")
-parse = load("parse", HERE.parent / "golden")
 
 
 @pytest.fixture(scope="module")

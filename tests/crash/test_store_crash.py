@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import importlib.util
 import os
 import random
 import shutil
@@ -14,10 +13,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import forgetting
 import pytest
+import store_records as records
 
 from vrep.errors import LockedError, StorageError, StoreFullError, TimeLimitError
 from vrep.target.files import Files
@@ -27,18 +27,6 @@ from vrep.target.store import GroupStore, StoreOptions, StoreReader, store_path
 HERE = Path(__file__).resolve().parent
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-forgetting = load(HERE / "forgetting.py")
-records = load(HERE.parent / "oracle" / "store_records.py")
 GROUP = records.GROUP
 SMALL = StoreOptions(commit_s=0.0005, segment_bytes=1 << 16, reserve_bytes=0)
 
@@ -228,11 +216,9 @@ def test_rotation_on_a_full_disk_is_repeated(tmp_path: Path) -> None:
 
 
 WRITER = """
-import importlib.util, sys
+import sys
 from pathlib import Path
-spec = importlib.util.spec_from_file_location("store_records", sys.argv[2])
-records = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(records)
+import store_records as records
 from vrep.target.store import GroupStore, StoreOptions
 options = StoreOptions(commit_s=0.001, segment_bytes=1 << 17, reserve_bytes=0)
 with GroupStore.open(Path(sys.argv[1]), records.GROUP, options=options) as store:
@@ -249,11 +235,13 @@ with GroupStore.open(Path(sys.argv[1]), records.GROUP, options=options) as store
 
 def test_kill_of_the_writer(tmp_path: Path, rng: random.Random) -> None:
     GroupStore.open(tmp_path, GROUP, create=records.spec(), options=SMALL).close()
-    helper = str(HERE.parent / "oracle" / "store_records.py")
     before = 0
     for _ in range(4):
         child = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), helper], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert child.stdout is not None
         first = child.stdout.readline()

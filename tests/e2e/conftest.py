@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +12,6 @@ from typing import Any
 import pytest
 
 NOBODY = 65534
-
-# Test modules are imported by their path; what they share stands beside them.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep.recovery import failover, view
@@ -29,19 +29,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "oracle" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", (8 << 20) + 512, 0), DiskEntry("data", 3 << 20, 1)]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recovery_lab as lab_module
 from sites import wait_until
 
 from vrep import errors
@@ -32,20 +31,6 @@ from vrep.target.manifest import DiskEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 from vrep.target.segment import entry_path
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "oracle" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 DISKS = [DiskEntry("root", 2 << 20, 0), DiskEntry("data", 1 << 20, 1)]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import tempfile
 from pathlib import Path
 
+import index_history as oracle
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,14 +17,6 @@ from vrep._core.changes import BLOCK_BYTES, Changes
 from vrep._core.index import Index, IndexBuilder, merge
 from vrep.errors import CorruptError, InvalidError, RangeError
 
-SPEC = importlib.util.spec_from_file_location(
-    "index_history", Path(__file__).with_name("index_history.py")
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-oracle = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = oracle
-SPEC.loader.exec_module(oracle)
 DISK_BYTES, GROUP = oracle.DISK_BYTES, oracle.GROUP
 histories = oracle.histories
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import secrets
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab
 
 from vrep import Site, errors
 from vrep.lanes import lane_id, lane_name
@@ -20,20 +20,6 @@ from vrep.target.manifest import DiskEntry, Position
 from vrep.target.store import GroupStore
 
 BYTES = 1 << 20
-
-
-def load(name: str) -> Any:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-lab = load("recovery_lab")
 
 
 class Group:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import tempfile
 import threading
 from pathlib import Path
 
+import index_history as oracle
 import numpy as np
 import pytest
 import xxhash
@@ -26,14 +25,6 @@ from vrep.errors import (
     VersionError,
 )
 
-SPEC = importlib.util.spec_from_file_location(
-    "index_history", Path(__file__).with_name("index_history.py")
-)
-assert SPEC is not None
-assert SPEC.loader is not None
-oracle = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = oracle
-SPEC.loader.exec_module(oracle)
 DATA, ZEROES, GROUP, PIECE = oracle.DATA, oracle.ZEROES, oracle.GROUP, oracle.PIECE
 Change = oracle.Change
 EVENTS = {layout.KIND_MARK, layout.KIND_GAP_BEGIN, layout.KIND_GAP_END}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import store_records as records
 
 from vrep._core import layout
 from vrep.recovery.history import History
@@ -23,17 +22,6 @@ from vrep.target.store import GroupStore, StoreOptions
 OTHER = b"o" * 16
 
 
-def load(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-records = load("store_records")
 BEGIN, END = layout.KIND_GAP_BEGIN, layout.KIND_GAP_END
 Shown = tuple[Position, Position] | None
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import shutil
-import sys
 import threading
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import store_records as records
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -38,18 +36,6 @@ from vrep.target.manifest import (
 )
 from vrep.target.store import GroupStore, StoreOptions, StoreReader, store_path
 
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-records = load(Path(__file__).with_name("store_records.py"))
 GROUP: bytes = records.GROUP
 SMALL = StoreOptions(commit_s=0.0005, segment_bytes=1 << 15, reserve_bytes=0, merge=False)
 BLOCK = 4096

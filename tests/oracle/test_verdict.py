@@ -3,7 +3,6 @@ verifications are run: one at a time, by a command, by a schedule, leaving nothi
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -18,6 +17,8 @@ from typing import Any
 
 import msgspec
 import pytest
+import recovery_lab as lab_module
+import verify_rig as rig
 
 from vrep import errors
 from vrep.app import cli
@@ -31,18 +32,6 @@ from vrep.settings import VerifyConfig, load_config
 from vrep.target.manifest import DiskEntry, EpochState, Position, load_newest
 from vrep.target.segment import entry_path
 
-
-def load(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module, rig = load("recovery_lab"), load("verify_rig")
 DISK, QUICK = rig.DISK, rig.QUICK
 fill, flip, image, no_view, shown, wait = (
     rig.fill,

@@ -3,12 +3,10 @@ e2fsck."""
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import recovery_lab as lab_module
+import verify_rig as rig
 
 from vrep import errors
 from vrep._core.index import Index, merge
@@ -28,18 +28,6 @@ from vrep.target.manifest import DiskEntry, Position, load_newest, manifest_path
 from vrep.target.reader import StoreReader
 from vrep.target.segment import run_path, segment_path
 
-
-def load(name: str) -> Any:
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module, rig = load("recovery_lab"), load("verify_rig")
 DISK, QUICK = rig.DISK, rig.QUICK
 fill, flip, image, no_view, shown, wait = (
     rig.fill,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import store_records as records
 
 from vrep._core import layout
 from vrep.errors import StoreFullError
@@ -24,18 +22,6 @@ from vrep.target.manifest import EpochState, Manifest, Position
 from vrep.target.store import GroupStore, StoreOptions, StoreReader
 from vrep.target.window import Growth, common_point
 
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-records = load(Path(__file__).with_name("store_records.py"))
 NS = 1_000_000_000
 SEGMENT = 1 << 15
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-# Test modules are imported by their path; what they share stands beside them.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
+
+import store_records as records
 
 from vrep.control import ControlClient
 from vrep.keys import SiteIdentity
@@ -26,17 +25,6 @@ CHANNEL = 1
 GONE_S = 1.0
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-records = load(Path(__file__).parents[1] / "oracle" / "store_records.py")
 GROUP: bytes = records.GROUP
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from target_world import CHANNEL, Client, RefusedByTarget, World
 
 from vrep._core import layout
@@ -26,15 +21,6 @@ from vrep.wire import messages as m
 OURS = b"t" * 16
 LAST = Position(1, 0, 5)
 """of a source that sent what `sending` sends"""
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    try:
-        yield world
-    finally:
-        world.close()
 
 
 class Asked:

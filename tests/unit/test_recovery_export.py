@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab
 
 from vrep.recovery.export import export
 from vrep.target.manifest import DiskEntry
 
 
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "oracle" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture
 def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
     """A group with something in it, exported by a process whose umask hides nothing."""
-    lab = load_lab().Lab(tmp_path / "site", [DiskEntry("root", 1 << 20, 0)], rng)
+    lab = recovery_lab.Lab(tmp_path / "site", [DiskEntry("root", 1 << 20, 0)], rng)
     lab.sync()
     lab.write(0, 0, b"x" * 4096)
     lab.commit()

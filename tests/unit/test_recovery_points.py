@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recovery_lab as lab_module
 
 from vrep import errors
 from vrep.recovery.access import KeyAccess
@@ -18,20 +17,6 @@ from vrep.recovery.points import list_points
 from vrep.target.manifest import DiskEntry, EpochState, Position
 from vrep.target.reader import StoreReader
 
-
-def load_lab() -> Any:
-    name = "recovery_lab"
-    if name not in sys.modules:
-        path = Path(__file__).resolve().parents[1] / "oracle" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-lab_module = load_lab()
 NS = lab_module.NS
 
 

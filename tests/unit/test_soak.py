@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,17 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import soak as soak_run
+import soak_gauges
+from sites import MIB, compare
+from soak_gauges import RSS_MORE, Gauges, process_gauges, used_bytes
+from soak_load import Marks, Writer, hashes
 
 from vrep import errors
-
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "e2e"), str(TESTS / "soak")]
-
-import soak as soak_run  # noqa: E402
-import soak_gauges  # noqa: E402
-from sites import MIB, compare  # noqa: E402
-from soak_gauges import RSS_MORE, Gauges, process_gauges, used_bytes  # noqa: E402
-from soak_load import Marks, Writer, hashes  # noqa: E402
 
 DISK = 1 * MIB
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+import store_records as records
 
 from vrep.errors import StoreFullError, TimeLimitError
 from vrep.target.files import Buffer, Files
@@ -18,21 +17,6 @@ from vrep.target.store import GroupStore, StoreOptions, StoreSpec
 
 EMERGENCY, SHARE = 1 << 20, 256 << 10
 NOISY, QUIET = b"n" * 16, b"q" * 16
-
-
-def load_records() -> Any:
-    name = "store_records"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "oracle" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-records = load_records()
 
 
 class SmallDisk(Files):
