@@ -384,6 +384,27 @@ def test_what_cannot_be_read_keeps_nothing_else_from_being_filled(lab: Any) -> N
     assert read_all(info) == wanted
 
 
+def test_a_disk_is_whole_when_it_is_stable(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever goes on from its blocks being there, as `reverse` does, may lose the only process
+    that knows that they could not be stored."""
+    wanted = lab.at(lab.commit())
+    lab.close()
+    monkeypatch.setenv("VREP_FAULT", "view.sync:2:io+")  # of the second disk
+    info = failover.start(lab.paths, "web", force=True)
+    monkeypatch.delenv("VREP_FAULT")
+
+    def now() -> view.ViewInfo:
+        return view.list_views(lab.paths)[0]
+
+    wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c], 30.0)
+    assert now().fill["filled_to"] == {"root": 2 << 20, "data": 1 << 20}
+    assert not now().fill["done"]
+    kill(lab.paths, info)
+    assert view.restart_views(lab.paths) == []
+    wait_until("all is filled", lambda: now().fill["done"])
+    assert read_all(now()) == wanted
+
+
 class Cut(Exception):
     """The command is killed here."""
 

@@ -271,7 +271,7 @@ class View:
             self._closing.wait(FILL_AGAIN_S)
 
     def _fill_disk(self, disk: int, name: str) -> bool:
-        """Once through a disk; whether it is whole. What fails is passed over."""
+        """Once through a disk; whether it is whole, and stable. What fails is passed over."""
         rate = self._config.recovery.fill_rate
         start = 0
         while not self._closing.is_set():
@@ -284,7 +284,7 @@ class View:
             except errors.VrepError:
                 return False  # closed
             if miss is None:
-                return True
+                return self._is_stable(disk)
             again = miss.offset < start
             self._serve([miss])
             if again:
@@ -295,6 +295,16 @@ class View:
                 pause_s = miss.length / rate - (time.monotonic() - began)
                 self._closing.wait(max(0.0, pause_s))
         return False
+
+    def _is_stable(self, disk: int) -> bool:
+        """Whether all blocks of a disk, which are there, outlive this host's power."""
+        try:
+            self._group.sync_disk(disk)
+        except errors.VrepError as error:
+            if not isinstance(error, errors.GoneError):
+                self._problem(f"storage: {error}")
+            return False
+        return True
 
     # ---- control -------------------------------------------------------------------------
 
