@@ -345,3 +345,29 @@ def test_a_manifest_is_not_made_again_without_what_was_appended(lab: Any, gone: 
     report = repair(lab.paths, lab.group_id.hex(), resend=True)
     assert [each.object for each in report.lost] == ["manifest"]
     assert report.kept_to == ""
+
+
+def test_the_stream_of_an_epoch_without_a_record_is_lost(lab: Any, tmp_path: Path) -> None:
+    """As right after a rollback. No position of the history is the epoch's own yet: nothing takes
+    the place of the STREAM, and the writer goes on with another."""
+    good = grow(lab, 20)
+    parent = lab.commit()
+    lab.new_epoch(lab.store.add_epoch(writer=b"n" * 16, parent=parent))
+    lab.commit()
+    path = segment_path(lab.store.directory, lab.store.manifest.active_segment)
+    lab.close()
+    flip(path, path.read_bytes().index(lab.sealer.stream_id))
+    report = repair(lab.paths, "web", resend=True)
+    assert report.kept_to == f"pos:{parent}"
+    lab.open()
+    assert not lab.store.salvaged  # its source has what follows
+    lab.start_stream()
+    last = lab.write(0, 0, b"w" * 4096)
+    assert last.epoch == parent.epoch + 1
+    lab.commit()
+    wanted = lab.at(last)
+    lab.close()
+    assert list_points(lab.paths, "web").verdict.whole
+    recovers(lab, good, tmp_path)
+    result = export(lab.paths, lab.group_id.hex(), f"pos:{last}", tmp_path / "last")
+    assert [Path(d.path).read_bytes() for d in result.disks] == wanted

@@ -106,7 +106,10 @@ def keep_sound(
         rows, front, end, first_lost = rows[:0], b"", Position(), 0
     salvage = Salvage(group_id, lease, *_behind(manifest, directory, first_lost))
     # Else its source goes on from there by itself: nothing that it was told of stands behind it.
-    told = salvage.end > end and salvage.end.epoch == manifest.current_epoch.epoch
+    # So it does behind the STREAM of an epoch that has no record yet: no position is its own.
+    current = manifest.current_epoch
+    told = salvage.end > end and salvage.end.epoch == current.epoch
+    told = told and salvage.end.seq > current.parent.seq
     found = salvage.find(end) if told else 0
     if not told:
         _require_end(manifest, end)
