@@ -39,6 +39,7 @@ from vrep.keys.datakey import DataKey
 from vrep.lanes import lane_id
 from vrep.recovery.cuts import find_lanes
 from vrep.recovery.joined import fold
+from vrep.source.cutter import VOID_PAUSE_MAX_S
 from vrep.target.manifest import Position
 from vrep.target.store import GroupStore
 
@@ -463,7 +464,8 @@ class LaneWorld:
             for disk in range(len(image.sizes)):
                 if not site.content(disk) == oracle.model[disk] == image.read(disk):
                     raise Violation(f"2: disk {disk} of {site.name} differs")
-        for _ in range(100):  # void ones leave marks, too
+        # Void ones leave marks, too, and after several the next is tried half a minute later.
+        for _ in range(8 * int(VOID_PAUSE_MAX_S / 0.5)):
             if self.cuts.verify(0):
                 return
             self.kernel.sleep(0.5)
