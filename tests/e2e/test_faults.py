@@ -575,7 +575,7 @@ def test_qemu_rides_out_a_killed_filter(make_pair: Make, rng: random.Random) -> 
         for kill_at in (50, 120, 190):
             wait_until(
                 "it is about there",
-                lambda least=begun + kill_at: pair.status()["targets"][0]["seq"] >= least,
+                lambda least=begun + kill_at: (pair.status()["targets"][0]["seq"] or 0) >= least,
                 every_s=0.01,
             )
             pair.kill("filter")

@@ -127,7 +127,7 @@ def test_both_sites_killed_at_once(make_pair: Make, rng: random.Random) -> None:
             try:
                 for _ in range(rng.randrange(1, 60)):
                     client.write(rng.randrange(client.bytes - 65536), rng.randbytes(65536))
-                acknowledged = pair.status()["targets"][0]["durable_seq"]
+                acknowledged = pair.status()["targets"][0]["durable_seq"] or 0
             finally:
                 rng.shuffle(roles)
                 pair.kill(*roles)

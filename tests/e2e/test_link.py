@@ -40,7 +40,7 @@ def gaps(pair: Pair) -> int:
 
 
 def durable(pair: Pair) -> int:
-    return int(pair.status()["targets"][0]["durable_seq"])
+    return int(pair.status()["targets"][0]["durable_seq"] or 0)
 
 
 def connected(pair: Pair) -> bool:

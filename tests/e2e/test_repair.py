@@ -145,7 +145,9 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
         wait_until("it is compared", lambda: pair.status()["targets"][0]["compared_bytes"] > 0)
     pair.settle()
     if "source" not in killed:
-        assert sent(pair) - before <= (int(row["data_bytes"]) + sent_again) * 1.05 + 65536
+        # What was under way to the target that was killed is sent once more.
+        once = (int(row["data_bytes"]) + sent_again) * 1.05 + 65536
+        assert sent(pair) - before <= 2 * once < SIZE / 2
     goes_on(pair, rng)
 
 
