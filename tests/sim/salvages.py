@@ -37,6 +37,8 @@ class Salvages:
         """a session was opened since, which says so"""
         self._told_ranges = False
         """and names what was lost"""
+        self._held = 0
+        """up to which seq the target says that it holds all else"""
         self._marked = False
         """the source has given up its ring for that"""
         self._open = False
@@ -124,6 +126,7 @@ class Salvages:
             said = "is" if message.compare is True else "is not"
             raise Violation(f"8: a source {said} told that what was repaired is to be compared")
         self._told, self._told_ranges = pending is not None, False
+        self._held = message.lanes[0].durable.seq
         if pending is None:
             return
         self._oracle.kernel.event("told to compare")
@@ -152,9 +155,11 @@ class Salvages:
                     f"9: block {min(named - made.behind[disk])} of disk {disk} is named as lost"
                 )
 
-    def all_again(self) -> None:
-        """The source will read all of its disks."""
-        if self._told_ranges and self._pending() is not None:
+    def all_again(self, acknowledged: int) -> None:
+        """The source will read all of its disks. It must where the target, put back to an earlier
+        state before that damage, does not hold what it acknowledged."""
+        known = self._told_ranges and self._held >= acknowledged
+        if known and self._pending() is not None:
             raise Violation("9: all is read again, and what was lost is known")
 
     def ring_lost(self) -> None:

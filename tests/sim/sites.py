@@ -441,7 +441,7 @@ class SimGroup(GroupDriver):
         self, allowed: bool = True, *, bytes_per_s: int = 0, everything: bool = False
     ) -> None:
         if everything:
-            self.site.oracle.salvages.all_again()
+            self.site.oracle.salvages.all_again(self.status()["acknowledged"])
         super().resync(allowed, bytes_per_s=bytes_per_s, everything=everything)
 
     def cut_complete(self, cut_id: bytes, lanes: Any, label: str = "") -> int:
