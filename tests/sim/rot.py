@@ -109,7 +109,9 @@ class Rot:
             if not wounds:
                 break
             kernel.event("rot")
-            if rng.random() < RUN_OVER:
+            # A target that cannot read where an earlier repair ended does not tell its source of it
+            # before that is repaired, too: see docs/internals/repair.md.
+            if rng.random() < RUN_OVER and not self._oracle.salvages.awaited:
                 east.start()
                 kernel.sleep(rng.random() * RUN_S)
                 self._recoveries.read_damaged(2)
