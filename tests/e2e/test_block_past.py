@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from loop_device import loop_device
 from sites import GROUP, MIB, Pair, wait_until
 
 from vrep._core import layout
@@ -19,20 +19,6 @@ from vrep.checksum import CHECKSUM_BYTES, checksum32
 pytestmark = pytest.mark.e2e
 
 SIZE = 16 * MIB
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[Path]:
-    told = subprocess.run(
-        ["losetup", "--find", "--show", str(path)], capture_output=True, text=True, check=False
-    )
-    if told.returncode:
-        pytest.skip(f"no loop device: {told.stderr.strip()}")
-    device = told.stdout.strip()
-    try:
-        yield Path(device)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loop_device import loop_device
 from sites import GROUP, MIB, Pair, compare, wait_until
 from test_attach import blockdev
 from test_mirror import A, kept, replicates
@@ -44,20 +45,6 @@ def view(pair: Pair) -> bytes:  # noqa: F811
 
 
 # ---- a block device ------------------------------------------------------------------
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[Path]:
-    told = subprocess.run(
-        ["losetup", "--find", "--show", str(path)], capture_output=True, text=True, check=False
-    )
-    if told.returncode:
-        pytest.skip(f"no loop device: {told.stderr.strip()}")
-    device = told.stdout.strip()
-    try:
-        yield Path(device)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def host_device(path: Path) -> list[str]:

@@ -15,6 +15,7 @@ import recovery_lab as lab
 from vrep import Site, errors
 from vrep.lanes import lane_id, lane_name
 from vrep.recovery.cuts import Cut, LaneSet, find_lanes
+from vrep.recovery.view import ViewDirectory, discard
 from vrep.target.aging import Aging, Count, host_steady
 from vrep.target.manifest import DiskEntry, Position
 from vrep.target.store import GroupStore
@@ -547,13 +548,25 @@ def test_a_failover_that_was_cut_off_goes_on_at_its_cut(
     view = group.site.failover_start("web", force=True)
     assert view.point == f"pos:{at[0]}"
     assert served(view) == {"disk0": b"1", "disk1": b"1"}
+    change = ViewDirectory.change
+
+    def cut_off_again(directory: ViewDirectory, **changes: Any) -> Any:
+        if changes.get("state") == "committed":
+            raise errors.StorageError("no space left")
+        return change(directory, **changes)
+
+    # Of a commit that is cut off, one lane's epoch is accepted: nothing is given back, of none.
+    with monkeypatch.context() as patch:
+        patch.setattr(ViewDirectory, "change", cut_off_again)
+        with pytest.raises(errors.StorageError):
+            failover.commit(group.site.paths, group.lanes[1].group_id.hex())
+    with pytest.raises(errors.StateError, match="committed"):
+        group.site.failover_rollback("web")
     group.site.failover_commit("web")
     with pytest.raises(errors.StateError, match="committed"):
         group.site.failover_rollback("web")
     assert [cut.point for cut in group.site.points("web").cuts] == [view.point]
     for each in group.site.tests():
-        from vrep.recovery.view import ViewDirectory, discard
-
         discard(ViewDirectory(group.site.paths, each.id))
 
 

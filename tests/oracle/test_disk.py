@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loop_device import loop_device
 
 from vrep._core.disk import Disk, Engine, Request
 from vrep.errors import LockedError, RangeError, StoreFullError, UnsupportedError
@@ -21,20 +22,6 @@ SIZE = (1 << 20) + 3 * 512
 WHOLE = 1 << 20
 VIEW = bytes(range(16))
 BLOCK = 4096
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[str]:
-    """A loop device on a file; its logical blocks are 4 KiB, so that 512 bytes are unaligned."""
-    command = ["losetup", "--find", "--show", "--sector-size", "4096", str(path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode != 0:
-        pytest.skip(f"no loop device: {told.stderr.strip()}")
-    device = told.stdout.strip()
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 class Store:
@@ -48,7 +35,9 @@ class Store:
             with self.path.open("wb") as file:
                 file.truncate(self.size)
         if kind.startswith("loop"):
-            self.uri = "block:" + stack.enter_context(loop_device(self.path))
+            # 512 bytes are unaligned.
+            device = stack.enter_context(loop_device(self.path, sector_bytes=4096))
+            self.uri = f"block:{device}"
 
     def open(self, engine: Engine) -> Disk:
         if self.kind == "overlay":
@@ -278,7 +267,7 @@ def test_qemu_and_vrep_refuse_each_other(block: bool, tmp_path: Path) -> None:
     path = tmp_path / "disk"
     path.write_bytes(bytes(1 << 20))
     with ExitStack() as stack:
-        name = stack.enter_context(loop_device(path)) if block else str(path)
+        name = str(stack.enter_context(loop_device(path, sector_bytes=4096)) if block else path)
         uri = f"{'block' if block else 'file'}:{name}"
         engine = stack.enter_context(Engine(1))
         write = ("qemu-io", "-f", "raw", "-c", "write 0 512", name)

@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
+from group_definition import definition
 
 from vrep import status
 from vrep.control import ControlClient
 from vrep.errors import ConfigError, FencedError, NotFoundError, PeerError, StorageError
-from vrep.groups import VERSION, DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
+from vrep.groups import DiskDefinition, GroupDefinition, GroupDirectory, GroupOptions
 from vrep.keys.identity import SiteIdentity
 from vrep.keys.tenant import TenantKeyring
 from vrep.paths import SitePaths
@@ -34,23 +35,6 @@ from vrep.wire.peers import PeerRegistry
 from vrep.wire.stream import ConnectionLostError
 
 WAIT_S = 20.0
-
-
-def definition(**changes: Any) -> GroupDefinition:
-    fields: dict[str, Any] = {
-        "version": VERSION,
-        "group_id": "11" * 16,
-        "name": "web",
-        "disks": (DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
-        "to_site": "22" * 16,
-        "key": "acme",
-        "tenant_key_id": "k",
-        "epoch": 1,
-        "epoch_id": "33" * 16,
-        "wrapped_keys": (),
-        "created": 0.0,
-    }
-    return GroupDefinition(**{**fields, **changes})
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from group_definition import definition
 
-from vrep.groups import VERSION, DiskDefinition, GroupDefinition
 from vrep.source import shipped as module
 from vrep.source.shipped import Shipped
 
@@ -22,23 +22,6 @@ class Clock:
 
     def time_ns(self) -> int:
         return int(self.now_s * 1e9)
-
-
-def definition(**changes: Any) -> GroupDefinition:
-    fields: dict[str, Any] = {
-        "version": VERSION,
-        "group_id": "11" * 16,
-        "name": "web",
-        "disks": (DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
-        "to_site": "22" * 16,
-        "key": "acme",
-        "tenant_key_id": "k",
-        "epoch": 1,
-        "epoch_id": "33" * 16,
-        "wrapped_keys": (),
-        "created": 0.0,
-    }
-    return GroupDefinition(**{**fields, **changes})
 
 
 def opened(where: Path, clock: Clock | None = None, **changes: Any) -> Shipped:

@@ -6,34 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from group_definition import definition
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from vrep.groups import VERSION, DiskDefinition, GroupDefinition
 from vrep.source.transitions import Backlog, Transitions
 from vrep.states import STATES
 
 MIB = 1 << 20
 RING = 64 * MIB
 CHANGE, ESTIMATE = "replication changes its state", "when replication is whole again"
-
-
-def definition(**changes: Any) -> GroupDefinition:
-    fields: dict[str, Any] = {
-        "version": VERSION,
-        "group_id": "11" * 16,
-        "name": "web",
-        "disks": (DiskDefinition("root", "file:/nowhere", 1 << 20, 0),),
-        "to_site": "22" * 16,
-        "key": "acme",
-        "tenant_key_id": "k",
-        "epoch": 1,
-        "epoch_id": "33" * 16,
-        "wrapped_keys": (),
-        "created": 0.0,
-    }
-    return GroupDefinition(**{**fields, **changes})
 
 
 class World:

@@ -448,9 +448,8 @@ class GroupSession:
             self.view.lost_bytes = mark_lost(hold, ranges)
             self.view.history_lost = not went_back
             self.view.rolled_back = went_back
-            if (
-                compare or went_back
-            ):  # what was spilled would follow, and end a gap of which it does not know
+            if compare or went_back:
+                # What was spilled would follow, and end a gap of which it does not know.
                 feed.drop()
             self._lose_ring(hold, feed)
         elif not feed.reaches(durable_seq) and not hold.jumps(feed.floor):
