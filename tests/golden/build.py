@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from vrep._core import layout, record, seal
+from vrep.source import shipped as shipping
 
 FOLDER = Path(__file__).parent / "core"
 DATA_KEY = bytes(range(1, 33))
@@ -441,6 +442,10 @@ def presence() -> bytes:
     return checked(header) + bitmap(2, 1, 64, 99)
 
 
+def shipped() -> bytes:
+    return shipping.encode(shipping.Mark(2, 3, EPOCH_ID.hex(), 102))
+
+
 def lost() -> bytes:
     ranges = [one("LOST_RANGE", disk=disk, offset=offset, length=65536 * n)
               for disk, offset, n in ((0, 65536, 1), (0, 1 << 30, 3), (2, 0, 1))]  # fmt: skip
@@ -482,6 +487,7 @@ SAMPLES: dict[str, Callable[[], bytes]] = {
     "manifest-2": lambda: manifest(2),
     "presence": presence,
     "lost": lost,
+    "shipped": shipped,
 }
 # Any release reads them, and none writes the same bytes twice: zstd promises only the former, and
 # a signature has a random part.

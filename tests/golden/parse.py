@@ -669,6 +669,18 @@ def parse_presence(data: bytes) -> Fields:
     return {"header": header, "blocks": set_bits(data, at, header["words"])}
 
 
+def parse_shipped(data: bytes) -> Fields:
+    at = data.rfind(b',"checksum":')
+    expect(at > 0, "shipped: checksum")
+    expect(data[at:] == b',"checksum":%d}' % checksum32(data[:at] + b"}"), "shipped: checksum")
+    got: Fields = json.loads(data)
+    members = ["version", "epoch", "epoch_id", "seq", "checksum"]
+    expect(list(got) == members and got["version"] == 2, "shipped: members")
+    expect(got["epoch"] > 0 and len(bytes.fromhex(got["epoch_id"])) == 16, "shipped: epoch")
+    expect(0 <= got["seq"] < 1 << 63, "shipped: seq")
+    return got
+
+
 def parse_lost(data: bytes) -> Fields:
     header, at = headed(LOST_HEADER, data, 0, b"VLST", "lost")
     expect(at == 128 and header["flags"] in (0, 1), "lost: header")

@@ -20,6 +20,7 @@ from vrep._core import layout, record, seal
 from vrep._core import segment as native
 from vrep.errors import IntegrityError
 from vrep.recovery import verdict
+from vrep.source import shipped
 from vrep.target import lost
 from vrep.target.manifest import Manifest, Position
 
@@ -58,6 +59,7 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
     "manifest-2": parse.parse_manifest,
     "presence": parse.parse_presence,
     "lost": parse.parse_lost,
+    "shipped": parse.parse_shipped,
     "verdict": lambda data: parse.parse_verdict(data, VERDICT_KEY),
 }
 # structs that only memory of one process holds
@@ -212,6 +214,13 @@ def test_lost() -> None:
             lost.decode(bytes(bad), *said[1:], at)
 
 
+def test_shipped() -> None:
+    got = parsed("shipped")
+    assert (got["epoch"], got["epoch_id"], got["seq"]) == (3, build.EPOCH_ID.hex(), 102)
+    mark = shipped.decode(golden("shipped"))
+    assert mark == shipped.Mark(2, 3, build.EPOCH_ID.hex(), 102)
+
+
 def test_the_older_slot_serves_when_the_newer_is_torn() -> None:
     intent, state = bytearray(golden("intent")), bytearray(golden("state"))
     intent[130] ^= 1
@@ -313,7 +322,7 @@ GUARDED = {
     "segment-folded": (0, None), "manifest-2": (0, None),
     "checkpoint": (0, None), "index": (0, None), "ring": (0, 512), "map": (0, 128),
     "presence": (0, 4096), "control": (0, 16), "verdict": (0, None),
-    "lost": (0, None),
+    "lost": (0, None), "shipped": (0, None),
 }  # fmt: skip
 
 

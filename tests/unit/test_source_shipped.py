@@ -98,13 +98,45 @@ def test_another_epoch_has_another_mark(tmp_path: Path, change: dict[str, Any]) 
     assert opened(tmp_path, **change).went_back(1001)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"version":1}', b'{"version":9,"epoch":1}'])
-def test_a_file_that_cannot_be_read_says_nothing(tmp_path: Path, content: bytes) -> None:
+OLDER = b'{"version":1,"epoch":1,"epoch_id":"22222222222222222222222222222222","seq":5}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"}", b'{"version":1}', b'{"version":2,"checksum":1}', OLDER,
+        module.encode(module.Mark(3, 1, "22" * 16, 9)),
+        module.encode(module.Mark(2, 1, "22" * 16, -1)),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_may_be_of_any_moment(tmp_path: Path, content: bytes) -> None:
+    """All is compared once, though a target that holds nothing holds no future."""
     (tmp_path / "shipped.json").write_bytes(content)
     mark = opened(tmp_path)
-    assert not mark.went_back(1 << 60)
+    assert mark.went_back(1)
+    assert not mark.went_back(0)
     mark.begin(5)
+    assert not mark.went_back(5)
     assert stored(tmp_path) == 5
+    again = opened(tmp_path)
+    assert not again.went_back(5)
+    assert again.went_back(6)
+
+
+def test_a_flipped_bit_hides_nothing(tmp_path: Path) -> None:
+    """Neither what went back, nor that a mark was of another epoch."""
+    opened(tmp_path).begin(123456)
+    file = tmp_path / "shipped.json"
+    whole = file.read_bytes()
+    assert not opened(tmp_path).went_back(123456)
+    for bit in range(8 * len(whole)):
+        bad = bytearray(whole)
+        bad[bit // 8] ^= 1 << (bit % 8)
+        file.write_bytes(bad)
+        assert opened(tmp_path).went_back(123457), bytes(bad)
+    for end in range(len(whole)):
+        file.write_bytes(whole[:end])
+        assert opened(tmp_path).went_back(123457), end
 
 
 def test_a_full_disk_leaves_no_wrong_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,11 @@ more in this epoch was written by a future that is gone: nothing is believed, an
 The mark is stored once a second at most, ahead by what a second of this load needs, and drawn
 back to what was sent when that is less. So what was sent within about a second of the snapshot
 is not noticed. A mark that cannot be stored is removed: then nothing is known, and nothing noticed.
+One that is there and cannot be read, or is damaged or of another version, may be of before or of
+now: then all is compared as well.
 
-File: `shipped.json` in the group's directory, replaced as a whole. Threads: any.
+File: `shipped.json` in the group's directory, replaced as a whole; its bytes are in
+docs/internals/formats.md. Threads: any.
 """
 
 from __future__ import annotations
@@ -24,26 +27,51 @@ import msgspec
 import structlog
 from msgspec import Meta
 
+from vrep.checksum import checksum32
 from vrep.durable import sync_directory, write_atomic
-from vrep.errors import VrepError
+from vrep.errors import CorruptError, VersionError, VrepError
 from vrep.groups import GroupDefinition
 from vrep.wire.stream import Clock
 
-__all__ = ["Shipped"]
+__all__ = ["Mark", "Shipped", "decode", "encode"]
 
-VERSION: Final = 1
+VERSION: Final = 2
 EVERY_S: Final = 1.0
 
 log = structlog.get_logger("vrep.source")
 
 
-class _Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The file."""
+class Mark(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the file says, beside its checksum."""
 
     version: int
     epoch: int
     epoch_id: str
     seq: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+_CHECKSUM: Final = b',"checksum":'
+
+
+def encode(mark: Mark) -> bytes:
+    """The file. Its checksum is of the object without it."""
+    said = msgspec.json.encode(mark)
+    return said[:-1] + _CHECKSUM + b"%d}" % checksum32(said)
+
+
+def decode(data: bytes) -> Mark:
+    """CorruptError; VersionError when it is of another version."""
+    said, _name, checksum = data.rpartition(_CHECKSUM)
+    said += b"}"
+    if checksum != b"%d}" % checksum32(said):
+        raise CorruptError("its checksum is wrong, or it has none")
+    try:
+        mark = msgspec.json.decode(said, type=Mark)
+    except msgspec.MsgspecError as error:
+        raise CorruptError(str(error)) from None
+    if mark.version != VERSION:
+        raise VersionError(f"it has version {mark.version}")
+    return mark
 
 
 class Shipped:
@@ -60,28 +88,32 @@ class Shipped:
         self._sent = 0
         self._stored_s = clock.monotonic() - EVERY_S
         self._stored_at = 0
+        self._unreadable = False
         mark = self._load()
         if mark is not None and (mark.epoch, mark.epoch_id) == (self._epoch, self._epoch_id):
             self._limit = mark.seq
 
-    def _load(self) -> _Mark | None:
+    def _load(self) -> Mark | None:
         try:
-            mark = msgspec.json.decode(self._path.read_bytes(), type=_Mark)
+            return decode(self._path.read_bytes())
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.MsgspecError) as error:
+        except (OSError, VrepError) as error:
             log.warning("not known what was sent", group=self._group, error=str(error))
+            self._unreadable = True
             return None
-        return mark if mark.version == VERSION else None
 
     def went_back(self, durable: int) -> bool:
-        """Whether a target that holds `durable` of this epoch holds more than was sent."""
+        """Whether a target that holds `durable` of this epoch holds more than was sent, or may."""
+        if self._unreadable:
+            return durable > 0
         return self._limit is not None and durable > self._limit
 
     def begin(self, durable: int) -> None:
         """What the target holds is known from here on: before anything is sent, and once what
         `went_back` means outlasts a power loss."""
         with self._lock:
+            self._unreadable = False
             self._sent = self._stored_at = durable
             if self._limit is None or durable > self._limit:
                 self._store(durable)
@@ -105,10 +137,10 @@ class Shipped:
                 self._stored_at = self._sent
 
     def _store(self, seq: int) -> None:
-        mark = _Mark(VERSION, self._epoch, self._epoch_id, seq)
+        mark = Mark(VERSION, self._epoch, self._epoch_id, seq)
         self._stored_s = self._clock.monotonic()
         try:
-            write_atomic(self._path, msgspec.json.encode(mark))
+            write_atomic(self._path, encode(mark))
             self._limit = seq
         except (OSError, VrepError) as error:
             self._limit = None
