@@ -14,11 +14,12 @@ fail() {
     exit 1
 }
 
+here=$(dpkg --print-architecture 2>/dev/null || echo unknown)
 wanted=
 for section in "$@"; do
-    packages=$(awk -v wanted="[$section]" '
+    packages=$(awk -v wanted="[$section]" -v here="$here" '
         /^\[/ { inside = ($1 == wanted); next }
-        inside && NF && $1 !~ /^#/ { print $1 }' "$list")
+        inside && NF && $1 !~ /^#/ && (NF == 1 || $2 == here) { print $1 }' "$list")
     [ -n "$packages" ] || fail "$list has no section [$section]"
     wanted="$wanted $packages"
 done

@@ -7,6 +7,7 @@
 #include <openssl/kdf.h>
 
 #include "base/endian.h"
+#include "base/gcm.h"
 #include "base/status.h"
 #include "seal/seal.h"
 
@@ -19,7 +20,7 @@ int vrep_cipher_init(struct vrep_cipher *cipher, const uint8_t key[VREP_STREAM_K
     cipher->context = EVP_CIPHER_CTX_new();
     if (cipher->context == NULL)
         return VREP_E_NOMEM;
-    aes = EVP_CIPHER_fetch(NULL, "AES-256-GCM", NULL);
+    aes = EVP_CIPHER_fetch(vrep_gcm_context(), "AES-256-GCM", VREP_GCM_PROPERTIES);
     if (aes == NULL) {
         vrep_cipher_clear(cipher);
         return VREP_E_IO;

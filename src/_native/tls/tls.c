@@ -12,6 +12,7 @@
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
 
+#include "base/gcm.h"
 #include "base/status.h"
 
 enum {
@@ -207,7 +208,8 @@ int vrep_tls_context_new(const struct vrep_tls_options *options, struct vrep_tls
     if (context == NULL)
         return VREP_E_NOMEM;
     pthread_once(&method_made, make_method);
-    context->ctx = SSL_CTX_new(options->server ? TLS_server_method() : TLS_client_method());
+    context->ctx = SSL_CTX_new_ex(vrep_gcm_context(), VREP_GCM_PROPERTIES,
+                                  options->server ? TLS_server_method() : TLS_client_method());
     if (context->ctx != NULL && method != NULL)
         status = set_up(context->ctx, options);
     if (status != VREP_OK) {
