@@ -20,7 +20,8 @@ def view_text(view: ViewInfo) -> str:
     lines = [f"{view.group}: {view.kind} {view.id}, {view.state}, as of {view.time} ({view.point})"]
     if view.conditions:
         lines.append(f"  conditions: {', '.join(view.conditions)}")
-    lines += [f"  {disk.name}: {disk.uri}" for disk in view.disks]
+    gone = "not served: the group is at another site"
+    lines += [f"  {disk.name}: {disk.uri or gone}" for disk in view.disks]
     if view.bitmap:
         lines.append(f"  what may differ from {view.since}: {view.bitmap}")
     if filled := _fill_text(view):

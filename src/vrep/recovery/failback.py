@@ -13,6 +13,7 @@ from vrep import errors
 from vrep.groups import GroupDefinition, GroupDirectory, GroupOptions
 from vrep.paths import SitePaths
 from vrep.recovery.failover import Failover
+from vrep.recovery.left import require_left
 from vrep.recovery.move import WAIT_S, move_all
 from vrep.recovery.reverse import reverse_all
 from vrep.recovery.untaken import find_untaken
@@ -66,6 +67,7 @@ def failback_all(
                 f"{failover.held.name!r} was never written at this site: 'vrep move' takes it over"
             )
         if not mine.yielded:
+            require_left(mine)
             continue  # it is back
         if mine.read_through_vm:
             raise errors.UnsupportedError(

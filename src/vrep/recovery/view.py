@@ -68,6 +68,7 @@ class ViewDisk(msgspec.Struct, frozen=True):
     name: str
     bytes: int
     uri: str
+    """empty: nobody serves it"""
     bitmap: str | None = None
     """of a group with several lanes: the NBD metadata context that tells what may differ"""
 
@@ -85,7 +86,8 @@ class ViewInfo(msgspec.Struct, frozen=True):
     time: str
     """of the point, by the source's clock"""
     state: str
-    """starting, serving, committed, rolling-back, protected"""
+    """starting, serving, committed, rolling-back, protected; left: it was protected, and the group
+    is at another site now"""
     running: bool
     pid: int | None
     socket: str
@@ -543,8 +545,11 @@ def info_of(
 ) -> ViewInfo:
     """What is known of a view; `status` is what its process, `holder`, says."""
     from vrep.recovery.history import format_time
+    from vrep.recovery.left import has_left
 
     conditions = list(status.get("conditions", []))
+    left = record.state == PROTECTED and has_left(view, record)
+    socket = "" if left else str(view.nbd_socket)
     if holder is None and record.state not in ("starting", PROTECTED):
         conditions.append("not-running")
     return ViewInfo(
@@ -554,12 +559,12 @@ def info_of(
         group_id=record.group_id,
         point="pos:{}/{}/{}".format(*record.point),
         time=format_time(record.wall_ns),
-        state=record.state,
+        state="left" if left else record.state,
         running=holder is not None,
         pid=holder,
-        socket=str(view.nbd_socket),
+        socket=socket,
         disks=[
-            ViewDisk(d.name, d.bytes, f"nbd+unix:///{d.name}?socket={view.nbd_socket}")
+            ViewDisk(d.name, d.bytes, f"nbd+unix:///{d.name}?socket={socket}" if socket else "")
             for d in record.disks
         ],
         created=format_time(record.created_ns),

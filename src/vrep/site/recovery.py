@@ -195,7 +195,10 @@ class Recovery(SiteBase):
         view as soon as its VM may run here: the disks are filled meanwhile. Refused when those
         disks hold writes that were not taken over and not exported, unless `discard_untaken`."""
         from vrep.recovery.failback import failback
+        from vrep.recovery.left import require_history
 
+        if not self._lanes_held(group):
+            require_history(self.paths, group)
         with self._locked(group) as lanes:
             if lanes is None:
                 return failback(

@@ -119,7 +119,8 @@ class Halt:
             self._require_filtered(before)
             if before["clients"] and not pause:
                 raise BusyError(
-                    f"{before['clients']} client(s) use {self._name!r}: shut the VM down first"
+                    f"{before['clients']} client(s) use {self._name!r}: shut the VM down first, or "
+                    "give --pause, which cuts it off: its I/O waits"
                 )
             self._require_whole(before)
             self._groups.update(self._name, halted=True)
