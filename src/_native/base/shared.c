@@ -13,6 +13,8 @@
 
 #include "base/status.h"
 
+enum { POPULATE_BYTES = 4 << 20 };
+
 static int hex_digit(char c)
 {
     if (c >= '0' && c <= '9')
@@ -187,8 +189,14 @@ int vrep_shared_open(const char *path, uint64_t bytes_min, struct vrep_shared *o
 
 void vrep_shared_populate(const struct vrep_shared *shared)
 {
-    /* Advice: where the kernel does not know it, each page faults when it is used first. */
-    (void)madvise(shared->base, shared->bytes, MADV_POPULATE_WRITE);
+    /* Advice: where the kernel does not know it, each page faults when it is used first. In
+     * pieces: each holds up whoever wants to change the process's mappings, as a new thread does.
+     */
+    for (uint64_t at = 0; at < shared->bytes; at += POPULATE_BYTES) {
+        uint64_t left = shared->bytes - at;
+        (void)madvise((uint8_t *)shared->base + at, left < POPULATE_BYTES ? left : POPULATE_BYTES,
+                      MADV_POPULATE_WRITE);
+    }
 }
 
 void vrep_shared_close(struct vrep_shared *shared)

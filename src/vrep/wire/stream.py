@@ -10,6 +10,7 @@ Sizes are bytes, times seconds.  Nothing here waits without a bound.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import hashlib
 import os
 import select
@@ -77,6 +78,11 @@ def tune_socket(sock: socket.socket, dead_after_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, probe_s)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(dead_after_s * 1000))
+    with contextlib.suppress(OSError):  # the peer may be gone; a kernel may keep its choice
+        peer = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+        if peer.is_loopback:
+            # There is no link to be probed: BBR would only run its pacing timers.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
 
 
 class TlsStream:
