@@ -10,8 +10,8 @@ Sizes are bytes, times seconds.  Nothing here waits without a bound.
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import hashlib
+import ipaddress
 import os
 import select
 import socket
