@@ -70,7 +70,8 @@ def attach(
     if result is None:
         emit({"group": group, "detached": False}, as_json, f"{group}: served again")
         return
-    _show(group, result, as_json, f"{group}: attached to {result.vm}")
+    already = "" if result.commands else " already"
+    _show(group, result, as_json, f"{group}: attached to {result.vm}{already}")
 
 
 @app.command("detach")
@@ -117,6 +118,7 @@ def _show(group: str, result: Result, as_json: bool, done: str) -> None:
         for copy in result.mirrors:
             lines.append(f"# {copy.name}: mirror of {copy.node}")
         lines += [msgspec.json.encode(command).decode() for command in result.commands]
+        lines += [] if result.commands else ["# nothing is to be done"]
     else:
         if result.objects:
             lines.append(f"kept beside its disks: {', '.join(result.objects)}")

@@ -503,10 +503,13 @@ class FilterHost:
             until = time.monotonic() + HANDOVER_S
             hosted = self._hosted.get(name)
             if hosted is not None:
-                if hosted.group.status()["handover"] != "in":
+                handover = hosted.group.status()["handover"]
+                if handover not in ("in", "past"):
                     raise BusyError(f"{name!r} is served: no other VM has its disks open")
-                hosted.handover_until = until
-                return {}
+                if handover == "in":
+                    hosted.handover_until = until
+                    return {}
+                self._give_up(hosted)  # as the detach would have done that was cut off
             hosted = self._open(definition, handover=True)
             hosted.handover_until = until
             with self._lock:

@@ -72,7 +72,7 @@ class Attacher:
 
     def attach(self, vm: str, *, dry_run: bool = False, reconnect_s: int = RECONNECT_S) -> Result:
         """Put the filter under the disks of a running VM. UnsupportedError: a block graph without
-        a recipe; then nothing was changed."""
+        a recipe; then nothing was changed. A VM that is attached stays so: no commands."""
         vm = check_vm(vm)
         definition = self._groups.load(self._group)
         if definition.fenced:
@@ -89,14 +89,20 @@ class Attacher:
             )
         with contextlib.closing(open_monitor(vm)) as monitor:
             check_runs(monitor)
-            graph = self._unattached(monitor, dry_run)
+            graph, record = Graph.read(monitor), self._record()
+            if record is not None and any(_on_filter(disk, graph) for disk in record.disks):
+                if not dry_run:
+                    self._hold_again()
+                return Result(record.vm, record.disks, (), dry_run)
+            if record is not None:
+                graph = self._cleaned(monitor, graph, record, dry_run)
             disks = self._plan(definition, graph)
             steps = [s for d in disks for s in recipe.prepare(d, self._socket, reconnect_s)]
             switch = recipe.switch(disks, on=True)
             commands = (*(step.do for step in steps), switch)
             if dry_run:
                 return Result(vm, disks, commands, True)
-            self._filter.call("handover_begin", group=self._group)
+            self._begin_handover()
             try:
                 self._file.store(Attachment(VERSION, vm, disks))
                 # From here on a filter that starts serves the group, if nobody else has its disks.
@@ -119,16 +125,29 @@ class Attacher:
             for disk in definition.disks
         )
 
-    def _unattached(self, monitor: Monitor, dry_run: bool) -> Graph:
-        """The graph without what an attach or detach that was cut off left there."""
-        graph = Graph.read(monitor)
+    def _record(self) -> Attachment | None:
         record = self._file.load()
-        if record is None:
-            return graph
-        if record.mode == "mirror":
+        if record is not None and record.mode == "mirror":
             raise errors.StateError(f"{self._group!r} is mirrored by {record.vm}: detach it first")
-        if any(recipe.stands_on(disk, graph) == "filter" for disk in record.disks):
-            raise errors.StateError(f"{self._group!r} is attached to {record.vm} already")
+        return record
+
+    def _hold_again(self) -> None:
+        """The filter has the locks, also when a detach that was cut off had it let go of them."""
+        with contextlib.suppress(errors.UnreachableError):
+            if self._status()["handover"] in ("letting-go", "out"):
+                self._wait("out", "the filter lets go of its locks")
+                self._filter.call("take_back", group=self._group)
+        self._wait("", "the VM is attached, and the filter takes its disks")
+
+    def _begin_handover(self) -> None:
+        """Also behind a detach that was cut off when the VM had its disks already."""
+        with contextlib.suppress(errors.VrepError):  # it is not served: as it should be
+            if self._status()["handover"] == "out":
+                self._wait("past", "the filter sees that the VM has its disks")
+        self._filter.call("handover_begin", group=self._group)
+
+    def _cleaned(self, monitor: Monitor, graph: Graph, record: Attachment, dry_run: bool) -> Graph:
+        """The graph without what an attach or detach that was cut off left there."""
         commands = [c for disk in record.disks for c in recipe.remove(disk, graph)]
         if not commands:
             return graph
@@ -313,6 +332,10 @@ def check_runs(monitor: Monitor) -> None:
     status = str(monitor.execute("query-status")["status"])
     if status not in RUNNING:
         raise errors.StateError(f"the VM is {status}: it is attached while it runs or is paused")
+
+
+def _on_filter(disk: DiskPlan, graph: Graph) -> bool:
+    return recipe.stands_on(disk, graph) == "filter"
 
 
 def _run(monitor: Monitor, command: Command) -> None:

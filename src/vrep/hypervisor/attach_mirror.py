@@ -39,7 +39,7 @@ class MirrorAttacher:
 
     def attach(self, vm: str, *, dry_run: bool = False) -> Result:
         """Have a running VM mirror its writes. UnsupportedError: a block graph without a recipe;
-        then nothing was changed."""
+        then nothing was changed. A VM that mirrors goes on so: no commands."""
         vm = check_vm(vm)
         with self._file.held(), contextlib.closing(open_monitor(vm)) as monitor:
             definition = self._groups.load(self._group)
@@ -50,10 +50,10 @@ class MirrorAttacher:
                 raise errors.StateError(f"{self._group!r} is attached to {record.vm} already")
             disks = record.mirrors if record else _plan(definition, Graph.read(monitor))
             mirrored = self._mirrored(monitor, disks)
+            if record is not None and self._live():
+                return Result(vm, (), (), dry_run, mirrors=disks)
             if dry_run:
                 return Result(vm, (), mirrored.commands(), True, mirrors=disks)
-            if record is not None and self._live():
-                raise errors.StateError(f"{self._group!r} is attached to {vm} already")
             failures = mirrored.failures()
             self._file.store(
                 Attachment(VERSION, vm, mode="mirror", mirrors=disks, failures=failures)

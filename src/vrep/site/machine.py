@@ -50,13 +50,17 @@ class Machine(Protection):
         if vm is None:
             self.groups.update(group, detached=False)
             self._tell("filter", "reload")
+            self._tell("source", "reload", group=group)
             return None
         if mode == "mirror":
             result = self._mirror_attacher(group).attach(vm, dry_run=dry_run)
         else:
             delay = RECONNECT_S if reconnect_s is None else reconnect_s
             result = self._attacher(group).attach(vm, dry_run=dry_run, reconnect_s=delay)
-        if dry_run or not vm.startswith("libvirt:"):
+        if dry_run:
+            return result
+        self._tell("source", "reload", group=group)
+        if not vm.startswith("libvirt:"):
             return result
         put, missing = self._keep_domain(group, vm.partition(":")[2])
         return msgspec.structs.replace(result, objects=put, objects_missing=missing)

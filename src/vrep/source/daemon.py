@@ -62,6 +62,8 @@ class Source:
         self._unspilled: dict[str, float] = {}
         """sessions whose spill could not be opened, and when that is tried again"""
         self._transitions: dict[str, Transitions] = {}
+        self._unserved: set[str] = set()
+        """sessions whose group the filter did not serve when it was asked last"""
         self._filter = ControlClient(paths.socket("filter"), timeout=FILTER_ANSWERS_S)
         self._scanning = threading.Lock()
         self._cutters: dict[str, Cutter] = {}
@@ -108,6 +110,7 @@ class Source:
             filters = {}  # it is down, or hangs: no group is served
         for name in set(self._transitions) - set(sessions):
             del self._transitions[name]
+        self._unserved &= set(sessions)
         for name, session in sessions.items():
             try:
                 definition = self._groups.load(name)
@@ -115,6 +118,11 @@ class Source:
                 continue  # its session says what is wrong
             filtered = filters.get(name)
             served = filtered is not None and "error" not in filtered
+            if not served:
+                self._unserved.add(name)
+            elif name in self._unserved:
+                self._unserved.discard(name)
+                session.reload()  # it waits for longer after each try
             view = session.view
             self._transitions.setdefault(name, Transitions(name)).look(
                 definition,
