@@ -125,7 +125,7 @@ static void test_changes_are_noticed(void)
         const size_t lens[] = {sizeof nonce, sizeof data, sizeof sealed, sizeof tag};
         int which = round % 5;
         size_t at = which < 4 ? any((uint32_t)lens[which]) : 0;
-        uint8_t bit = which < 4 ? (uint8_t)(1 << any(8)) : 0;
+        uint8_t bit = (uint8_t)(which < 4 ? 1u << any(8) : 0);
 
         if (which < 4)
             parts[which][at] ^= bit;
