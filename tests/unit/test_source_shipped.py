@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from group_definition import definition
 
+from vrep.groups import ParentPosition
 from vrep.source import shipped as module
 from vrep.source.shipped import Shipped
 
@@ -88,14 +89,41 @@ def test_nothing_is_known_before_the_first_session(tmp_path: Path) -> None:
     assert not opened(tmp_path).went_back(42)
 
 
-@pytest.mark.parametrize("change", [{"epoch": 2}, {"epoch_id": "44" * 16}])
-def test_another_epoch_has_another_mark(tmp_path: Path, change: dict[str, Any]) -> None:
-    """What stands before it was written by another site."""
-    opened(tmp_path).begin(10)
-    mark = opened(tmp_path, **change)
-    assert not mark.went_back(1000)
+def test_the_mark_of_another_history_says_nothing(tmp_path: Path) -> None:
+    """It has another id, or is of a later epoch."""
+    opened(tmp_path, epoch=2, epoch_id="44" * 16).begin(10)
+    for epoch in (1, 2):
+        mark = opened(tmp_path, epoch=epoch)
+        assert not mark.went_back(1000)
     mark.begin(1000)
-    assert opened(tmp_path, **change).went_back(1001)
+    assert opened(tmp_path, epoch=2).went_back(1001)
+
+
+def in_epoch(where: Path, epoch: int, parent: int, seq: int) -> Shipped:
+    """In an epoch that begins behind a seq of another one."""
+    at = ParentPosition(parent, 0, seq)
+    return opened(where, epoch=epoch, epoch_id=f"{epoch:02x}" * 16, parent=at)
+
+
+def test_nothing_was_sent_in_an_epoch_that_has_no_mark(tmp_path: Path) -> None:
+    """A failover that was rolled back gave the group back in epoch 3: it begins behind what was
+    sent in epoch 1, and the target holds nothing of it."""
+    in_epoch(tmp_path, 1, 0, 0).begin(40)
+    mark = in_epoch(tmp_path, 3, 1, 38)
+    assert not mark.went_back(38)
+    assert mark.went_back(39)  # of the new epoch, and nobody here knows of it
+    assert in_epoch(tmp_path, 3, 1, 41).went_back(41)  # the old one went on for longer
+    mark.begin(38)
+    assert in_epoch(tmp_path, 3, 1, 38).went_back(39)  # nothing was sent yet
+    mark.allow(39)
+    assert not in_epoch(tmp_path, 3, 1, 38).went_back(39)
+
+
+def test_what_another_site_wrote_in_between_is_believed(tmp_path: Path) -> None:
+    in_epoch(tmp_path, 1, 0, 0).begin(40)
+    mark = in_epoch(tmp_path, 3, 2, 1000)
+    assert not mark.went_back(1000)
+    assert mark.went_back(1001)
 
 
 OLDER = b'{"version":1,"epoch":1,"epoch_id":"22222222222222222222222222222222","seq":5}'

@@ -6,6 +6,8 @@ since: blocks differ that no bit has. What gives it away is the target, which ho
 site knows to have sent. So before a record is sent, a seq at or above it is stored here, beside the
 group's other state, where whatever takes the disk back takes this back as well. A target that holds
 more in this epoch was written by a future that is gone: nothing is believed, and all is compared.
+A mark of an epoch before says that nothing was sent in this one: a target that holds more than its
+begin, or lets it begin behind what was sent in the one before, was written by such a future, too.
 
 The mark is stored once a second at most, ahead by what a second of this load needs, and drawn
 back to what was sent when that is less. So what was sent within about a second of the snapshot
@@ -90,8 +92,8 @@ class Shipped:
         self._stored_at = 0
         self._unreadable = False
         mark = self._load()
-        if mark is not None and (mark.epoch, mark.epoch_id) == (self._epoch, self._epoch_id):
-            self._limit = mark.seq
+        if mark is not None:
+            self._limit = _limit_of(mark, definition)
 
     def _load(self) -> Mark | None:
         try:
@@ -153,3 +155,14 @@ class Shipped:
             sync_directory(self._path.parent)
         except OSError as error:  # it may make a later session compare everything
             log.warning("an old mark stays", group=self._group, error=str(error))
+
+
+def _limit_of(mark: Mark, definition: GroupDefinition) -> int | None:
+    """Up to where a target may hold records of a group's present epoch; None: nobody knows."""
+    if mark.epoch == definition.epoch:
+        return mark.seq if mark.epoch_id == definition.epoch_id else None
+    if mark.epoch > definition.epoch:
+        return None
+    parent = definition.parent
+    # Where another epoch stands between, another site may have written it: the begin is believed.
+    return min(parent.seq, mark.seq) if parent.epoch == mark.epoch else parent.seq
