@@ -66,8 +66,17 @@ class Salvages:
 
     @property
     def awaited(self) -> bool:
-        """Whether the source need not know yet what it must compare."""
-        return self._pending() is not None and not self._marked
+        """Whether the source need not know yet what it must compare: also while another site has
+        taken the group over at a point before, and may give it back."""
+        return not self._marked and (self._pending() is not None or self._stored())
+
+    def _stored(self) -> bool:
+        """Whether the history that is durable ends with what a repair left."""
+        oracle = self._oracle
+        if not self._made or oracle.store is None:
+            return False
+        line = oracle.history(oracle.store.durable)
+        return bool(line) and line[-1][2] == SALVAGED
 
     def shown(self, entry: tuple[int, int, int]) -> Image:
         return self._made[entry].shown
