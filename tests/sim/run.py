@@ -11,134 +11,27 @@ happens was not tested.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import logging
 import os
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Final, NoReturn, TextIO
+from typing import Final
 
 from events import EVENTS_MIN, EVER, NOTHING, PER_SEED
+from workers import Workers, play_all
 
 SEEDS: Final = 100
 FRESH: Final = 40
-COLLECT_EVERY: Final = 25
 FAILED_MAX: Final = 5
 """then the rest is not played"""
-SEED_BYTES: Final = 8
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""of mallopt(3)"""
-
-# What a world needs takes half a second to import: the workers do so, once for all of them.
-
-
-def quiet() -> None:
-    import structlog
-
-    from vrep._core import log as native_log
-
-    native_log.setup("error")
-    logging.disable(logging.CRITICAL)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-
-
-def loud() -> None:
-    import structlog
-
-    from vrep._core import log as native_log
-
-    native_log.setup("info")
-    logging.basicConfig(level=logging.DEBUG, stream=sys.stdout)
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
-        processors=[structlog.processors.KeyValueRenderer(key_order=["event"])],
-        logger_factory=structlog.PrintLoggerFactory(),
-    )
-
-
-def play_all(seeds: Iterable[int], out: TextIO, *, trace: bool = False) -> None:
-    """In this process; one line of JSON for each."""
-    from hosts import make_keys
-    from world import play
-
-    loud() if trace else quiet()
-    keys = Path(tempfile.mkdtemp(prefix="vrep-sim-keys-"))
-    gc.disable()  # what it finalizes must not depend on what was played before
-    try:
-        wrapped = make_keys(keys)
-        gc.freeze()
-        for count, seed in enumerate(seeds, 1):
-            if count % COLLECT_EVERY == 0:
-                gc.collect()
-            try:
-                outcome = play(seed, keys / "keys", wrapped, print if trace else None)
-                events, error = outcome.events, outcome.error
-            except Exception:  # noqa: BLE001 - a defect of vrep, or of the simulator: it is shown
-                events, error = Counter(), traceback.format_exc()
-            print(
-                json.dumps({"seed": seed, "events": events, "error": error}), file=out, flush=True
-            )
-    finally:
-        shutil.rmtree(keys)
-
-
-def play_side_by_side(seeds: list[int], fds: list[int]) -> None:
-    """In a process for each of some descriptors, to which it tells what it played. Who is ready
-    takes the next seed: they share the place in the file where it stands."""
-    import hosts  # noqa: F401 - of which each has a copy
-    import world  # noqa: F401
-
-    keep_memory()
-    with tempfile.TemporaryFile() as file:
-        file.write(b"".join(seed.to_bytes(SEED_BYTES, "little") for seed in seeds))
-        file.flush()
-        os.lseek(file.fileno(), 0, os.SEEK_SET)
-        children = []
-        for fd in fds:
-            child = os.fork()
-            if not child:
-                _work(file.fileno(), fd)
-            os.close(fd)
-            children.append(child)
-        signal.signal(signal.SIGTERM, lambda *_: [os.kill(child, 15) for child in children])
-        for child in children:
-            os.waitpid(child, 0)
-
-
-def _work(seeds: int, fd: int) -> NoReturn:
-    try:
-        with os.fdopen(fd, "w") as out:
-            play_all(_taken(seeds), out)
-    except BaseException:  # noqa: BLE001 - a worker ends here whatever happens
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(0)
-
-
-def _taken(fd: int) -> Iterator[int]:
-    while data := os.read(fd, SEED_BYTES):
-        yield int.from_bytes(data, "little")
-
-
-def keep_memory() -> None:
-    """What is freed is not given back to the system: each world takes it again."""
-    libc = ctypes.CDLL(None)
-    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-        libc.mallopt(option, 1 << 29)
 
 
 def judge(seed: int, events: Counter[str], error: str) -> str:
@@ -260,7 +153,7 @@ def main() -> int:
         play_all(arguments.worker, sys.stdout)
         return 0
     if arguments.workers is not None:
-        play_side_by_side(json.load(sys.stdin), arguments.workers)
+        Workers(json.load(sys.stdin), arguments.workers).run()
         return 0
     if arguments.seed is not None:
         if os.environ.get("PYTHONHASHSEED") != "0":
