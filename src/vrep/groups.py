@@ -21,6 +21,7 @@ import msgspec
 from vrep import errors
 from vrep.durable import make_private_directory, write_atomic
 from vrep.lanes import group_of
+from vrep.listing import is_file, names_in
 
 VERSION = 1
 ON_FENCE = ("go-on", "pause")
@@ -185,10 +186,9 @@ class GroupDirectory:
 
     def names(self) -> Iterator[str]:
         """Names of all groups, sorted."""
-        if self.root.is_dir():
-            for entry in sorted(self.root.iterdir()):
-                if (entry / "group.json").is_file():
-                    yield entry.name
+        for name in sorted(names_in(self.root)):
+            if is_file(f"{self.root}/{name}/group.json"):
+                yield name
 
     def load(self, name: str) -> GroupDefinition:
         path = self.path(name) / "group.json"

@@ -8,7 +8,6 @@ subset of the unsynced writes, in any order, each perhaps torn, any subset of th
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import random
@@ -50,8 +49,8 @@ class Memory:
     pending: list[tuple[str, int | None]] = field(default_factory=list)
     """names that were given (to a file) or taken away (None), not synced"""
 
-    def crash(self, directory: Path, rng: random.Random) -> None:
-        """Write a directory that a power loss could have left."""
+    def crash(self, directory: Path, rng: random.Random) -> dict[str, bytearray]:
+        """Write a directory that a power loss could have left; what each file of it holds."""
         directory.mkdir(parents=True)
         names = dict(self.names)
         for name, number in self.pending:
@@ -60,14 +59,20 @@ class Memory:
                     names.pop(name, None)
                 else:
                     names[name] = number
+        left: dict[str, bytearray] = {}
         for name, number in names.items():
-            content = copy.deepcopy(self.contents[number])
+            content = Content(
+                bytearray(self.contents[number].stored), self.contents[number].pending
+            )
             changes = [change for change in content.pending if rng.random() < 0.6]
             if rng.random() < 0.5:
                 rng.shuffle(changes)
             for offset, data in changes:
                 content.apply(offset, tear(data, rng))
-            (directory / name).write_bytes(content.stored)
+            with open(f"{directory}/{name}", "wb", buffering=0) as file:  # noqa: PTH123 - thousands
+                file.write(content.stored)
+            left[name] = content.stored
+        return left
 
 
 def tear(data: bytes | None, rng: random.Random) -> bytes | None:

@@ -92,14 +92,23 @@ class StoreDisk:
         found = self.directory.stat()
         if (found.st_dev, found.st_ino) == self._known:
             return
+        self._remember(
+            {
+                path.name: bytearray(path.read_bytes())
+                for path in self.directory.glob("*")
+                if path.is_file() and path.name != "lock"
+            }
+        )
+
+    def _remember(self, stored: dict[str, bytearray]) -> None:
+        """All that is there is stored."""
+        found = self.directory.stat()
         self._known = (found.st_dev, found.st_ino)
         self.memory = forgetting.Memory()
         self.current = {}
-        for path in sorted(self.directory.glob("*")):
-            if path.is_file() and path.name != "lock":
-                number = len(self.memory.contents)
-                self.memory.contents[number] = forgetting.Content(bytearray(path.read_bytes()))
-                self.memory.names[path.name] = self.current[path.name] = number
+        for number, name in enumerate(sorted(stored)):
+            self.memory.contents[number] = forgetting.Content(stored[name])
+            self.memory.names[name] = self.current[name] = number
 
     def settle(self) -> None:
         """In time all is stored that was written."""
@@ -119,10 +128,11 @@ class StoreDisk:
         self.look()
         lost = self.busy or bool(self.memory.pending)
         after = self.directory.with_name(self.directory.name + ".after")
-        self.memory.crash(after, rng)
+        left = self.memory.crash(after, rng)
         shutil.rmtree(self.directory)
         after.rename(self.directory)
         self.directory.chmod(0o700)
+        self._remember(left)
         return lost
 
 

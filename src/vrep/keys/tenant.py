@@ -44,6 +44,7 @@ from vrep.keys.errors import (
     UnknownKeyError,
 )
 from vrep.keys.identity import check_name, utc_now
+from vrep.listing import names_in
 
 __all__ = ["KEY_BYTES", "KeyInfo", "TenantKey", "TenantKeyring", "tenant_key_id"]
 
@@ -261,11 +262,10 @@ class TenantKeyring:
     def _files(self) -> dict[str, list[int]]:
         """Names, and the generations of each, rising."""
         found: dict[str, list[int]] = {}
-        if self._where.is_dir():
-            matches = (_FILE.fullmatch(path.name) for path in self._where.glob("[!.]*.key"))
-            for match in matches:
-                if match is not None:
-                    found.setdefault(match[1], []).append(int(match[2] or 1))
+        for file in names_in(self._where):
+            match = _FILE.fullmatch(file)
+            if match is not None and not file.startswith("."):
+                found.setdefault(match[1], []).append(int(match[2] or 1))
         return {name: sorted(found[name]) for name in sorted(found)}
 
     def _all(self, name: str) -> list[_KeyFile]:

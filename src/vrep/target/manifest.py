@@ -24,6 +24,7 @@ from vrep._core import manifest as native
 from vrep.errors import CorruptError, IntegrityError, NotFoundError, PointNotFoundError
 from vrep.groups import NAME
 from vrep.lanes import lane_of
+from vrep.listing import names_in
 from vrep.target.aging import BEGIN, Count
 
 __all__ = [
@@ -278,11 +279,9 @@ def manifest_path(directory: Path, number: int) -> Path:
 
 def manifest_numbers(directory: Path) -> list[int]:
     """Numbers of the manifests in a store's directory, rising."""
-    try:
-        names = [entry.name for entry in directory.iterdir()]
-    except FileNotFoundError:
-        return []
-    return sorted(int(match[1], 16) for name in names if (match := _NAME.fullmatch(name)))
+    return sorted(
+        int(match[1], 16) for name in names_in(directory) if (match := _NAME.fullmatch(name))
+    )
 
 
 def load_newest(directory: Path, group_id: bytes) -> Manifest:

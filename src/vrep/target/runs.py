@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from vrep._core import layout
 from vrep._core.index import Index, merge
 from vrep.errors import CorruptError
+from vrep.listing import names_in
 from vrep.target.files import Files
 from vrep.target.manifest import Manifest
 from vrep.target.segment import run_path, segment_path
@@ -130,9 +131,7 @@ def without_runs(manifest: Manifest, first: int, last: int) -> NDArray[np.void]:
 
 
 def run_numbers(directory: Path) -> list[int]:
-    return [
-        int(match[1], 16) for entry in directory.iterdir() if (match := _RUN.fullmatch(entry.name))
-    ]
+    return [int(match[1], 16) for name in names_in(directory) if (match := _RUN.fullmatch(name))]
 
 
 def stale_runs(directory: Path, manifest: Manifest) -> list[Path]:
@@ -164,7 +163,10 @@ class Pin:
 def pinned(directory: Path) -> bool:
     """Whether a living reader holds a pin; pins of the dead are removed."""
     held = False
-    for path in directory.glob("pin-*"):
+    for name in names_in(directory):
+        if not name.startswith("pin-"):
+            continue
+        path = directory / name
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -34,6 +34,7 @@ __all__ = [
     "index_tail",
     "run_path",
     "scan_tail",
+    "segment_name",
     "segment_path",
     "write_footer",
 ]
@@ -47,10 +48,14 @@ StreamRow = Any
 """one INDEX_STREAM struct"""
 
 
+def segment_name(number: int, generation: int = 0) -> str:
+    """What a segment is called; a fold makes another file of it, of a higher generation."""
+    return f"seg-{number:08x}-{generation:x}" if generation else f"seg-{number:08x}"
+
+
 def segment_path(directory: Path, number: int, generation: int = 0) -> Path:
-    """Where a segment is; a fold makes another file of it, of a higher generation."""
-    suffix = f"-{generation:x}" if generation else ""
-    return directory / f"seg-{number:08x}{suffix}"
+    """Where a segment is."""
+    return directory / segment_name(number, generation)
 
 
 def entry_path(directory: Path, entry: Any) -> Path:

@@ -21,12 +21,13 @@ from typing import Any, Final
 import numpy as np
 
 from vrep.errors import StoreFullError, VrepError
+from vrep.listing import names_in
 from vrep.target import runs
 from vrep.target.files import Files
 from vrep.target.fold import Folded, Good, Judge, Live, choose, fold_segments, foldable, name_of
 from vrep.target.lease import Lease
 from vrep.target.manifest import Manifest, Position
-from vrep.target.segment import entry_path, segment_path
+from vrep.target.segment import segment_name
 from vrep.target.window import (
     SHORTEN,
     Growth,
@@ -338,9 +339,16 @@ class Upkeep:
 
 def stale_segments(directory: Path, manifest: Manifest) -> list[Path]:
     """Segments that a manifest does not name."""
-    named = {entry_path(directory, row) for row in manifest.segments}
-    named.add(segment_path(directory, manifest.active_segment))
-    return [path for path in directory.glob("seg-*") if path not in named]
+    numbers = zip(
+        manifest.segments["segment"].tolist(), manifest.segments["generation"].tolist(), strict=True
+    )
+    named = {segment_name(number, generation) for number, generation in numbers}
+    named.add(segment_name(manifest.active_segment))
+    return [
+        directory / name
+        for name in names_in(directory)
+        if name.startswith("seg-") and name not in named
+    ]
 
 
 class _GivenUpError(Exception):
