@@ -28,7 +28,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 
-from vrep import errors
+from vrep import errors, threads
 from vrep._core.changes import CHANGED
 from vrep._core.filter import Disk, Group, Miss
 from vrep._core.serve import Server
@@ -63,6 +63,9 @@ FILL_AGAIN_S: Final = 1.0
 """before what could not be filled is tried again"""
 FILL_NICE: Final = 10
 CONDITIONS_MAX: Final = 8
+HOLD_S: Final = 30.0
+"""how long nobody is answered when the command that wanted that was killed"""
+DRAIN_MS: Final = 5000
 
 
 class View:
@@ -72,6 +75,13 @@ class View:
         self._directory = ViewDirectory(paths, view_id)
         self._config = load_config(paths.config)
         self._stopping = threading.Event()
+        self._broken = False
+        """it ends because nobody can be served: whoever looks after views is to begin it again"""
+        self._door = threading.Lock()
+        self._released = threading.Event()
+        self._released.set()
+        """not while it is held"""
+        self._held_to_s = 0.0
         self._closing = threading.Event()
         self._turn = threading.Lock()
         self._counts = threading.Lock()
@@ -102,19 +112,19 @@ class View:
                 raise errors.StateError(f"the disks of view {view_id} are a group's")
             if self._record.since is not None:
                 self._offer_changes(Position(*self._record.since))
-            mode = int(self._config.recovery.socket_mode, 8)
-            paths.admit_users(mode)
-            self._server = Server(
-                self._group,
-                unix_path=self._directory.nbd_socket,
-                mode=mode,
-                socket_gid=socket_gid(self._config.recovery.socket_group),
-            )
-            stack.callback(self._server.stop)
+            paths.admit_users(int(self._config.recovery.socket_mode, 8))
+            self._server = self._new_server()
+            stack.callback(lambda: self._server.stop())
             self._control = stack.enter_context(
                 ControlServer(
                     self._directory.control,
-                    {"status": self._status, "stop": self._stop_requested, "fill": self._fill},
+                    {
+                        "status": self._status,
+                        "stop": self._stop_requested,
+                        "fill": self._fill,
+                        "hold": self._hold,
+                        "go_on": self._go_on,
+                    },
                 )
             )
             self._server.start()
@@ -126,9 +136,17 @@ class View:
         self._start(self._fill_loop, "fill")
 
     def _let_go(self, lock: int) -> None:
-        if self._stopping.is_set():
+        if self._stopping.is_set() and not self._broken:
             self._directory.note_in_lock(lock, TOLD_TO_END)
         os.close(lock)
+
+    def _new_server(self) -> Server:
+        return Server(
+            self._group,
+            unix_path=self._directory.nbd_socket,
+            mode=int(self._config.recovery.socket_mode, 8),
+            socket_gid=socket_gid(self._config.recovery.socket_group),
+        )
 
     def _open_history(self, paths: SitePaths) -> None:
         """With the key proven right on one piece, before anything is served."""
@@ -331,6 +349,55 @@ class View:
         self._fill_wanted.set()
         return {}
 
+    def _hold(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer nobody, once all that was written is on stable storage, for `HOLD_S` from the last
+        time that this was asked for, or until `go_on`. When that fails, clients are served as
+        before, and a StorageError says so: their next flush fails too, but after this process
+        nobody would know."""
+        with self._door:
+            if self._stopping.is_set():
+                raise errors.GoneError(f"view {self._record.id} is ending")
+            self._held_to_s = time.monotonic() + HOLD_S
+            if not self._released.is_set():
+                return {}
+            try:
+                self._server.stop(timeout_ms=DRAIN_MS)
+                for disk in range(len(self._disks)):
+                    self._group.sync_disk(disk)
+            except errors.VrepError as error:
+                self._problem(f"storage: {error}")
+                self._serve_again()
+                raise errors.StorageError(str(error)) from None
+            self._released.clear()
+            threads.start(threading.Thread(target=self._hold_lapses, name="hold", daemon=True))
+        return {}
+
+    def _hold_lapses(self) -> None:
+        while not self._released.wait(max(0.0, self._held_to_s - time.monotonic())):
+            with self._door:
+                if time.monotonic() >= self._held_to_s:
+                    self._let_in()
+
+    def _go_on(self, _params: Mapping[str, Any]) -> dict[str, Any]:
+        """Answer clients again."""
+        with self._door:
+            self._let_in()
+        return {}
+
+    def _let_in(self) -> None:
+        if not self._released.is_set() and not self._stopping.is_set():
+            self._serve_again()
+        self._released.set()
+
+    def _serve_again(self) -> None:
+        try:
+            self._server = self._new_server()
+            self._server.start()
+        except BaseException:
+            self._broken = True
+            self.request_stop()
+            raise
+
     def _stop_requested(self, _params: Mapping[str, Any]) -> dict[str, Any]:
         self.request_stop()
         return {}
@@ -350,10 +417,12 @@ class View:
         """Serve until stopped; then everything written is on stable storage."""
         self._stopping.wait()
         try:
-            self._server.stop(timeout_ms=5000)
+            with self._door:
+                self._server.stop(timeout_ms=DRAIN_MS)
         except errors.TimeLimitError as error:
             print(f"commands were cut: {error}", file=sys.stderr, flush=True)
         self._closing.set()
+        self._released.set()
         self._fill_wanted.set()
         self._stack.close()
 

@@ -11,6 +11,9 @@ command goes on where it was cut off:
 4. the view's process ends and the filter opens the disks, under the sockets that there were: a VM
    that reconnects sees a pause. From then on everything is recorded and shipped.
 
+Before 3 the view's process answers nobody any more, and stores what was written last. A disk that
+cannot do so keeps its view: a new process would read back, and call stable, what is in memory only.
+
 Of a group with several lanes each goes back to the site that it came from, or all to one that is
 named, which may be any that joined: one that never had a lane begins with nothing.
 
@@ -25,7 +28,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,6 +63,9 @@ __all__ = ["reverse", "reverse_all"]
 ASK_EVERY_S: Final = 0.1
 FOLLOW_S: Final = 90.0
 """the old site lets its filter go first"""
+HOLD_S: Final = 120.0
+"""a view drains and syncs its disks first"""
+BEGUN_S: Final = 20.0
 STATE_FILES: Final = ("state", "intent", "map.0", "map.1")
 
 Progress = Callable[[int, int], None]
@@ -135,13 +141,14 @@ def reverse_all(
     for way in new:
         _follow(paths, way, progress)
     shared = _shared(paths, ways)
-    made = [_define(paths, way, options, shared) if way in new else way.mine for way in ways]
-    found = []
-    for way, definition in zip(ways, made, strict=True):
-        assert definition is not None
-        if way.view is not None:
-            _switch(paths, definition, way.view)
-        found.append(definition)
+    with _held(way.view for way in ways if way.view is not None):
+        made = [_define(paths, way, options, shared) if way in new else way.mine for way in ways]
+        found = []
+        for way, definition in zip(ways, made, strict=True):
+            assert definition is not None
+            if way.view is not None:
+                _switch(paths, definition, way.view)
+            found.append(definition)
     return found
 
 
@@ -270,10 +277,48 @@ def _define(
     return definition
 
 
+@contextlib.contextmanager
+def _held(views: Iterable[ViewDirectory]) -> Iterator[None]:
+    """Views that answer nobody, with all that was written to them stable; StorageError when that
+    cannot be. Those that have not ended by then serve again afterwards."""
+    with contextlib.ExitStack() as stack:
+        for view in views:
+            stack.callback(_go_on, view)
+            _hold(view)
+        yield
+
+
+def _hold(view: ViewDirectory) -> None:
+    """Unless nobody serves it: then its disks are the filter's, or it died. See `_held`."""
+    deadline = time.monotonic() + BEGUN_S
+    while (pid := view.holder()) is not None:
+        try:
+            ControlClient(view.control).call("hold", timeout=HOLD_S)
+            return
+        except (errors.UnreachableError, errors.GoneError):
+            if time.monotonic() > deadline:
+                raise
+            # One that has just begun does not listen yet, or ends.
+            time.sleep(0.05)
+        except errors.StorageError as error:
+            raise errors.StorageError(
+                f"what was written last to the disks of {view.load().group!r} cannot be stored, so "
+                f"they stay with their view: {error.detail}. Shut the VM down and see to the "
+                f"storage; once the process of the view, {pid}, is killed, 'vrep run' serves what "
+                "is stored"
+            ) from None
+
+
+def _go_on(view: ViewDirectory) -> None:
+    with contextlib.suppress(errors.VrepError):
+        ControlClient(view.control).call("go_on", timeout=HOLD_S)
+
+
 def _switch(paths: SitePaths, definition: GroupDefinition, view: ViewDirectory) -> None:
     """From the view's process to the filter. Cut off in between, either serves the same bytes, and
     never both: each holds the lock of the disks."""
     record = view.load()
+    _hold(view)  # anew: that lapses, though not before it is told to end, or killed
     with ended(view):
         for disk in record.disks:
             _sync(view.data_path(disk))
