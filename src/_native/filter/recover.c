@@ -9,9 +9,10 @@
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
  *                              UNEXPLAINED   everything, when a disk was written since this boot
- *   any        any             UNEXPLAINED   everything, when another file stands in a disk's place
- *   anything that these do not explain: UNEXPLAINED, everything, with a reason; so is a state that
- *   says that a VM may have written past the filter, and a VM that does (a hand-over, a mirror)
+ *   any        any             UNEXPLAINED   everything, when another file stands in a disk's
+ * place, or an older content anything that these do not explain: UNEXPLAINED, everything, with a
+ * reason; so is a state that says that a VM may have written past the filter, and a VM that does (a
+ * hand-over, a mirror)
  *
  * A mirror that is opened again with its shared memory whole is KILLED, however it ended: its gap
  * is open until its VM has told what it wrote meanwhile (mirror.c).
@@ -73,13 +74,19 @@ static bool counts_match(const struct vrep_state_disk *before, const struct vrep
     return before->commands == now->commands && before->sectors == now->sectors;
 }
 
-/* What holds whatever was written: a file that was put in its place has another inode. */
+/* What holds whatever was written: a file that was put in its place has another inode.  One that
+ * was written or changed last before the filter opened it holds what it held earlier: a copy was
+ * restored over it, or its file system was taken back. */
 static bool same_files(const struct vrep_group *group)
 {
-    for (uint32_t i = 0; i < group->disks_count; i++)
-        if (!group->disks[i].info.block_device &&
-            group->state.disk[i].inode != group->disks[i].info.inode)
+    for (uint32_t i = 0; i < group->disks_count; i++) {
+        const struct vrep_state_disk *before = &group->state.disk[i];
+        const struct vrep_disk_info *now = &group->disks[i].info;
+        if (!now->block_device &&
+            (before->inode != now->inode || now->mtime_ns < before->mtime_ns ||
+             now->ctime_ns < before->ctime_ns))
             return false;
+    }
     return true;
 }
 
