@@ -9,7 +9,9 @@ stage() {
     name=$1
     shift
     echo "== $name"
+    began=$(date +%s)
     "$@" || VREP_FAILED_STAGES="$VREP_FAILED_STAGES $name"
+    echo "== $name took $(($(date +%s) - began)) s"
 }
 
 stage lint scripts/lint.sh
@@ -22,8 +24,9 @@ stage fuzz env SECONDS="${VREP_FUZZ_SECONDS:-30}" tests/fuzz/run
 
 echo "== pytest"
 export VREP_FAILED_STAGES
-# Many tests wait for processes of theirs. A file stays with one worker: its fixtures are made once.
-.venv/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+# Many tests wait for processes of theirs, so there are more workers than two processors need. A
+# file stays with one worker: its fixtures are made once.
+.venv/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --durations=30
 status=$?
 [ -z "$VREP_FAILED_STAGES" ] || exit 1
 exit "$status"
