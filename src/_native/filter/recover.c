@@ -9,10 +9,11 @@
  *   open       whole           KILLED        nothing; the in-flight table is replayed
  *   open       gone            POWER_LOSS    the checkpoint's bits and hot extents
  *                              UNEXPLAINED   everything, when a disk was written since this boot
- *   any        any             UNEXPLAINED   everything, when another file stands in a disk's
- * place, or an older content anything that these do not explain: UNEXPLAINED, everything, with a
- * reason; so is a state that says that a VM may have written past the filter, and a VM that does (a
- * hand-over, a mirror)
+ *   any        any             UNEXPLAINED   everything, when another file, or an older
+ *                                            content, stands in a disk's place
+ *
+ * Anything that these do not explain is UNEXPLAINED, everything, with a reason; so is a state that
+ * says that a VM may have written past the filter, and a VM that does (a hand-over, a mirror).
  *
  * A mirror that is opened again with its shared memory whole is KILLED, however it ended: its gap
  * is open until its VM has told what it wrote meanwhile (mirror.c).
