@@ -130,3 +130,15 @@ def test_a_source_that_went_back_before_a_failover_that_was_rolled_back_is_compa
     assert pair.a.groups.load(GROUP).epoch == 3
     assert status["targets"][0]["equal_bytes"] > 0  # compared
     pair.same_as_source()
+
+
+def test_a_source_that_stops_leaves_no_mark_ahead(make_pair: Make, rng: random.Random) -> None:
+    """A snapshot of a host that is stopped, or cut off, is told from any future of it."""
+    pair = make_pair(disks={"root": 64 * MIB}).up()
+    with pair.client() as client:
+        for _ in range(300):
+            client.write(rng.randrange(64 * MIB // 4096) * 4096, rng.randbytes(4096))
+        client.flush()
+    sent = pair.settle()["targets"][0]["durable_seq"]
+    pair.stop("source")
+    assert noted(pair) == sent

@@ -75,6 +75,18 @@ def test_a_steady_load_stores_once_a_second(
     assert stored(tmp_path) <= 100_000 + 11_000
 
 
+def test_a_session_that_ends_in_a_burst_leaves_no_mark_ahead(tmp_path: Path) -> None:
+    clock = Clock()
+    mark = opened(tmp_path, clock)
+    mark.begin(7)
+    clock.now_s += 0.002
+    mark.allow(307)
+    assert stored(tmp_path) > 307
+    mark.end()
+    assert stored(tmp_path) == 307
+    assert opened(tmp_path).went_back(308)
+
+
 def test_nothing_is_known_before_the_first_session(tmp_path: Path) -> None:
     mark = opened(tmp_path)
     assert not mark.went_back(1 << 60)

@@ -564,6 +564,7 @@ class GroupSession:
             shipper.stop()
             transport.close()
             thread.join()
+            shipped.end()
             failure.clear()  # with it goes what its frames hold
             self._bytes_before += shipper.bytes_sent
             self._records_before += shipper.records_sent

@@ -10,10 +10,10 @@ A mark of an epoch before says that nothing was sent in this one: a target that 
 begin, or lets it begin behind what was sent in the one before, was written by such a future, too.
 
 The mark is stored once a second at most, ahead by what a second of this load needs, and drawn
-back to what was sent when that is less. So what was sent within about a second of the snapshot
-is not noticed. A mark that cannot be stored is removed: then nothing is known, and nothing noticed.
-One that is there and cannot be read, or is damaged or of another version, may be of before or of
-now: then all is compared as well.
+back to what was sent when that is less, and when a session ends. So what was sent within about a
+second of the snapshot is not noticed. A mark that cannot be stored is removed: then nothing is
+known, and nothing noticed. One that is there and cannot be read, or is damaged or of another
+version, may be of before or of now: then all is compared as well.
 
 File: `shipped.json` in the group's directory, replaced as a whole; its bytes are in
 docs/internals/formats.md. Threads: any.
@@ -133,10 +133,18 @@ class Shipped:
     def settle(self) -> None:
         """Draw the mark back to what was sent; for an idle moment."""
         with self._lock:
-            idle = self._clock.monotonic() - self._stored_s >= EVERY_S
-            if idle and self._limit is not None and self._limit > self._sent:
-                self._store(self._sent)
-                self._stored_at = self._sent
+            if self._clock.monotonic() - self._stored_s >= EVERY_S:
+                self._draw_back()
+
+    def end(self) -> None:
+        """The same at once: nothing is sent any more."""
+        with self._lock:
+            self._draw_back()
+
+    def _draw_back(self) -> None:
+        if self._limit is not None and self._limit > self._sent:
+            self._store(self._sent)
+            self._stored_at = self._sent
 
     def _store(self, seq: int) -> None:
         mark = Mark(VERSION, self._epoch, self._epoch_id, seq)
