@@ -79,7 +79,9 @@ def plan(graph: Graph, tag: str, index: int, name: str, path: Path, size: int) -
     NotFoundError: the VM has no such disk. UnsupportedError: a topology that is not known."""
     if graph.io_threads:
         raise unknown(
-            name, "the VM has I/O threads, and reopening a node that one works on ends some QEMUs"
+            name,
+            "the VM has I/O threads, and reopening a node that one works on ends some QEMUs: "
+            "--mode mirror takes it",
         )
     found = graph.storage_of(path)
     if not found:

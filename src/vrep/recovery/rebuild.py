@@ -44,6 +44,8 @@ def rebuild_manifest(
     """Make the newest manifest of a store again; the name of the damaged one. `why`, again, when
     that cannot be."""
     numbers = manifest_numbers(directory)
+    if not numbers:
+        raise why
     damaged = manifest_path(directory, numbers[-1])
     try:
         if len(numbers) < 2 or numbers[-2] != numbers[-1] - 1:

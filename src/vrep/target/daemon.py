@@ -28,6 +28,7 @@ from vrep.target.epochs import entry_of, plain, wire_epoch
 from vrep.target.hosts import GROUP_ID, GroupHosts
 from vrep.target.manifest import Position
 from vrep.target.receive import GroupHost, RefusedError
+from vrep.target.removal import finish_removals
 from vrep.target.reserve import Reserve
 from vrep.target.rooms import Rooms
 from vrep.target.session import Session
@@ -101,6 +102,7 @@ class Target:
 
     def start(self) -> None:
         """Open the stores, then listen, then serve the control socket."""
+        finish_removals(self._paths.store)
         for group_id in self._stored():
             self._load(group_id)
         listen = self._config.network.listen

@@ -9,6 +9,7 @@ Threads: any; `lock` is held over each change, and by callers that make several 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -19,10 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from vrep.errors import ExistsError, LockedError, StorageError, StoreFullError
+from vrep.errors import CorruptError, ExistsError, LockedError, StorageError, StoreFullError
 from vrep.target.aging import Aging, Steady, host_steady
 from vrep.target.files import Files, is_full
-from vrep.target.manifest import Manifest, load_newest, manifest_numbers, manifest_path
+from vrep.target.manifest import (
+    Manifest,
+    load_newest,
+    manifest_numbers,
+    manifest_path,
+    require_no_segments,
+)
 
 __all__ = ["Lease"]
 
@@ -61,6 +68,7 @@ class Lease:
         """The first manifest of a store."""
         if manifest_numbers(self.directory):
             raise ExistsError(f"the store of group {self._group_id.hex()}")
+        require_no_segments(self.directory)
         manifest = replace(manifest, count=self.aging.count())
         self._files.publish(manifest_path(self.directory, manifest.number), manifest.encode())
 
@@ -68,7 +76,9 @@ class Lease:
         """Instead of `close`, of a store that was to be created: when it has no manifest, nothing
         was promised of it, and its directory goes."""
         if not manifest_numbers(self.directory):
-            shutil.rmtree(self.directory, ignore_errors=True)
+            with contextlib.suppress(CorruptError):  # it holds what was promised before
+                require_no_segments(self.directory)
+                shutil.rmtree(self.directory, ignore_errors=True)
         self.close()
 
     def load(self) -> Manifest:

@@ -37,6 +37,7 @@ __all__ = [
     "load_newest",
     "manifest_numbers",
     "manifest_path",
+    "require_no_segments",
 ]
 
 _NAME: Final = re.compile(r"manifest-([0-9a-f]{16})")
@@ -284,12 +285,26 @@ def manifest_numbers(directory: Path) -> list[int]:
     )
 
 
+def require_no_segments(directory: Path) -> None:
+    """CorruptError: a directory without a manifest holds a history all the same."""
+    try:
+        segments = sum(entry.name.startswith("seg-") for entry in directory.iterdir())
+    except FileNotFoundError:
+        return
+    if segments:
+        raise CorruptError(
+            f"{directory}: its manifests are lost, of its segments {segments} are there"
+        )
+
+
 def load_newest(directory: Path, group_id: bytes) -> Manifest:
     """The newest manifest. NotFoundError when there is none; CorruptError, with the file's
-    name, when it is damaged: an older one would silently take back what was promised."""
+    name, when it is damaged: an older one would silently take back what was promised; and when
+    all are lost."""
     for _attempt in range(8):
         numbers = manifest_numbers(directory)
         if not numbers:
+            require_no_segments(directory)
             raise NotFoundError(f"no store of group {group_id.hex()} in {directory}")
         path = manifest_path(directory, numbers[-1])
         try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any, Final
 
 from msgspec import UnsetType
 
-from vrep.durable import sync_directory
 from vrep.errors import (
     BusyError,
     FencedError,
@@ -40,6 +38,7 @@ from vrep.target.base import BaseDesk, BaseOffer, end_before
 from vrep.target.epochs import epoch_state, judge, plain, wire_epoch
 from vrep.target.halts import Halts
 from vrep.target.manifest import DiskEntry, EpochEntry, EpochState, Position
+from vrep.target.removal import remove_store
 from vrep.target.session import DRAIN_S, Session, wire_points
 from vrep.target.store import GroupStore, StoreOptions, StoreSpec
 from vrep.wire import messages as m
@@ -661,8 +660,7 @@ class GroupHost:
             self._end_session(None)
             self._closed, self._store = True, None
             store.close()
-            shutil.rmtree(store.directory)
-            sync_directory(store.directory.parent)
+            remove_store(store.directory)
 
     def close(self) -> None:
         """End the session and let go of the store; what is not durable yet gets a moment."""
