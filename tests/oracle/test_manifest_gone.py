@@ -14,6 +14,7 @@ import pytest
 import recovery_lab as lab_module
 
 from vrep import errors
+from vrep.app import cli
 from vrep.recovery.held import held_groups
 from vrep.recovery.repair import repair
 from vrep.target import removal
@@ -110,3 +111,16 @@ def test_a_deletion_that_is_cut_off_is_a_deletion(
     removal.finish_removals(lab.paths.store)
     assert list(lab.paths.store.iterdir()) == []
     removal.finish_removals(lab.paths.root / "not there")
+
+
+def test_repair_advises_only_what_can_be_done(lab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = lab.store.directory
+    lab.close()
+    for number in manifest_numbers(directory):
+        manifest_path(directory, number).unlink()
+    code = cli.run(["repair", lab.group_id.hex(), "--dir", str(lab.paths.root)])
+    assert code == errors.CorruptError.exit_code
+    told = capsys.readouterr()
+    assert told.out.startswith("lost: manifest: ")
+    assert "--start-over" in told.err
+    assert "--resend" not in told.err

@@ -38,7 +38,9 @@ def repair(
     report = site_of(directory).repair(group, resend=resend, start_over=start_over)
     lines = [f"repaired: {name}" for name in report.repaired]
     lines += [
-        f"lost: {each.object}, {each.first or '?'} to {each.last or '?'}: {each.text}"
+        f"lost: {each.object}"
+        + (f", {each.first or '?'} to {each.last or '?'}" if each.first or each.last else "")
+        + f": {each.text}"
         for each in report.lost
     ]
     if report.kept_to or report.salvaged_bytes:
@@ -53,10 +55,12 @@ def repair(
         lines.append(f"the store is at {report.set_aside}; the source sends everything again")
     emit(report, as_json, "\n".join(lines) or f"{group}: nothing is damaged")
     if report.lost and not report.set_aside:
+        # Without a manifest nothing tells what is sound.
+        keeps = "--resend keeps what is sound, and the source sends what differs; "
+        keeps = "" if any(each.object == "manifest" for each in report.lost) else keeps
         raise CorruptError(
-            f"{len(report.lost)} file(s) of {group!r} are lost, and nothing was changed: "
-            "--resend keeps what is sound, and the source sends what differs; --start-over sets "
-            "the store aside, and the source sends everything again"
+            f"{len(report.lost)} file(s) of {group!r} are lost, and nothing was changed: {keeps}"
+            "--start-over sets the store aside, and the source sends everything again"
         )
 
 
