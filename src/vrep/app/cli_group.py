@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from vrep.app.cli_common import Directory, Group, Json, parse_duration, parse_size, site_of
-from vrep.app.cli_output import Progress, emit, time_text
+from vrep.app.cli_output import Progress, emit, size_text, time_text
 from vrep.errors import UsageError
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ def _keep(
     options = site.options_of(group)
     text = f"{group}: the target keeps "
     text += f"{options.window_s} s of history" if options.window_s else "all history"
-    text += f" in at most {options.quota_bytes} bytes" if options.quota_bytes else ""
+    text += f" in at most {size_text(options.quota_bytes)}" if options.quota_bytes else ""
     if problem:
         text += f"\nthe target was not told, and learns it with what is shipped next: {problem}"
     answer = {
