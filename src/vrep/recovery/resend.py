@@ -49,6 +49,11 @@ def aside_directory(paths: SitePaths, group_id: bytes) -> Path:
     return where / f"{group_id.hex()}-{time.time_ns()}"
 
 
+def _asides(paths: SitePaths, group_id: bytes) -> list[Path]:
+    """Where files of a damaged store were put, oldest first."""
+    return sorted((paths.root / "damaged").glob(f"{group_id.hex()}-*"))
+
+
 def sound_front(data: memoryview, group_id: bytes, number: int) -> int:
     """Up to where the bytes of a segment are whole commits, whatever follows; 0: none is."""
     low, high, end = 0, len(data) // _STEP, 0
@@ -104,7 +109,7 @@ def keep_sound(
     if not end.seq or not manifest.keeps(end):
         # The oldest point is lost, and no other can be had without it.
         rows, front, end, first_lost = rows[:0], b"", Position(), 0
-    salvage = Salvage(group_id, lease, *_behind(manifest, directory, first_lost))
+    salvage = Salvage(group_id, lease, *_behind(paths, group_id, lease, first_lost))
     # Else its source goes on from there by itself: nothing that it was told of stands behind it.
     # So it does behind the STREAM of an epoch that has no record yet: no position is its own.
     current = manifest.current_epoch
@@ -147,24 +152,27 @@ def keep_sound(
 
 
 def _behind(
-    manifest: Manifest, directory: Path, first_lost: int
+    paths: SitePaths, group_id: bytes, lease: Lease, first_lost: int
 ) -> tuple[list[Source], Index | None]:
     """The segments from the first loss on, and the index of the one before them."""
+    manifest, directory = lease.manifest, lease.directory
 
-    def index(row: Any) -> Index | None:
-        return index_of(entry_path(directory, row), row)
+    def source(row: Any) -> Source:
+        path = entry_path(directory, row)
+        index = index_of(path, row)
+        # Of a repair that was killed when its front stood in this place: as it was before.
+        for where in _asides(paths, group_id) if index is None else ():
+            if (before := index_of(where / path.name, row)) is not None:
+                path, index = where / path.name, before
+        return Source(path, int(row["segment"]), index, Position.of(row["last"]))
 
     rows = manifest.segments
-    sources = [
-        Source(
-            entry_path(directory, row), int(row["segment"]), index(row), Position.of(row["last"])
-        )
-        for row in rows[first_lost:]
-    ]
+    sources = [source(row) for row in rows[first_lost:]]
     if manifest.active_segment:
         number = manifest.active_segment
         sources.append(Source(segment_path(directory, number), number, None))
-    return sources, index(rows[first_lost - 1]) if first_lost else None
+    before = rows[first_lost - 1] if first_lost else None
+    return sources, None if before is None else index_of(entry_path(directory, before), before)
 
 
 def _require_end(manifest: Manifest, end: Position) -> None:
