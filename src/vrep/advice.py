@@ -1,11 +1,14 @@
 """Advice: what a state or condition of a group means to who runs it: what happens next, and what to
 do. `vrep status` prints it below its table; the tables of docs/reference/status.md say what each
-is. ``GROUP`` stands for the group's name."""
+is. ``GROUP`` stands for the group's name, ``LANE`` for that of the lane where there are several."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Final
+
+from vrep.lanes import group_of
 
 STATES: Final[dict[str, str]] = {
     "initial-sync": "the first copy runs; it can be recovered once the other site holds all of it",
@@ -37,7 +40,7 @@ CONDITIONS: Final[dict[str, str]] = {
     "it was cut off",
     "mirror-lost": "begun again by itself, or its disks are compared while it is off; should it "
     "stay, the log of 'vrep run' says why",
-    "detached": "nothing is replicated before 'vrep attach GROUP'",
+    "detached": "nothing is replicated before 'vrep attach LANE'",
     "unreadable": "put its group.json back from a copy; its history at the other site stays",
     "old-source-alive": "its VM may run as well as the one here: see that it is ended",
     "two-vms": "two VMs write different futures: end one of them now",
@@ -72,9 +75,9 @@ CONDITIONS: Final[dict[str, str]] = {
     "source-silent": "what was received can be recovered. See that the source's site runs and "
     "reaches this one; if it is gone: 'vrep failover start GROUP'",
     "unprotected": "well: 'vrep unprotect GROUP --delete-history' deletes what is left",
-    "damaged": "stop the target, then 'vrep repair GROUP'; what is lost is sent again after "
-    "'vrep repair GROUP --resend'",
-    "verify-failed": "'vrep verify GROUP' says what is wrong; damage is for 'vrep repair GROUP'",
+    "damaged": "stop the target, then 'vrep repair LANE'; what is lost is sent again after "
+    "'vrep repair LANE --resend'",
+    "verify-failed": "'vrep verify GROUP' says what is wrong; damage is for 'vrep repair LANE'",
     "testing": "'vrep test stop GROUP' ends it; a history is not folded past it meanwhile",
     "view-down": "its VM has no disk: start 'vrep run', which serves it again",
 }
@@ -108,7 +111,8 @@ def advice(name: str, group: Mapping[str, Any]) -> list[tuple[str, str]]:
     if group["role"] == "target" and state == "failed-over":
         found = [(code, text) for code, text in found if code != "source-silent"]
         found.insert(0, (state, _taken_over(group)))
-    return [(code, text.replace("GROUP", name)) for code, text in found]
+    names = {"GROUP": group_of(name), "LANE": name}
+    return [(code, re.sub("GROUP|LANE", lambda m: names[m[0]], text)) for code, text in found]
 
 
 __all__ = ["CONDITIONS", "STATES", "advice"]

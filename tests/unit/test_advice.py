@@ -102,3 +102,14 @@ def test_a_group_that_was_taken_over_has_a_way_on(
     assert all(word in texts["failed-over"] for word in wanted)
     assert not any(word in text for text in texts.values() for word in unwanted)
     assert "failover start" not in str(texts)
+
+
+def test_a_lane_is_advised_of_its_whole_group() -> None:
+    """But where a command is about one lane alone: recovery refuses a lane."""
+    conditions = ["damaged", "source-silent"]
+    group: dict[str, Any] = {"role": "target", "state": "offline", "conditions": conditions}
+    for name, whole in (("shop@1", "shop"), ("a-GROUP-of-LANEs", "a-GROUP-of-LANEs")):
+        texts = dict(advice(name, group))
+        assert f"'vrep failover start {whole}'" in texts["source-silent"]
+        assert f"'vrep repair {name}'" in texts["damaged"]
+        assert f"'vrep repair {name} --resend'" in texts["damaged"]
