@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import store_records as records
 
+from vrep import errors
 from vrep._core import layout
 from vrep.recovery.history import History
 from vrep.target.files import Files
@@ -257,23 +258,47 @@ def test_points_are_those_of_the_accepted_line(rig: Rig) -> None:
     assert rig.shown() == (first, end) == rig.walked()
 
 
-def test_a_damaged_index_hides_the_points_and_stops_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Iterator[Rig]:
+    """A store whose oldest index is damaged, opened again."""
     rig = Rig(tmp_path, segment_bytes=4096)
-    try:
-        rig.turn(BEGIN)
-        rig.turn(END)
-        for _ in range(3):
-            rig.write(16)
-            rig.store.commit()
-        damaged = int(rig.store.manifest.segments[0]["segment"])
-        rig.store.close()
-        path = segment_path(rig.store.directory, damaged)
-        data = bytearray(path.read_bytes())
-        data[-layout.INDEX_TRAILER.itemsize :] = bytes(layout.INDEX_TRAILER.itemsize)
-        path.write_bytes(data)
-        rig.open()
-        rig.write()
+    rig.turn(BEGIN)
+    rig.turn(END)
+    for _ in range(3):
+        rig.write(16)
         rig.store.commit()
-        assert rig.shown() is None
-    finally:
-        rig.store.close()
+    damaged = int(rig.store.manifest.segments[0]["segment"])
+    rig.store.close()
+    path = segment_path(rig.store.directory, damaged)
+    data = bytearray(path.read_bytes())
+    data[-layout.INDEX_TRAILER.itemsize :] = bytes(layout.INDEX_TRAILER.itemsize)
+    path.write_bytes(data)
+    rig.open()
+    yield rig
+    rig.store.close()
+
+
+def test_a_damaged_index_hides_the_points_and_stops_nothing(damaged: Rig) -> None:
+    damaged.write()
+    damaged.store.commit()
+    assert damaged.shown() is None
+
+
+def test_an_epoch_that_followed_goes_on_behind_a_damaged_index(damaged: Rig) -> None:
+    """Its stream came alone, where the records of the epoch before are not known: what comes next
+    is no epoch that left another site."""
+    last = damaged.store.durable
+    damaged.enter(damaged.store.add_epoch(writer=OTHER, parent=last, state=EpochState.ACCEPTED))
+    damaged.store.commit()
+    assert damaged.store.durable == Position(2, 0, last.seq)
+    assert damaged.write() == Position(2, 0, last.seq + 1)
+    damaged.store.commit()
+    assert damaged.store.durable == Position(2, 0, last.seq + 1)
+    # One that does leave another site is still told from it.
+    away = EpochEntry(
+        3, EpochState.ACCEPTED, b"3" * 16, OTHER, Position(2, 0, last.seq + 9), wall_ns=3
+    )
+    damaged.store.follow([*damaged.store.manifest.epochs, away])
+    damaged.enter(away)
+    with pytest.raises(errors.CorruptError, match="not held here"):
+        damaged.write()

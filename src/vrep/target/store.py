@@ -139,6 +139,9 @@ class GroupStore:
         self.durable = Position()
         """everything up to here is on stable storage"""
         self.received = Position()
+        self._followed = Position()
+        """the last that went on from a record held here: a stream may come alone, and then nobody
+        who cannot read the indexes knows"""
         self.committed_ticket = 0
         """bytes appended (since it was opened) that are durable"""
         self._appended_ticket = 0
@@ -447,13 +450,15 @@ class GroupStore:
             raise
         self._has_stream = True
         self.received = batch.last
+        if follows:
+            self._followed = batch.last
         return batch.ticket
 
     def _follows(self) -> bool:
         """Whether the next record goes on from one that is held here: not when the current epoch
         has none yet, and left its parent at one that was written to another site."""
         epoch, here = self.manifest.current_epoch, self.received
-        if here.epoch == epoch.epoch and here.seq > epoch.parent.seq:
+        if here.epoch == epoch.epoch and (here.seq > epoch.parent.seq or here == self._followed):
             return True
         return here == epoch.parent or self._span.holds(self.manifest, epoch.parent)
 
