@@ -122,7 +122,7 @@ class ForgettingFiles(Files):
             return fd
 
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
-        data = b"".join(bytes(buffer) for buffer in buffers)
+        data = b"".join(buffers)
         with self._lock:
             self._step("write")
             allowed = data[: max(0, self.room)]

@@ -301,6 +301,16 @@ class SpillDisk:
         return lost
 
 
+def whole(path: Path) -> bytes:
+    """What a file holds. `Path.read_bytes` says the same in twice the time, a hundred times in a
+    world."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
 def lose_sectors(path: Path, stable: bytes, rng: random.Random, block_bytes: int) -> bool:
     """Give back, here and there, what a file held when it was synced last."""
     lost = False

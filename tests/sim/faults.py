@@ -230,7 +230,10 @@ class Faults:
             shutil.copytree(checked, kept.with_name("kept.checked"))
         taken, epochs = list(self._oracle.ledger.taken), len(self._oracle.epochs)
         self._restart_target()
-        kernel.sleep(self._rng.random() * 3)
+        kernel.sleep(self._rng.random() * 2)
+        if self._rng.random() < 0.7:  # it may know of another size, and forget it
+            self._ask_size(*self._other_size())
+        kernel.sleep(self._rng.random())
         assert epochs == len(self._oracle.epochs), "nothing else breaks meanwhile"
         kernel.kill(self._east.process)
         shutil.rmtree(directory)
@@ -272,25 +275,33 @@ class Faults:
         """A disk becomes larger or smaller; cut off on the way, the next start does it. Now and
         then its record is lost with the ring."""
         west, rng, oracle = self._west, self._rng, self._oracle
-        disk = rng.randrange(len(oracle.sizes))
-        size = max(16 << 10, oracle.sizes[disk] + 512 * rng.randrange(-64, 65))
-        if west.group is None or size == oracle.sizes[disk] or size > DISK_BYTES_MAX:
+        disk, size = self._other_size()
+        if west.group is None or size == oracle.sizes[disk]:
             return
         lost = rng.random() < 0.3
         if lost:
             self._hang()
         elif rng.random() < 0.4:
             west.filter.fuse = rng.randrange(60)
-        try:
-            west.ask("filter", "resize", group=GROUP, disk=f"d{disk}", size=size, shrink=True)
-        except VrepError as error:
-            self._kernel.note(f"not resized: {error}")
+        self._ask_size(disk, size)
         west.filter.fuse = -1
         if west.filter.dead:
             oracle.source_came_back(False, west.content)
             self._start_filter()
         elif lost:
             self._power_source()
+
+    def _other_size(self) -> tuple[int, int]:
+        """A disk, and how large it may become."""
+        disk = self._rng.randrange(len(self._oracle.sizes))
+        size = self._oracle.sizes[disk] + 512 * self._rng.randrange(-64, 65)
+        return disk, min(max(16 << 10, size), DISK_BYTES_MAX)
+
+    def _ask_size(self, disk: int, size: int) -> None:
+        try:
+            self._west.ask("filter", "resize", group=GROUP, disk=f"d{disk}", size=size, shrink=True)
+        except VrepError as error:
+            self._kernel.note(f"not resized: {error}")
 
     def _pause(self) -> None:
         self._west.groups.update(GROUP, paused=True)

@@ -56,7 +56,8 @@ class Guest:
         while not self._done() or (
             writes is not None and (self.written < writes or self._is_small())
         ):
-            late = self.written >= plan.writes  # only something to be broken is left to do
+            # Only something to be broken is left to do; when that is done as well, it hurries.
+            late = self.written >= plan.writes and not self._done()
             kernel.sleep(rng.expovariate(1 / plan.write_s) + late * rng.random())
             if rng.random() < 0.02:
                 kernel.sleep(rng.random() * 3)

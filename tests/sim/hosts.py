@@ -75,8 +75,9 @@ NORTH: Final = types.SimpleNamespace(site_id="cc" * 16, name="north", address="s
 EAST: Final = types.SimpleNamespace(site_id="bb" * 16, name="east", address="simulated:2")
 DATA_KEY: Final = DataKey(GROUP_ID, 1, bytes(range(32)))
 KEY: Final = "acme"
-SPILL_LOOK_S: Final = 0.04
-"""how often a ring that fills up is looked at: a guest here is as slow as its ring is small"""
+SPILL_IDLE_S, SPILL_LOOK_S = 0.1, 0.04
+"""how often a ring is looked at, and one that fills up: a guest here is as slow as its ring is
+small"""
 LOST_BLOCK: Final = 4096
 """in which what a repair lost is told: whole bits of the larger maps of larger disks"""
 RECORD_ROOM: Final = 512 << 10
@@ -481,7 +482,8 @@ def small_world(kernel: Kernel) -> Iterator[None]:
         put(spill, Sealer=SimSealer, os=SpillCalls(kernel))
         put(spill.Spill, append=spilled)
         put(ship, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM)
-        put(spiller, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM, POLL_NEAR_S=SPILL_LOOK_S)
+        put(spiller, BATCH_BYTES=24 << 10, BUFFER_BYTES=RECORD_ROOM)
+        put(spiller, POLL_S=SPILL_IDLE_S, POLL_NEAR_S=SPILL_LOOK_S)
         put(feed, ROOM_BYTES=RECORD_ROOM)
         put(receive, WINDOW_BYTES_MIN=RECORD_ROOM)
         put(receive.GroupHost, open_session=opened)

@@ -51,6 +51,9 @@ LAST_MAX: Final = 2
 LAST_WRITES: Final = 60
 CALM: Final = 0.6
 """of the cuts beside which no guest is in a hurry"""
+CALM_LATE: Final = 0.9
+"""the same when only something to be broken is left to do: one that writes beside a cut makes
+another one due"""
 BESIDE_NS: Final = 24_000_000
 """and for how long, at most, beside the others: some of it is before, some behind"""
 FAULTS: Final = {
@@ -177,7 +180,8 @@ class LaneWorld:
         """While a cut is made, as quickly as answers come: what it holds and what it does not."""
         kernel, rng = self.kernel, self.rng
         while not guest.finished:
-            if not kernel.block(self._stirred, 1.0) or rng.random() < CALM or self.over:
+            calm = CALM if guest.written < self.plan.writes else CALM_LATE
+            if not kernel.block(self._stirred, 1.0) or rng.random() < calm or self.over:
                 continue
             until_ns = kernel.now_ns + int(rng.random() * BESIDE_NS)
             while kernel.now_ns < until_ns and not guest.finished:
@@ -258,7 +262,7 @@ class LaneWorld:
             while not over:
                 for guest in self.guests:
                     guest.command()
-                self.kernel.sleep(self.rng.random() * 0.1)
+                self.kernel.sleep(self.rng.random() * 0.2)
 
         self.kernel.spawn(self.kernel.outside, write, "guest:alone")
         self._fail_host(self._machine(), GONE_S + self.rng.random() * AWAY_S)

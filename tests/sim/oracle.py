@@ -8,7 +8,7 @@ under test what is right. `Violation` names the invariant (docs/internals and th
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -605,6 +605,18 @@ class Oracle:
         for entry in self.history(point):
             self.apply(image, entry)
         return image
+
+    def images(self, points: list[Position]) -> Iterator[tuple[Position, Image]]:
+        """The same at several, in their order: one image, which goes on from point to point."""
+        image, known = self._empty(), []
+        for point in sorted(points):
+            wanted = self.history(point)
+            if wanted[: len(known)] != known:
+                image, known = self._empty(), []
+            for entry in wanted[len(known) :]:
+                self.apply(image, entry)
+            known = wanted
+            yield point, image
 
     def image_anew(self) -> None:
         """What the store holds is not what it held."""

@@ -124,7 +124,7 @@ class Plan:
             delta=rng.random() < 0.7,
             quota_bytes=0,
             slow_ns=rng.choice((200_000, 2_000_000, 20_000_000)),
-            writes=rng.randrange(70, 140),
+            writes=rng.randrange(40, 80),
             write_s=rng.choice((0.002, 0.01, 0.03)),
             faults=faults,
             failover_kept=rng.random() < 0.1,

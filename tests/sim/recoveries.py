@@ -105,9 +105,9 @@ class Recoveries:
                 return
             chosen = {wanted[-1], wanted[0]}
             chosen |= {rng.choice(wanted) for _ in range(count)}
-            for point in sorted(chosen):
+            for point, image in oracle.images(list(chosen)):
                 self._kernel.event("recovery")
-                compare(reader, access, point, oracle.image(point))
+                compare(reader, access, point, image)
             self._refuses_gaps(reader, access, wanted, horizon)
 
     def _refuses_gaps(

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from disks import SpillDisk, SpillOs, StoreDisk, StoreFiles, lose_sectors
+from disks import SpillDisk, SpillOs, StoreDisk, StoreFiles, lose_sectors, whole
 from hosts import EPOCH_ID, GROUP, GROUP_ID, KEY, Host, SimStore
 from kernel import NS, Process, Task, Violation
 
@@ -160,7 +160,7 @@ class SourceSite:
         )
 
     def content(self, disk: int) -> bytes:
-        return self.disks[disk].read_bytes()
+        return whole(self.disks[disk])
 
     # ---- the filter -----------------------------------------------------------------
 
@@ -255,10 +255,10 @@ class SourceSite:
         if step.kind != "disk":
             return
         if step.op == FLUSH or (step.op == ZERO and step.flags & FUA):
-            self.stable[step.disk] = self.disks[step.disk].read_bytes()
+            self.stable[step.disk] = whole(self.disks[step.disk])
         elif step.flags & FUA:
             end = step.offset + step.length
-            now = self.disks[step.disk].read_bytes()
+            now = whole(self.disks[step.disk])
             before = self.stable[step.disk]
             self.stable[step.disk] = before[: step.offset] + now[step.offset : end] + before[end:]
 
