@@ -51,7 +51,7 @@ LAST_MAX: Final = 2
 LAST_WRITES: Final = 60
 CALM: Final = 0.6
 """of the cuts beside which no guest is in a hurry"""
-CALM_LATE: Final = 0.9
+CALM_LATE: Final = 0.75
 """the same when only something to be broken is left to do: one that writes beside a cut makes
 another one due"""
 BESIDE_NS: Final = 24_000_000
