@@ -37,6 +37,9 @@ if(VREP_FUZZ)
     target_compile_options(vrep_options INTERFACE -fsanitize=fuzzer-no-link)
 endif()
 
+# OpenSSL's macros put __FILE__ into what calls them: no file of a package names where it was built.
+add_compile_options(-fmacro-prefix-map=${PROJECT_SOURCE_DIR}/=)
+
 add_library(vrep_warnings INTERFACE)
 if(VREP_WERROR)
     target_compile_options(vrep_warnings INTERFACE -Wall -Wextra -Wconversion -Werror)
