@@ -258,6 +258,36 @@ def test_points_are_those_of_the_accepted_line(rig: Rig) -> None:
     assert rig.shown() == (first, end) == rig.walked()
 
 
+def test_a_gap_behind_a_fold_is_noticed(tmp_path: Path) -> None:
+    """As many records of gaps come as the fold took away, and nobody asked in between."""
+    rig = Rig(tmp_path, segment_bytes=4096)
+    try:
+        rig.turn(BEGIN)
+        rig.write(16)
+        rig.turn(BEGIN)  # again, by a source that started anew
+        end = rig.turn(END)
+        for _ in range(3):
+            rig.store.commit()
+            rig.write(16)
+        rig.store.commit()
+        rig.store.set_horizon(end)
+        assert rig.shown() == (end, rig.store.durable)
+        assert rig.store.fold(end)
+        rig.turn(BEGIN)
+        inside = rig.write()
+        rig.turn(END)
+        last = rig.write()
+        rig.turn(BEGIN)
+        rig.write()
+        rig.store.commit()
+        assert rig.shown() == (end, last)
+        assert rig.store.in_gap
+        with pytest.raises(errors.StateError, match="not a recovery point"):
+            rig.store.set_horizon(inside)
+    finally:
+        rig.store.close()
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Iterator[Rig]:
     """A store whose oldest index is damaged, opened again."""

@@ -144,6 +144,7 @@ class Span:
         with self._lock:
             self._segments = manifest.segments
             self._turns = [t for t in self._turns if t.point.position > manifest.horizon]
+            self._judged = None  # as many may come as went
 
     def points(self, manifest: Manifest) -> tuple[Point, Point] | None:
         """The oldest and the newest recovery point; None when there is none."""
