@@ -124,3 +124,27 @@ def test_repair_advises_only_what_can_be_done(lab: Any, capsys: pytest.CaptureFi
     assert told.out.startswith("lost: manifest: ")
     assert "--start-over" in told.err
     assert "--resend" not in told.err
+
+
+def test_a_lost_newest_manifest_is_damage_and_is_made_again(lab: Any) -> None:
+    """The one before it does not know the newest segment, whose records were acknowledged."""
+    durable, directory = lab.store.durable, lab.store.directory
+    lab.close()
+    newest = manifest_path(directory, manifest_numbers(directory)[-1])
+    newest.unlink()
+    held = content(directory)
+    for _ in range(2):
+        with pytest.raises(errors.CorruptError, match=rf"{newest.name}: it is lost"):
+            StoreReader(lab.paths.store, lab.group_id)
+        with pytest.raises(errors.CorruptError, match=rf"{newest.name}: it is lost"):
+            GroupStore.open(lab.paths.store, lab.group_id)
+        assert content(directory) == held
+
+    report = repair(lab.paths, lab.group_id.hex())
+    assert report.repaired[0] == newest.name
+    assert report.lost == []
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        reader.verify()
+        assert reader.durable == durable
+    lab.open()
+    assert lab.store.durable == durable

@@ -1,4 +1,4 @@
-"""Rebuild: a damaged newest manifest made again, from the one before it and the segments.
+"""Rebuild: a damaged or lost newest manifest made again, from the one before it and the segments.
 
 Two manifests are kept, and one change lies between them. What the newest one named is found in the
 files of the segments: what was being appended, and what a fold put in the place of others. Names,
@@ -41,32 +41,47 @@ _SEGMENT: Final = re.compile(r"seg-([0-9a-f]{8})(?:-([0-9a-f]+))?")
 def rebuild_manifest(
     paths: SitePaths, directory: Path, group_id: bytes, lease: Lease, why: errors.VrepError
 ) -> str:
-    """Make the newest manifest of a store again; the name of the damaged one. `why`, again, when
-    that cannot be."""
+    """Make the newest manifest of a store again; the name of the damaged or lost one. `why`,
+    again, when that cannot be."""
     numbers = manifest_numbers(directory)
     if not numbers:
         raise why
-    damaged = manifest_path(directory, numbers[-1])
+    number = numbers[-1]
+    before = _whole(directory, group_id, number)
+    if before is not None:  # the one behind it is lost
+        number += 1
+    damaged = manifest_path(directory, number)
     try:
-        if len(numbers) < 2 or numbers[-2] != numbers[-1] - 1:
+        if before is None and (len(numbers) < 2 or numbers[-2] != number - 1):
             raise errors.CorruptError("the manifest before it is not there")
-        before = Manifest.decode(manifest_path(directory, numbers[-2]).read_bytes())
-        if before.number != numbers[-2] or before.group_id != group_id:
-            raise errors.CorruptError("the manifest before it is another's")
-    except (errors.IntegrityError, OSError) as error:
-        text = error.detail if isinstance(error, errors.IntegrityError) else str(error)
-        raise errors.CorruptError(f"{damaged.name} is damaged; {text}") from why
+        before = before or _whole(directory, group_id, number - 1)
+        if before is None:
+            raise errors.CorruptError("so is the manifest before it")
+    except OSError as error:
+        raise errors.CorruptError(f"{damaged.name} is damaged; {error}") from why
+    except errors.CorruptError as error:
+        raise errors.CorruptError(f"{damaged.name} is damaged; {error.detail}") from why
     lease.aging = Aging(host_steady, before.count)
     found = _with_folds(directory, before)
     found = _with_open(directory, group_id, found, lease)
     _require_epochs(paths, directory, found, damaged.name)
     aside = make_private_directory(aside_directory(paths, group_id))
-    lease.manifest = replace(found, number=numbers[-1], lease=before.lease + 1)
+    lease.manifest = replace(found, number=number, lease=before.lease + 1)
     lease.publish()
-    damaged.replace(aside / damaged.name)
+    if damaged.exists():
+        damaged.replace(aside / damaged.name)
     sync_directory(aside)
     sync_directory(directory)
     return damaged.name
+
+
+def _whole(directory: Path, group_id: bytes, number: int) -> Manifest | None:
+    """A manifest of this group; None when it is not whole. OSError."""
+    try:
+        found = Manifest.decode(manifest_path(directory, number).read_bytes())
+    except errors.IntegrityError:
+        return None
+    return found if found.number == number and found.group_id == group_id else None
 
 
 def _with_folds(directory: Path, before: Manifest) -> Manifest:

@@ -297,10 +297,31 @@ def require_no_segments(directory: Path) -> None:
         )
 
 
+def _knows_all(directory: Path, manifest: Manifest) -> bool:
+    """Whether no segment goes on behind those of a manifest: nothing is appended to one before the
+    manifest that names it is durable. What a killed repair left there goes on elsewhere."""
+    from vrep.target.segment import TailScan, scan_tail, segment_path
+
+    def scan(number: int) -> TailScan:
+        data = memoryview(segment_path(directory, number).read_bytes())
+        return scan_tail(data, manifest.group_id, number)
+
+    end = Position.of(manifest.segments[-1]["last"]) if len(manifest.segments) else Position()
+    try:
+        behind = scan(manifest.next_segment)
+        if behind.records and manifest.active_segment:
+            end = scan(manifest.active_segment).last
+    except FileNotFoundError:
+        return True
+    except IntegrityError:  # also of a header that a crash cut short
+        return True
+    return not behind.records or Position.of(behind.header["after"]) != end
+
+
 def load_newest(directory: Path, group_id: bytes) -> Manifest:
     """The newest manifest. NotFoundError when there is none; CorruptError, with the file's
-    name, when it is damaged: an older one would silently take back what was promised; and when
-    all are lost."""
+    name, when it is damaged or lost: an older one would silently take back what was promised; and
+    when all are lost."""
     for _attempt in range(8):
         numbers = manifest_numbers(directory)
         if not numbers:
@@ -317,5 +338,12 @@ def load_newest(directory: Path, group_id: bytes) -> Manifest:
             raise type(error)(f"{path}: {error.detail}") from None
         if found.number != numbers[-1] or found.group_id != group_id:
             raise CorruptError(f"{path}: its content is another manifest's or another group's")
+        if not _knows_all(directory, found):
+            if manifest_numbers(directory)[-1:] != [found.number]:
+                continue  # it was written since the listing
+            raise CorruptError(
+                f"{manifest_path(directory, found.number + 1)}: it is lost; segment "
+                f"{found.next_segment:08x}, which it named, is there"
+            )
         return found
     raise CorruptError(f"{directory}: its manifests change faster than they can be read")
