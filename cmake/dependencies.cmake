@@ -25,7 +25,7 @@ vrep_require(libssl libssl-dev)
 vrep_require(libzstd libzstd-dev)
 
 # AES-GCM at the full width of the processor, where there is one that it is made for: it has no
-# pkg-config file. Without it OpenSSL's serves (base/gcm.h).
+# pkg-config file. Without it OpenSSL's serves (crypto/gcm.h).
 find_path(ipsec_mb_include intel-ipsec-mb.h)
 find_library(ipsec_mb_library IPSec_MB)
 if(ipsec_mb_include AND ipsec_mb_library)

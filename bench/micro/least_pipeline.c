@@ -12,7 +12,7 @@
  *
  * usage: least_pipeline SOCKET BYTES FILE JOURNAL PEM
  *
- * gcc -O2 -Isrc/_native bench/micro/least_pipeline.c src/_native/base/gcm.c
+ * gcc -O2 -Isrc/_native bench/micro/least_pipeline.c src/_native/crypto/gcm.c
  *     -lssl -lcrypto -lpthread -o build/least_pipeline */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -28,7 +28,7 @@
 #include <sys/prctl.h>
 #include <time.h>
 
-#include "base/gcm.h"
+#include "crypto/gcm.h"
 
 #include "least_nbd.h"
 

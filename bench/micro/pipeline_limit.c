@@ -3,7 +3,7 @@
  * that of a guest's write, "sync" that of 4 KiB of a first sync, read and sealed in large pieces.
  * usage: pipeline_limit DIRECTORY; prints one JSON object of microseconds per 4 KiB.
  *
- * gcc -O2 -Isrc/_native bench/micro/pipeline_limit.c src/_native/base/gcm.c
+ * gcc -O2 -Isrc/_native bench/micro/pipeline_limit.c src/_native/crypto/gcm.c
  *     -lcrypto -o build/pipeline_limit */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -17,7 +17,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "base/gcm.h"
+#include "crypto/gcm.h"
 
 #define BLOCK 4096
 #define BATCH (256 * BLOCK)

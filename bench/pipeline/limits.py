@@ -32,7 +32,7 @@ AMOUNT = 256 << 20
 SYNC_EVERY = 4 << 20
 # A limit is a limit only with the cipher that ours has.
 NATIVE = ROOT / "src" / "_native"
-OUR_GCM = (f"-I{NATIVE}", str(NATIVE / "base" / "gcm.c"), "-lpthread")
+OUR_GCM = (f"-I{NATIVE}", str(NATIVE / "crypto" / "gcm.c"), "-lpthread")
 IPSEC_MB = Path("/usr/include/intel-ipsec-mb.h")
 OUR_MB = ("-DVREP_IPSEC_MB", "-lIPSec_MB")
 

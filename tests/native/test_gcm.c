@@ -4,8 +4,8 @@
 #include <openssl/evp.h>
 #include <openssl/provider.h>
 
-#include "base/gcm.h"
 #include "check.h"
+#include "crypto/gcm.h"
 
 enum { ROOM = 1 << 18 };
 

@@ -3,6 +3,7 @@ fit the tree is seen here."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 from pathlib import Path
@@ -53,3 +54,17 @@ def test_a_program_within_a_module_compiles(name: str, text: str, tmp_path: Path
 def test_the_program_that_takes_the_whole_library_is_linked(tmp_path: Path) -> None:
     """A library that a room of src/_native needs is named there too."""
     assert micro("bench_filter").compile_program(tmp_path).exists()
+
+
+def test_programs_that_take_some_rooms_are_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What such a room needs beyond them, or a limit beyond its own file, is named as well."""
+    assert micro("bench_ring").build(tmp_path).exists()
+    monkeypatch.syspath_prepend(ROOT)
+    limits = importlib.import_module("bench.pipeline.limits")
+    assert importlib.import_module("bench.pipeline.tap").follower(tmp_path).exists()
+    assert limits.program("pipeline_limit", tmp_path, "-lcrypto").exists()
+    assert limits.program("least_pipeline", tmp_path, "-lssl", "-lcrypto", "-lpthread").exists()
+    assert limits.program("least_tap", tmp_path, "-lxxhash").exists()
+    assert limits.program("null_nbd", tmp_path).exists()

@@ -7,8 +7,8 @@
 #include <openssl/kdf.h>
 
 #include "base/endian.h"
-#include "base/gcm.h"
 #include "base/status.h"
+#include "crypto/gcm.h"
 #include "seal/seal.h"
 
 int vrep_cipher_init(struct vrep_cipher *cipher, const uint8_t key[VREP_STREAM_KEY_BYTES],

@@ -12,8 +12,8 @@
 #include <openssl/pem.h>
 #include <openssl/ssl.h>
 
-#include "base/gcm.h"
 #include "base/status.h"
+#include "crypto/gcm.h"
 
 enum {
     ARRIVED_BYTES = 256 << 10,

@@ -8,8 +8,8 @@
  * own cipher serves; the bytes are the same. A nonce has 12 bytes, a tag up to 16.
  * Both calls are safe from any thread.
  */
-#ifndef VREP_BASE_GCM_H
-#define VREP_BASE_GCM_H
+#ifndef VREP_CRYPTO_GCM_H
+#define VREP_CRYPTO_GCM_H
 
 #include <stdbool.h>
 

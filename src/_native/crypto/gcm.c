@@ -1,4 +1,4 @@
-#include "base/gcm.h"
+#include "crypto/gcm.h"
 
 #include <pthread.h>
 #include <stdint.h>
