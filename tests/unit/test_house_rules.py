@@ -21,9 +21,10 @@ ROOMS = {
     "ring": CORE,
     "track": CORE,
     "disk": CORE,
-    "seal": CORE | {"ring"},  # seals records straight out of the ring, without a copy
+    "crypto": set(),  # over libraries only
+    "seal": CORE | {"ring", "crypto"},  # seals records straight out of the ring, without a copy
     "map": CORE,
-    "tls": {"base"},
+    "tls": {"base", "crypto"},
     "filter": CORE | {"ring", "track", "disk"},
     "scsi": CORE | {"ring", "track", "disk", "filter"},
     "serve": CORE | {"ring", "track", "disk", "filter", "scsi"},
