@@ -20,6 +20,7 @@ from vrep.recovery.repair import repair
 from vrep.target import removal
 from vrep.target.manifest import DiskEntry, manifest_numbers, manifest_path
 from vrep.target.reader import StoreReader
+from vrep.target.segment import HEADER_BYTES, segment_path
 from vrep.target.store import GroupStore, StoreSpec
 
 DISKS = [DiskEntry("root", 1 << 20, 0)]
@@ -38,6 +39,17 @@ def lab(tmp_path: Path, rng: random.Random) -> Iterator[Any]:
 
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def begin_a_segment(lab: Any) -> None:
+    """So that the newest manifest alone names the newest segment, which has records."""
+    number = lab.store.manifest.active_segment
+    while lab.store.manifest.active_segment == number:
+        lab.random_write()
+        lab.commit()
+    for _ in range(2):  # the later commit tells that the one before it was durable
+        lab.write(0, 0, lab.rng.randbytes(4096))
+        lab.commit()
 
 
 def test_segments_without_a_manifest_are_damage_and_stay(lab: Any, tmp_path: Path) -> None:
@@ -128,6 +140,7 @@ def test_repair_advises_only_what_can_be_done(lab: Any, capsys: pytest.CaptureFi
 
 def test_a_lost_newest_manifest_is_damage_and_is_made_again(lab: Any) -> None:
     """The one before it does not know the newest segment, whose records were acknowledged."""
+    begin_a_segment(lab)
     durable, directory = lab.store.durable, lab.store.directory
     lab.close()
     newest = manifest_path(directory, manifest_numbers(directory)[-1])
@@ -146,5 +159,40 @@ def test_a_lost_newest_manifest_is_damage_and_is_made_again(lab: Any) -> None:
     with StoreReader(lab.paths.store, lab.group_id) as reader:
         reader.verify()
         assert reader.durable == durable
+    lab.open()
+    assert lab.store.durable == durable
+
+
+def test_a_lost_newest_manifest_is_damage_over_a_damaged_segment(lab: Any) -> None:
+    """Records that were durable are there, and are damaged: nothing is written over them."""
+    directory = lab.store.directory
+    begin_a_segment(lab)
+    number = lab.store.manifest.active_segment
+    lab.close()
+    path = segment_path(directory, number)
+    data = bytearray(path.read_bytes())
+    data[HEADER_BYTES + 20] ^= 1
+    path.write_bytes(data)
+    manifest_path(directory, manifest_numbers(directory)[-1]).unlink()
+    held = content(directory)
+    with pytest.raises(errors.CorruptError, match="it is lost"):
+        GroupStore.open(lab.paths.store, lab.group_id)
+    report = repair(lab.paths, lab.group_id.hex())
+    assert [lost.object for lost in report.lost] == ["manifest"]
+    assert path.read_bytes() == bytes(data)
+    assert set(content(directory)) == set(held)
+
+
+def test_a_segment_that_was_only_begun_is_no_loss(lab: Any) -> None:
+    """As a crash leaves it before the manifest that would have named it, cut anywhere."""
+    durable, directory = lab.store.durable, lab.store.directory
+    lab.close()
+    with StoreReader(lab.paths.store, lab.group_id) as reader:
+        manifest = reader.manifest
+    head = segment_path(directory, manifest.active_segment).read_bytes()[:HEADER_BYTES]
+    for size in (0, 7, HEADER_BYTES):
+        segment_path(directory, manifest.next_segment).write_bytes(head[:size])
+        with StoreReader(lab.paths.store, lab.group_id) as reader:
+            assert reader.durable == durable
     lab.open()
     assert lab.store.durable == durable

@@ -300,22 +300,25 @@ def require_no_segments(directory: Path) -> None:
 def _knows_all(directory: Path, manifest: Manifest) -> bool:
     """Whether no segment goes on behind those of a manifest: nothing is appended to one before the
     manifest that names it is durable. What a killed repair left there goes on elsewhere."""
-    from vrep.target.segment import TailScan, scan_tail, segment_path
-
-    def scan(number: int) -> TailScan:
-        data = memoryview(segment_path(directory, number).read_bytes())
-        return scan_tail(data, manifest.group_id, number)
+    from vrep.target.segment import HEADER_BYTES, read_header, scan_tail, segment_path
 
     end = Position.of(manifest.segments[-1]["last"]) if len(manifest.segments) else Position()
     try:
-        behind = scan(manifest.next_segment)
-        if behind.records and manifest.active_segment:
-            end = scan(manifest.active_segment).last
-    except FileNotFoundError:
+        data = memoryview(segment_path(directory, manifest.next_segment).read_bytes())
+        after = read_header(data)
+        if len(data) > HEADER_BYTES and manifest.active_segment:
+            active = memoryview(segment_path(directory, manifest.active_segment).read_bytes())
+            end = scan_tail(active, manifest.group_id, manifest.active_segment).last
+    except FileNotFoundError:  # of the one that is named it is said elsewhere
         return True
-    except IntegrityError:  # also of a header that a crash cut short
+    except IntegrityError:  # a header that a crash cut short; or the one that is named is damaged
         return True
-    return not behind.records or Position.of(behind.header["after"]) != end
+    if len(data) == HEADER_BYTES or after != end:
+        return True
+    try:
+        return not scan_tail(data, manifest.group_id, manifest.next_segment).records
+    except IntegrityError:
+        return False  # it held records, whatever became of them
 
 
 def load_newest(directory: Path, group_id: bytes) -> Manifest:

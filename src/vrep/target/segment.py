@@ -32,6 +32,7 @@ __all__ = [
     "digest",
     "entry_path",
     "index_tail",
+    "read_header",
     "run_path",
     "scan_tail",
     "segment_name",
@@ -229,6 +230,11 @@ def write_footer(files: Files, fd: int, builder: IndexBuilder, last: Position, e
     entry["data_bytes"] = builder.data_bytes
     entry["index_digest"] = np.frombuffer(digest(footer[-_TRAILER_BYTES:]), np.uint8)
     return entry
+
+
+def read_header(data: memoryview) -> Position:
+    """Behind which position a segment begins. CorruptError."""
+    return Position.of(native.parse_header(data[:HEADER_BYTES])["after"])
 
 
 @dataclass(frozen=True)
