@@ -299,7 +299,7 @@ def _hold(view: ViewDirectory) -> None:
             if time.monotonic() > deadline:
                 raise
             # One that has just begun does not listen yet, or ends.
-            time.sleep(0.05)
+            time.sleep(ASK_EVERY_S)
         except errors.StorageError as error:
             raise errors.StorageError(
                 f"what was written last to the disks of {view.load().group!r} cannot be stored, so "

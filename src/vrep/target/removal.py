@@ -11,6 +11,8 @@ from pathlib import Path
 
 from vrep.durable import sync_directory
 
+__all__ = ["finish_removals", "remove_store"]
+
 
 def remove_store(directory: Path) -> None:
     """Delete a store that nobody uses. OSError."""
@@ -26,6 +28,3 @@ def finish_removals(stores: Path) -> None:
     """Delete what earlier deletions left; what cannot be is tried again at the next start."""
     for doomed in stores.glob(".*.deleted"):
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-__all__ = ["finish_removals", "remove_store"]
