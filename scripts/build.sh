@@ -15,12 +15,14 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
     python3 -m venv --clear .venv
 fi
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    requires=$(.venv/bin/python -c '
+    # Only vrep is built with what stands in .venv: a package that has no wheel gets what it asks for.
+    .venv/bin/python -c '
 import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])')
-    $pip install $requires
-    $pip install --no-build-isolation --editable ".[dev]"
-    touch "$stamp"
-else
-    $pip install --no-build-isolation --no-deps --editable .
+project = tomllib.load(open("pyproject.toml", "rb"))
+more = project["project"]["optional-dependencies"]["dev"]
+needed = project["build-system"]["requires"] + project["project"]["dependencies"] + more
+print(*needed, sep="\n")' > .venv/requirements.txt
+    $pip install --requirement .venv/requirements.txt
 fi
+$pip install --no-build-isolation --no-deps --editable .
+touch "$stamp"
