@@ -61,9 +61,11 @@ def main() -> None:
     library = ctypes.CDLL(None)
     with open_view(root / "durable") as group:
         library.forget_mark(b"opened", ctypes.c_size_t(6))
+        flushed = False
         while fill_some(group, root / "durable", wanted, BLOCK * rng.choice([1, 1, 2, 5])):
-            if rng.random() < 0.4:
+            if not flushed or rng.random() < 0.4:
                 group.run("flush")
+                flushed = True
                 library.forget_mark(b"flushed", ctypes.c_size_t(7))
 
 
