@@ -87,7 +87,7 @@ static void look(const struct vrep_extent_map *map, uint32_t disk, uint64_t offs
         FUZZ_MUST(out[i].offset == at && out[i].length > 0);
         FUZZ_MUST(out[i].kind == 0 || out[i].stream < streams);
         at += out[i].length;
-        FUZZ_CANARY(out[i].kind == VREP_KIND_WRITE && out[i].piece != 0);
+        FUZZ_CANARY(out[i].kind == VREP_KIND_WRITE && (out[i].piece != 0 || out[i].skip != 0));
     }
     FUZZ_MUST(at == offset + done);
     if (vrep_extent_map_next(map, disk, offset, &next) == 1)

@@ -160,7 +160,11 @@ static int connected(void)
     (void)setsockopt(fd, IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, &one, sizeof one);
     (void)setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     FUZZ_MUST(bind(fd, (struct sockaddr *)&from, sizeof from) == 0);
-    FUZZ_MUST(connect(fd, (struct sockaddr *)&to, sizeof to) == 0);
+    int status;
+    do /* the fuzzer's own alarm may come; the next call waits for the same connection */
+        status = connect(fd, (struct sockaddr *)&to, sizeof to);
+    while (status != 0 && errno == EINTR);
+    FUZZ_MUST(status == 0);
     return fd;
 }
 

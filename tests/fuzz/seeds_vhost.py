@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus" / "vhost"
-GUEST, AVAILABLE, USED, KEPT, DATA = 0x10000, 256, 320, 1024, 4096
+GUEST, AVAILABLE, TABLE, KEPT, DATA = 0x10000, 256, 512, 1024, 4096
 NEXT, WRITE, INDIRECT = 1, 2, 4
 
 
@@ -15,13 +15,14 @@ def descriptor(address: int, size: int, flags: int, following: int = 0) -> bytes
 
 
 def memory(table: list[bytes], heads: list[int], parts: dict[int, bytes]) -> bytes:
+    """The rest is zero: left out, so that a mutation mostly meets what means something."""
     out = bytearray(8192)
     for index, each in enumerate(table):
         out[16 * index : 16 * index + 16] = each
     struct.pack_into(f"<HH{len(heads)}H", out, AVAILABLE, 0, len(heads), *heads)
     for at, data in parts.items():
         out[at : at + len(data)] = data
-    return bytes(out)
+    return bytes(out).rstrip(b"\0")
 
 
 def message(request: int, body: bytes, fds: int = 0) -> bytes:
@@ -30,11 +31,16 @@ def message(request: int, body: bytes, fds: int = 0) -> bytes:
 
 def seeds() -> dict[str, bytes]:
     chain = [
-        descriptor(DATA, 16, NEXT, 1),
-        descriptor(DATA + 512, 512, NEXT, 2),
-        descriptor(DATA + 64, 1, WRITE),
+        part
+        for at in range(0, 15, 3)
+        for part in (
+            descriptor(DATA, 16, NEXT, at + 1),
+            descriptor(DATA + 512, 512, NEXT, at + 2),
+            descriptor(DATA + 64, 1, WRITE),
+        )
     ]
-    inner = b"".join(chain)
+    heads = [12, 0, 6, 3, 9]
+    inner = b"".join(chain[:3])
     region = struct.pack("<QHHHH", 0, 1, 16, 0, 0xFFFF)  # one entry behind the used index
     region += struct.pack("<B5xHQ", 1, 0, 5) + struct.pack("<B5xHQ", 0, 0, 0) * 15
     table = struct.pack("<II", 2, 0)
@@ -53,10 +59,10 @@ def seeds() -> dict[str, bytes]:
     ]
     return {
         "messages": b"\1" + b"".join(lawful),
-        "chain": b"\0" + memory(chain, [0], {}),
-        "event": b"\2" + memory(chain, [0], {}),
-        "indirect": b"\0" + memory([descriptor(2048, 48, INDIRECT)], [0], {2048: inner}),
-        "kept": b"\4" + memory(chain, [], {KEPT: region}),
+        "chain": b"\0" + memory(chain, heads, {}),
+        "event": b"\2" + memory(chain, heads, {}),
+        "indirect": b"\0" + memory([descriptor(TABLE, 48, INDIRECT)], [0], {TABLE: inner}),
+        "kept": b"\4" + memory(chain, [3], {KEPT: region}),
     }
 
 
