@@ -156,7 +156,8 @@ def test_readers_beside_a_busy_writer_never_see_damage(tmp_path: Path) -> None:
     feed = records.Feed()
     options = StoreOptions(commit_s=0.0001, segment_bytes=1 << 15, reserve_bytes=0)
     with GroupStore.open(tmp_path, GROUP, create=records.spec(), options=options) as store:
-        store.append(feed.stream())
+        store.append(feed.stream() + feed.writes(2))
+        store.commit()  # there is a point before anybody asks for one
         stop = threading.Event()
         failed: list[BaseException] = []
 
