@@ -64,8 +64,8 @@ def test_power_loss_leaves_at_least_what_was_acknowledged(
 
 def test_power_loss_at_every_flush(tmp_path: Path, rng: random.Random) -> None:
     """While each is under way: of what it covers anything may be there."""
-    taken, sent = losses(tmp_path, rng, 40, lambda step, _so_far: step.startswith("sync"))
-    assert len(taken) >= 10
+    taken, sent = losses(tmp_path, rng, 80, lambda step, _so_far: step.startswith("sync"))
+    assert len(taken) > 24
     for number, (memory, promised, length) in enumerate(taken):
         for turn in range(3):
             there = tmp_path / f"crash-{number}-{turn}"
