@@ -66,7 +66,10 @@ def test_a_quota_shortens_the_window_before_replication_stops(
     assert points.oldest.point != begin.point
     pair.same_as_source()
     compare("root", pair.read_view("in the middle")["root"], kept)
-    result = pair.b.export(GROUP, pair.root / "oldest", at=points.oldest.point)
+    pair.stop("target")  # with its folds: what is the oldest point now stays it
+    oldest = pair.b.points(GROUP).oldest
+    assert oldest is not None
+    result = pair.b.export(GROUP, pair.root / "oldest", at=oldest.point)
     assert Path(result.disks[0].path).stat().st_size == 4 * MIB
 
 
