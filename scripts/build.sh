@@ -22,7 +22,7 @@ project = tomllib.load(open("pyproject.toml", "rb"))
 more = project["project"]["optional-dependencies"]["dev"]
 needed = project["build-system"]["requires"] + project["project"]["dependencies"] + more
 print(*needed, sep="\n")' > .venv/requirements.txt
-    $pip install --requirement .venv/requirements.txt
+    $pip install --retries 10 --timeout 60 --requirement .venv/requirements.txt
 fi
 $pip install --no-build-isolation --no-deps --editable .
 touch "$stamp"

@@ -42,7 +42,9 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 echo "vrep: installing Debian packages:$missing"
-$as_root apt-get update -q
+# A mirror that does not answer once, or another apt that is at work, is no reason to fail.
+patient="-o Acquire::Retries=5 -o DPkg::Lock::Timeout=120"
+$as_root apt-get $patient update -q
 $as_root env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -q -y --no-install-recommends $missing ||
+    apt-get $patient install -q -y --no-install-recommends $missing ||
     fail "apt-get could not install:$missing"

@@ -1,9 +1,20 @@
 #include <pthread.h>
+#include <sched.h>
 
 #include "base/atomic.h"
 #include "check.h"
 
 enum { ROUNDS = 20000 };
+
+/* One more look of a loop that waits for the other thread. Where that one wants this very processor
+ * it would wait for the end of a time slice, at each of the rounds. */
+static void look_again(unsigned *looks)
+{
+    if (++*looks % 1024 == 0)
+        sched_yield();
+    else
+        vrep_cpu_relax();
+}
 
 static void operations_return_the_old_value(void)
 {
@@ -32,9 +43,10 @@ struct mailbox {
 static void *send_all(void *argument)
 {
     struct mailbox *box = argument;
+    unsigned looks = 0;
     for (uint64_t i = 1; i <= ROUNDS; i++) {
         while (vrep_load_acquire_u64(&box->taken) != i - 1)
-            vrep_cpu_relax();
+            look_again(&looks);
         box->payload = i * 3;
         vrep_store_release_u64(&box->published, i);
     }
@@ -46,10 +58,11 @@ static void release_publishes_what_acquire_reads(void)
 {
     struct mailbox box = {0};
     pthread_t sender;
+    unsigned looks = 0;
     CHECK_EQ(pthread_create(&sender, NULL, send_all, &box), 0);
     for (uint64_t i = 1; i <= ROUNDS; i++) {
         while (vrep_load_acquire_u64(&box.published) != i)
-            vrep_cpu_relax();
+            look_again(&looks);
         CHECK_EQ(box.payload, i * 3);
         vrep_store_release_u64(&box.taken, i);
     }
@@ -83,9 +96,10 @@ struct flags {
 
 static void meet(struct flags *flags, uint64_t target)
 {
+    unsigned looks = 0;
     vrep_fetch_add_u64(&flags->arrived, 1);
     while (vrep_load_acquire_u64(&flags->arrived) < target)
-        vrep_cpu_relax();
+        look_again(&looks);
 }
 
 static void raise_and_look(struct flags *flags, unsigned side)
@@ -110,6 +124,7 @@ static void full_fence_lets_one_side_see_the_other(void)
 {
     struct flags flags = {0};
     pthread_t thread;
+    unsigned looks = 0;
     CHECK_EQ(pthread_create(&thread, NULL, other_side, &flags), 0);
     for (uint64_t i = 0; i < ROUNDS / 10; i++) {
         vrep_store_relaxed_u32(&flags.mine[0], 0);
@@ -118,7 +133,7 @@ static void full_fence_lets_one_side_see_the_other(void)
         raise_and_look(&flags, 0);
         /* The other side waits in its next meeting until the check is done. */
         while (vrep_load_acquire_u64(&flags.arrived) < i * 4 + 3)
-            vrep_cpu_relax();
+            look_again(&looks);
         CHECK(vrep_load_relaxed_u32(&flags.saw[0]) || vrep_load_relaxed_u32(&flags.saw[1]));
         meet(&flags, i * 4 + 4);
     }

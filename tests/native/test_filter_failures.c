@@ -142,21 +142,20 @@ static void cold_writes_wait_for_the_intent(void)
     bool done;
     struct vrep_command *command = rig_prepare(&rig, VREP_OP_WRITE, 0, 0, 4096, 1, &done);
     vrep_command_submit(command);
-    for (int i = 0; i < 50; i++) {
-        vrep_group_poll(rig.group);
+    uint64_t errors = rig_status(&rig).errors;
+    time_t until = time(NULL) + 60;
+    while (rig_status(&rig).errors == errors && time(NULL) < until) {
         usleep(1000);
+        vrep_group_poll(rig.group);
     }
+    CHECK_EQ(rig_status(&rig).errors, errors + 1);
     CHECK(!done); /* the first sync failed: nothing may reach the disk before the second */
     uint8_t byte;
     int fd = open(rig.disk, O_RDONLY);
     CHECK(fd >= 0 && pread(fd, &byte, 1, 0) == 1);
     close(fd);
     CHECK_EQ(byte, 0);
-    for (int i = 0; i < 3000 && !done; i++) {
-        vrep_group_poll(rig.group);
-        usleep(1000);
-    }
-    CHECK(done);
+    rig_wait(&rig, &done); /* the second is a second later */
     CHECK_OK(command->status);
     vrep_command_put(command);
     rig_free(&rig);

@@ -103,7 +103,7 @@ static void nothing_starts_or_is_copied_before_the_vm_lets_go(void)
     CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_NONE);
     CHECK(!vm_may(vm));
     vrep_command_submit(command);
-    for (int i = 0; !done && i < 1000; i++)
+    for (int i = 0; !done && i < 30000; i++)
         polls(1);
     CHECK_OK(command->status);
     vrep_command_put(command);
@@ -167,7 +167,7 @@ static void let_go(void)
 {
     CHECK_OK(vrep_group_let_go(rig.group));
     CHECK_EQ(vrep_group_let_go(rig.group), VREP_E_BUSY);
-    for (int i = 0; rig_status(&rig).handover != VREP_HANDOVER_OUT && i < 1000; i++)
+    for (int i = 0; rig_status(&rig).handover != VREP_HANDOVER_OUT && i < 30000; i++)
         polls(1);
     CHECK_EQ(rig_status(&rig).handover, VREP_HANDOVER_OUT);
 }

@@ -74,7 +74,7 @@ static void polls(int count)
 
 static void copied(void)
 {
-    for (int i = 0; !rig_status(&rig).mirror_waits && i < 4000; i++)
+    for (int i = 0; !rig_status(&rig).mirror_waits && i < 60000; i++)
         polls(1);
     CHECK_EQ(rig_status(&rig).mirror_waits, 1);
     CHECK_EQ(rig_status(&rig).unshipped_bytes, 0);
@@ -395,7 +395,7 @@ static int look(bool begin)
     int status = vrep_group_mirror_rest(rig.group, &at, 1, begin);
     if (status != VREP_OK)
         return status;
-    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 4000; i++)
+    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 60000; i++)
         polls(1);
     return vrep_group_mirror_looked(rig.group);
 }
@@ -407,7 +407,7 @@ static int rest(void)
 
 static void noticed(void)
 {
-    for (int i = 0; rig_status(&rig).mirror_rests && i < 4000; i++)
+    for (int i = 0; rig_status(&rig).mirror_rests && i < 60000; i++)
         polls(1);
     CHECK_EQ(rig_status(&rig).mirror_rests, 0);
 }
@@ -504,7 +504,7 @@ static void a_look_that_a_connection_overtakes_begins_nothing(void)
     CHECK_EQ(vrep_group_mirror_rest(rig.group, &at, 1, true), VREP_E_BUSY);
     connect_vm();
     disconnect_vm();
-    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 4000; i++)
+    for (int i = 0; vrep_group_mirror_looked(rig.group) == VREP_E_BUSY && i < 60000; i++)
         polls(1);
     CHECK_EQ(vrep_group_mirror_looked(rig.group), VREP_E_AGAIN);
     CHECK_EQ(rig_status(&rig).mirror_rests, 0);
@@ -523,7 +523,7 @@ static void no_gap_ends_without_a_look_behind_the_last_copy(void)
     quiet();
     CHECK_OK(rest());
     uint64_t looks = rig_status(&rig).mirror_looks;
-    for (int i = 0; rig_status(&rig).unshipped_bytes > 0 && i < 8000; i++)
+    for (int i = 0; rig_status(&rig).unshipped_bytes > 0 && i < 60000; i++)
         polls(1);
     CHECK_EQ(rig_status(&rig).unshipped_bytes, 0);
     if (rig_status(&rig).mirror_looks == looks) /* the first is due later than the copies took */
@@ -548,7 +548,7 @@ static void an_image_that_changes_while_it_is_compared_ends_no_gap(void)
     CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
     uint64_t all = rig_status(&rig).unshipped_bytes;
     CHECK(all > 0);
-    for (int i = 0; rig_status(&rig).unshipped_bytes == all && i < 4000; i++)
+    for (int i = 0; rig_status(&rig).unshipped_bytes == all && i < 60000; i++)
         vrep_group_poll(rig.group);
     CHECK(rig_status(&rig).unshipped_bytes > 0); /* and not all is copied */
     vm_writes(0, 512, 44);

@@ -253,7 +253,7 @@ static void polls(int count)
 
 static void copied(void)
 {
-    for (int i = 0; !rig_status(&rig).mirror_waits && i < 8000; i++)
+    for (int i = 0; !rig_status(&rig).mirror_waits && i < 60000; i++)
         polls(1);
     CHECK_EQ(rig_status(&rig).mirror_waits, 1);
 }
@@ -323,7 +323,7 @@ static void a_vm_does_not_wait_for_what_it_answers_itself(void)
         set_fault(HANGS);
         vm_writes(2 * RIG_BIT, RIG_BIT, 50 + round); /* not sent: for a copy to find */
         to_be_copied(2 * RIG_BIT, RIG_BIT);
-        for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 4000; i++)
+        for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 60000; i++)
             polls(1);
         guest_writes(0, 4096, round); /* elsewhere: it waits for nothing */
         CHECK_EQ(rig_status(&rig).mirror_yields, yields);
@@ -350,14 +350,14 @@ static void a_copy_from_before_a_loss_clears_nothing(void)
     set_fault(HANGS);
     vm_writes(2 * RIG_BIT, RIG_BIT, 50);
     to_be_copied(2 * RIG_BIT, RIG_BIT);
-    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 4000; i++)
+    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 60000; i++)
         polls(1);
     disconnect_vm();
     vm_writes(2 * RIG_BIT, RIG_BIT, 51);
     connect_vm();
     to_be_copied(2 * RIG_BIT, RIG_BIT);
     set_fault(NONE);
-    for (int i = 0; rig.shadow[2 * RIG_BIT] != 50 && i < 4000; i++)
+    for (int i = 0; rig.shadow[2 * RIG_BIT] != 50 && i < 60000; i++)
         polls(1);
     CHECK_EQ(rig.shadow[2 * RIG_BIT], 50);
     rig_check_dirty(&rig);
@@ -376,7 +376,7 @@ static void a_drain_is_for_copies_that_had_ended(void)
     uint32_t reads = vrep_load_acquire_u32(&server.reads);
     set_fault(HANGS);
     to_be_copied(2 * RIG_BIT, RIG_BIT);
-    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 4000; i++)
+    for (int i = 0; vrep_load_acquire_u32(&server.reads) == reads && i < 60000; i++)
         polls(1);
     uint64_t ended = rig_status(&rig).mirror_copies;
     CHECK_EQ(ended, copies);
@@ -400,7 +400,7 @@ static void a_read_that_fails_is_tried_again(void)
         set_fault(faults[i]);
         vm_writes(5 * RIG_BIT, RIG_BIT, 80 + i);
         to_be_copied(5 * RIG_BIT, RIG_BIT);
-        for (int n = 0; rig_status(&rig).errors == errors && n < 8000; n++)
+        for (int n = 0; rig_status(&rig).errors == errors && n < 60000; n++)
             polls(1);
         CHECK(rig_status(&rig).errors > errors);
         CHECK_EQ(rig_status(&rig).gap, 1);

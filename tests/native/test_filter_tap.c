@@ -255,9 +255,7 @@ static void acknowledged_means_written_and_published(void)
         head_before = rig_status(&rig).head;
         acknowledged = false;
         vrep_command_submit(command);
-        for (int i = 0; !acknowledged && i < 1000000; i++)
-            vrep_group_poll(rig.group);
-        CHECK(acknowledged);
+        rig_wait(&rig, &acknowledged);
         vrep_command_put(command);
     }
     rig_free(&rig);
@@ -270,7 +268,8 @@ static void copies_are_dirty_until_durable(void)
     rig_open(&rig);
     rig_attach(&rig);
     CHECK_OK(vrep_group_resync(rig.group, true, 0, false));
-    for (int i = 0; i < 3000 && rig_status(&rig).gap; i++) {
+    time_t until = time(NULL) + 60;
+    while (rig_status(&rig).gap && time(NULL) < until) {
         vrep_group_poll(rig.group);
         usleep(500);
     }
@@ -290,11 +289,13 @@ static void copies_leave_half_of_the_ring(void)
     rig_attach(&rig);
     rig_apply(&rig, true);
     CHECK_OK(vrep_group_resync(rig.group, true, 0, true));
-    for (int i = 0; i < 400; i++) {
+    struct vrep_group_status status = rig_status(&rig);
+    time_t until = time(NULL) + 60; /* for the threads that look for data, and read them */
+    for (int i = 0; i < 400 || (status.resync_bytes < 1u << 20 && time(NULL) < until); i++) {
         vrep_group_poll(rig.group);
         usleep(500);
+        status = rig_status(&rig);
     }
-    struct vrep_group_status status = rig_status(&rig);
     CHECK(status.resync_bytes >= 1u << 20);
     CHECK(status.ring_free_bytes >= (2u << 20) - (256u << 10));
     rig_settle(&rig);

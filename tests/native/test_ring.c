@@ -669,7 +669,10 @@ static void a_killed_producer_leaves_whole_records(void)
 {
     struct vrep_ring *ring = new_ring(32, 8, 64 * 4096);
     vrep_ring_detach(ring, false);
-    for (int round = 0; round < 60; round++) {
+    uint64_t head = 0;
+    time_t until = time(NULL) + 60;
+    /* 60 times, and until they got something done: on a busy machine most die before their turn. */
+    for (int round = 0; round < 60 || (head <= 1000 && time(NULL) < until); round++) {
         uint64_t seed = check_random() | 1;
         pid_t child = fork();
         if (child == 0)
@@ -694,11 +697,10 @@ static void a_killed_producer_leaves_whole_records(void)
         }
         CHECK_EQ(found, remaining);
         CHECK_EQ(vrep_ring_free_bytes(ring), (64 - chunks) * 4096);
+        head = vrep_ring_head(ring);
         vrep_ring_detach(ring, false);
     }
-    CHECK_OK(vrep_ring_attach(path, group, &ring));
-    CHECK(vrep_ring_head(ring) > 1000);
-    vrep_ring_detach(ring, false);
+    CHECK(head > 1000);
 }
 
 int main(void)

@@ -54,6 +54,16 @@ static void fill_random(uint8_t *at, size_t len)
         at[i] = (uint8_t)check_random();
 }
 
+/* The same in each run: of random pages one in 300,000 looks like less than random, as the judge's
+ * five deviations have it. */
+static void fill_alike(uint8_t *at, size_t len, uint64_t seed)
+{
+    for (size_t i = 0; i < len; i++) {
+        seed = seed * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
+        at[i] = (uint8_t)(seed >> 56);
+    }
+}
+
 static struct vrep_seal_source write_of(uint64_t seq, uint64_t offset, const struct iovec *iov,
                                         uint32_t iovecs)
 {
@@ -479,10 +489,10 @@ static void random_looking_data_skip_zstd(void)
 
     CHECK_OK(vrep_squeeze_init(&squeeze, 1));
     for (unsigned i = 0; i < 200; i++) {
-        fill_random(data, 4096);
+        fill_alike(data, 4096, i);
         CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_NONE);
     }
-    fill_random(data, 131072);
+    fill_alike(data, 131072, 200);
     CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_NONE);
     for (size_t page = 0; page < 131072; page += 4096)
         memset(data + page, 0, 32); /* a header of each page saves less than 1/16 */
@@ -492,7 +502,7 @@ static void random_looking_data_skip_zstd(void)
         data[i] = (uint8_t)i;
     for (size_t len = 4096; len <= 131072; len *= 2)
         CHECK(vrep_squeeze_judge(&squeeze, data, len) == VREP_SQUEEZE_SURE);
-    fill_random(data, 131072);
+    fill_alike(data, 131072, 201);
     memset(data, 0, 131072 / 4);
     CHECK(vrep_squeeze_judge(&squeeze, data, 131072) == VREP_SQUEEZE_SURE);
     memset(data, 0, 4096);
@@ -520,7 +530,7 @@ static void doubtful_data_are_tried_less_and_less(void)
     unsigned tried = 0;
 
     CHECK_OK(vrep_squeeze_init(&squeeze, 1));
-    fill_random(data, 4096);
+    fill_alike(data, 4096, 202);
     for (size_t run = 0; run < 3; run++) /* of the 32 that are looked at */
         memset(data + run * 128, 0, 16);
     CHECK(vrep_squeeze_judge(&squeeze, data, 4096) == VREP_SQUEEZE_DOUBT);
@@ -534,7 +544,7 @@ static void doubtful_data_are_tried_less_and_less(void)
     memset(data + 2048, 0, 2048);
     CHECK(vrep_squeeze_hopeful(&squeeze, data, 4096));
     CHECK(vrep_squeeze_run(&squeeze, data, 4096, out, 4096) > 0);
-    fill_random(data + 2048, 2048);
+    fill_alike(data + 2048, 2048, 203);
     CHECK(vrep_squeeze_hopeful(&squeeze, data, 4096));
     vrep_squeeze_clear(&squeeze);
     free(out);

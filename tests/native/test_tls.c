@@ -91,6 +91,8 @@ static int shake(struct pair *pair)
             if (said[end] == VREP_E_AGAIN)
                 said[end] = vrep_tls_handshake(pair->tls[end]);
             vrep_tls_push(pair->tls[end], pair->fd[end]);
+            if (said[end] == VREP_E_AGAIN) /* what the other end sent may be on its way */
+                (void)poll(&(struct pollfd){.fd = pair->fd[end], .events = POLLIN}, 1, 10);
             vrep_tls_receive(pair->tls[end], pair->fd[end]);
         }
     return said[1];
@@ -262,8 +264,9 @@ static void a_reader_of_much_gets_what_there_is(void)
             status = vrep_tls_read(pair.tls[1], pair.fd[1], found + got, ASKED - got, &count);
             CHECK(status == VREP_OK || status == VREP_E_AGAIN || status == VREP_E_TORN);
             got += status == VREP_OK ? count : 0;
-            if (status == VREP_E_AGAIN && sent == sizes[i])
-                (void)poll(&(struct pollfd){.fd = pair.fd[1], .events = POLLIN}, 1, 1000);
+            if (status != VREP_OK) /* it is on its way, or waits for room */
+                (void)poll(&(struct pollfd){.fd = pair.fd[1], .events = POLLIN}, 1,
+                           sent == sizes[i] ? 1000 : 10);
             CHECK(tries++ < 1000);
         }
         CHECK_EQ(got, sizes[i]);

@@ -254,7 +254,11 @@ static void a_guest_is_interrupted_as_it_asks(void)
         vrep_le_store_u16(event, 3);
         (void)guest_request(&m, 0, 0, VREP_VIRTIO_FLUSH, 0, 0);
         CHECK_EQ(guest_run(&m, 0, 0), VREP_VIRTIO_OK);
-        usleep(20000); /* the interrupt follows the index */
+        /* The interrupt follows the index. */
+        if (i == 3)
+            monitor_wait(m.queue[0].call);
+        else
+            usleep(20000);
         CHECK_EQ(interrupted(0), i == 3);
     }
     /* And the device says from where on it wants to be kicked. */
@@ -553,6 +557,11 @@ static void a_killed_process_is_taken_over(void)
     CHECK_EQ(guest_take(&m, 0, NULL), 15);
     CHECK_EQ(guest_take(&m, 0, NULL), 12);
     CHECK_EQ(vrep_load_acquire_u32(&group->submitted), 6);
+    /* Behind the index that the guest saw they are noted as done, and that in the end. */
+    for (int i = 0; vrep_load_acquire_u16(&kept->used_index) != 6; i++) {
+        CHECK(i < WAIT_MS);
+        usleep(1000);
+    }
     for (int i = 0; i < 64; i++)
         CHECK_EQ(kept->entry[i].inflight, 0);
     munmap(kept, VREP_VHOST_INFLIGHT_BYTES(64));

@@ -44,10 +44,15 @@ static void what_is_written_to_guest_memory_is_logged(void)
     CHECK_EQ(monitor_do(&m, VREP_VHOST_SET_VRING_ADDR, &logged_rings, 40, -1), 0);
     (void)guest_request(&m, 0, 0, VREP_VIRTIO_IN, 0, 12288);
     CHECK_EQ(guest_run(&m, 0, 0), VREP_VIRTIO_OK);
+    uint64_t first = (GUEST_AT + DATA_AT) / 4096, used = (GUEST_AT + USED_AT) / 4096;
+    /* The ring is logged last, and behind the index that the guest saw. */
+    for (int i = 0; !(log.at[used / 8] >> (used % 8) & 1); i++) {
+        CHECK(i < WAIT_MS);
+        usleep(1000);
+    }
     usleep(20000);
-    uint64_t first = (GUEST_AT + DATA_AT) / 4096;
     /* status; three pages of data; the used ring; and nothing else */
-    uint64_t expected[] = {first, first + 1, first + 2, first + 3, (GUEST_AT + USED_AT) / 4096};
+    uint64_t expected[] = {first, first + 1, first + 2, first + 3, used};
     uint32_t found = 0;
     for (uint64_t page = 0; page < log.bytes * 8; page++)
         if (log.at[page / 8] >> (page % 8) & 1) {
