@@ -22,7 +22,8 @@ from vrep.wire.transport import FrameTransport
 
 WAIT_S = 30.0
 CHANNEL = 1
-GONE_S = 1.0
+GONE_S = 600.0
+"""no test waits for so long: see `test_target_heard.wait_gone`"""
 
 
 GROUP: bytes = records.GROUP

@@ -40,7 +40,7 @@ def test_control_servers_leave_the_umask_of_other_threads_alone() -> None:
 
         def make() -> None:
             number = 0
-            while not stop.is_set():
+            while not (stop.is_set() and modes):
                 each = Path(name) / f"d{number}"
                 each.mkdir(mode=0o700)
                 modes.add(mode_of(each))

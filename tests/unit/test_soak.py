@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -162,23 +163,36 @@ def test_growth_is_seen_and_noise_is_not() -> None:
     assert not missing.met
 
 
-def test_gauges_read_a_process_and_a_directory(tmp_path: Path) -> None:
-    import os
+LOOKED_AT = """
+import sys, threading
+held = bytes(range(256)) * 80000
+print(flush=True)
+input()
+files = [open(f"{sys.argv[1]}/{number}", "wb") for number in range(5)]
+threading.Thread(target=input).start()
+print(flush=True)
+"""
 
-    before = process_gauges(os.getpid())
+
+def test_gauges_read_a_process_and_a_directory(tmp_path: Path) -> None:
+    # One of its own: what other tests left behind in this one may end at any moment.
+    command = [sys.executable, "-c", LOOKED_AT, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        before = process_gauges(process.pid)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        process.stdout.readline()
+        after = process_gauges(process.pid)
+        process.stdin.close()
+    assert process.returncode == 0
     assert before["rss"] > 10 * MIB
-    held = [(tmp_path / f"{n}").open("wb") for n in range(5)]
-    stop = threading.Event()
-    thread = threading.Thread(target=stop.wait)
-    thread.start()
-    after = process_gauges(os.getpid())
-    stop.set()
-    thread.join()
     assert after["fds"] == before["fds"] + 5
     assert after["threads"] == before["threads"] + 1
-    for file in held:
-        file.write(bytes(100_000))
-        file.close()
+    for number in range(5):
+        (tmp_path / f"{number}").write_bytes(bytes(100_000))
     assert 500_000 <= used_bytes(tmp_path) < 600_000
     assert used_bytes(tmp_path / "gone") == 0
     assert soak_gauges.EVERY_S > 0

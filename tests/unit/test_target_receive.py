@@ -281,6 +281,11 @@ def test_a_peer_that_was_removed_is_cut_off(world: World) -> None:
             pass
     with pytest.raises(VrepError), world.connect("a") as link:
         link.expect(WAIT_S)
+    # Its session ends on the thread of its connection, behind the word that the client has heard.
+    deadline = time.monotonic() + WAIT_S
+    while world.status()["sessions"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert not world.status()["source"]["connected"]
 
 
@@ -408,6 +413,11 @@ def test_a_failover_does_not_wait_for_a_full_disk(
     with pytest.raises(RefusedByTarget, match="fenced"):
         client.wait(3)
     monkeypatch.undo()
+    # A session is refused while the store is full, which it is until it has tried again.
+    deadline = time.monotonic() + WAIT_S
+    while world.status()["full"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     back = world.door.roll_back(raised.epoch)
     again = Client(world, feed=records.Feed(epoch=back, seq=3))
     here = again.start().feed.seq

@@ -157,5 +157,7 @@ def test_what_does_not_end_is_not_waited_for(
     rig: Rig, state: str, kind: type[errors.VrepError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     states(rig, monkeypatch, "resync", state)
+    # Only that which may yet come is waited for: no other answer is late on a slow machine.
+    limit_s = 0.05 if kind is errors.TimeLimitError else 60.0
     with pytest.raises(kind):
-        rig.site.wait_replicating("web", timeout_s=0.05)
+        rig.site.wait_replicating("web", timeout_s=limit_s)

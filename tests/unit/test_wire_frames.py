@@ -98,7 +98,8 @@ def test_garbage_message(kind: FrameType, payload: bytes) -> None:
         message = m.decode_message(kind, payload)
     except ProtocolError:
         return
-    assert m.decode_message(kind, m.encode_message(message)) == message
+    again = m.encode_message(message)
+    assert m.encode_message(m.decode_message(kind, again)) == again  # a NaN in it equals nothing
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,10 @@ def test_cut_and_flipped_messages(message: m.Message, data: st.DataObject) -> No
         other = m.decode_message(kind, flipped)
     except ProtocolError:
         return
-    # What is accepted is a message within all bounds: it can be sent again.
-    assert m.decode_message(kind, m.encode_message(other)) == other
+    # What is accepted is a message within all bounds: it can be sent again. Its bytes are compared,
+    # since a flip can make a number that is none (a NaN), which equals nothing.
+    again = m.encode_message(other)
+    assert m.encode_message(m.decode_message(kind, again)) == again
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,10 @@ from vrep.wire.stream import SystemClock, TlsStream
 from vrep.wire.transport import FrameTransport, PeerRefusedError, Timeouts
 
 WAIT_S = 30.0
-QUICK = Timeouts(connect_s=10, handshake_s=0.3, ping_after_s=0.1, dead_after_s=0.4)
+QUICK = Timeouts(connect_s=WAIT_S, handshake_s=WAIT_S, ping_after_s=0.5, dead_after_s=2.0)
+"""a peer that hangs is noticed soon; whoever shakes hands may be slow"""
+HASTY = Timeouts(connect_s=WAIT_S, handshake_s=2.0)
+"""who says nothing is sent away soon: not as soon as a slow machine needs to shake hands"""
 
 
 class Site:
@@ -288,7 +291,7 @@ def test_releases_too_far_apart(world: World) -> None:
 
 
 def test_garbage_and_half_open_connections_end_alone(world: World) -> None:
-    listener = world.listen(timeouts=QUICK)
+    listener = world.listen(timeouts=HASTY)
     peer = world.a.trust(world.b, listener.address)
     world.b.trust(world.a)
     choose = random.Random(7)
