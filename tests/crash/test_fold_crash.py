@@ -103,6 +103,17 @@ def compare(directory: Path, model: Model, first: int, rng: random.Random) -> No
             assert found == {at: by for at, by in model[seq].items() if by}, seq
 
 
+def fresh_ends(store: GroupStore, feed: Any, model: Model, rng: random.Random) -> tuple[int, int]:
+    """Where a segment ends that may be folded first, and where the first one does behind the half
+    of the history: of the second fold, so that both have work. Writes on until there is one."""
+    while True:
+        ends = [int(row["last"]["seq"]) for row in store.manifest.segments[:-1]]
+        behind = [end for end in ends if end > len(model) - len(model) // 2]
+        if behind and behind[0] > ends[0]:
+            return ends[0], behind[0]
+        fill(store, feed, model, rng, 5)
+
+
 @pytest.mark.parametrize("round_", range(3))
 def test_power_loss_at_every_step_of_a_fold(
     tmp_path: Path, rng: random.Random, round_: int
@@ -113,9 +124,10 @@ def test_power_loss_at_every_step_of_a_fold(
     horizons = [Position()]
     with store:
         fill(store, feed, model, rng, 40)
+        ends = fresh_ends(store, feed, model, rng)
         files.before = lambda _what, memory: taken.append(copy.deepcopy(memory))
-        for part in (2, 3):
-            horizons.append(Position(1, 0, len(model) - len(model) // part))
+        for part, end in zip((2, 3), ends, strict=True):
+            horizons.append(Position(1, 0, max(end, len(model) - len(model) // part)))
             assert store.fold(horizons[-1])
         files.before = lambda _what, _memory: None
     assert len(taken) > 30

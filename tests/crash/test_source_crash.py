@@ -8,7 +8,6 @@ target, and lead the target to the same content.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -23,7 +22,6 @@ from typing import Any
 
 import forget
 import numpy as np
-import parse
 import pytest
 import source_worker as worker
 
@@ -63,6 +61,7 @@ def record(root: Path, shim: Path, seed: int, steps: int) -> None:
     shutil.copytree(root / "durable", root / "before", copy_function=shutil.copy2)
     environment = os.environ | {
         "LD_PRELOAD": str(shim),
+        "PYTHONPATH": os.pathsep.join(sys.path),
         "VREP_FORGET_DIR": str(root / "durable"),
         "VREP_FORGET_LOG": str(root / "log"),
         "VREP_FORGET_US": "300",
@@ -186,25 +185,6 @@ def apply(target: list[bytearray], said: dict[str, Any], data: bytes | None) -> 
         target[said["disk"]][span] = bytes(said["length"])
 
 
-def explained(durable: Path) -> set[tuple[int, int]]:
-    """The blocks that a resync may have to read: those that the newest whole checkpoint of the
-    change map has, and those of the newest whole write-intent's extents, as the independent
-    parser reads them."""
-    slots = []
-    for path in (durable / "map.0", durable / "map.1"):
-        with contextlib.suppress(parse.BadFormat, FileNotFoundError):
-            slots.append(parse.parse_checkpoint(path.read_bytes()))
-    bitmaps = parse.newest(slots)["bitmaps"]
-    blocks = {(disk, bit) for disk, bits in enumerate(bitmaps) for bit in bits}
-    a_disk = -(-worker.SIZE // worker.EXTENT // 64) * 64  # each begins at a word of its own
-    for extent in parse.parse_intent((durable / "intent").read_bytes())["extents"]:
-        disk, within = divmod(extent, a_disk)
-        first = within * worker.EXTENT // worker.BIT
-        last = min((within + 1) * worker.EXTENT, worker.SIZE) // worker.BIT
-        blocks |= {(disk, bit) for bit in range(first, last)}
-    return blocks
-
-
 def same_files(durable: Path) -> None:
     """What was rebuilt elsewhere has other inodes than the state says: it is to be taken for the
     files that there were. A torn slot stays so."""
@@ -224,7 +204,7 @@ def check_loss(there: Path, world: World) -> int:
     more for it than its durable state makes it doubt. Returns how many of the blocks that are
     written to it knew to be equal."""
     clean = 0
-    doubted = explained(there / "durable")
+    doubted = worker.explained(there / "durable")
     same_files(there / "durable")
     (there / "shm").mkdir()
     sources = [(there / "durable" / f"disk{disk}").read_bytes() for disk in range(worker.DISKS)]

@@ -238,9 +238,10 @@ def test_nothing_goes_that_somebody_reads(
 
 
 def begin_small(lab: Any) -> None:
-    """A segment that no commit of a few records closes."""
-    while lab.store._writer.end >= lab.segment_bytes:
-        lab.write(0, 0, b"small")
+    """A segment that no commit of a few records closes, nor the end of the store."""
+    room = 1 << 14
+    while lab.store._writer.end + room >= lab.segment_bytes:
+        lab.write(0, 0, lab.rng.randbytes(room))
         lab.commit()
 
 

@@ -325,6 +325,11 @@ def test_a_killed_producer_leaves_whole_records(path: Path, rng: random.Random) 
         assert child.stdout.readline() == b"ready\n"
         with pytest.raises(errors.BusyError):
             ring.RingProducer.attach(path, group_id=GROUP)
+        with ring.RingReader(path) as reader:  # however late a busy machine lets it go on
+            deadline = time.monotonic() + 60
+            while reader.head < before + 4:
+                assert time.monotonic() < deadline
+                time.sleep(0.0005)
         time.sleep(rng.random() * 0.05)
         child.kill()
         assert child.wait() == -signal.SIGKILL

@@ -464,7 +464,7 @@ def test_sound_commits_are_found_whatever_stands_between_them(
 def test_a_commit_with_a_right_digest_and_wrong_records_is_one_more_loss(lab: Any) -> None:
     """Written so by a machine that errs. It stops no repair of what is sound around it."""
     lab.sync()
-    aligned(lab, 60)
+    aligned(lab, 75)  # of which four segments are made, however small they are
     wanted = lab.model([(1, lab.seq)])
     directory = lab.store.directory
     lab.close()
@@ -512,7 +512,7 @@ def test_a_store_of_which_nothing_of_the_epoch_is_left_is_not_salvaged(lab: Any)
 def test_a_source_is_told_until_its_gap_began(lab: Any) -> None:
     """Also behind a second repair, and as the writer of an epoch that a rollback gave it."""
     lab.sync()
-    aligned(lab, 60)
+    aligned(lab, 75)  # both repairs find a segment behind the one that is lost
     lab.close()
     for _ in range(2):
         directory = lab.paths.store / lab.group_id.hex()

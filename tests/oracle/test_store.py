@@ -25,7 +25,7 @@ from vrep.errors import (
     StateError,
     VrepError,
 )
-from vrep.target import runs
+from vrep.target import journal, runs
 from vrep.target.manifest import (
     EpochState,
     Manifest,
@@ -189,7 +189,11 @@ def test_readers_beside_a_busy_writer_never_see_damage(tmp_path: Path) -> None:
         assert records.seqs(content(reader)) == list(range(1, feed.seq + 1))
 
 
-def test_runs_are_merged_and_pinned_files_stay(tmp_path: Path) -> None:
+def test_runs_are_merged_and_pinned_files_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The mark of a quiet second would begin another segment, on a slow machine.
+    monkeypatch.setattr(journal, "IDLE_S", 3600.0)
     options = StoreOptions(commit_s=0.0005, segment_bytes=4096, reserve_bytes=0, merge=False)
     feed = records.Feed()
     with GroupStore.open(tmp_path, GROUP, create=records.spec(), options=options) as store:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import store_records as records
 
 from vrep._core import layout
-from vrep.errors import StoreFullError
+from vrep.errors import StoreFullError, TimeLimitError
 from vrep.target.aging import Steady
 from vrep.target.files import Buffer, Files
 from vrep.target.manifest import EpochState, Manifest, Position
@@ -71,7 +72,10 @@ class Rig:
 
     def put(self, batch: bytes) -> None:
         self.store.append(batch)
-        self.store.commit(3.0)
+        try:
+            self.store.commit(3.0)
+        except TimeLimitError:  # it is not full, but its disk is busy
+            self.store.commit()
 
     def write(self, at: int = 0, count: int = 1, step_s: float = 1.0) -> None:
         """Writes of neighbouring blocks, some time later."""
@@ -354,7 +358,7 @@ def test_a_quota_stops_its_own_group_only(tmp_path: Path) -> None:
             quiet.write(number % 4)
         assert not quiet.store.full
         noisy.store.set_limits(0, 0)
-        assert noisy.store.commit(10).seq == noisy.feed.seq
+        assert noisy.store.commit(60).seq == noisy.feed.seq
     finally:
         noisy.store.close()
         quiet.store.close()
@@ -414,8 +418,15 @@ class SmallDisk(Files):
         self.root, self.size = root, size
 
     def free_bytes(self, path: Path) -> int:
-        files = (p for p in self.root.rglob("*") if p.is_file() and p.name != "spare")
-        return max(0, self.size - sum(p.stat().st_size for p in files))
+        used = 0
+        for each in self.root.rglob("*"):
+            try:
+                found = each.stat()
+            except FileNotFoundError:
+                continue  # a fold, on another thread, removed it since the listing
+            if stat.S_ISREG(found.st_mode) and each.name != "spare":
+                used += found.st_size
+        return max(0, self.size - used)
 
     def write(self, fd: int, buffers: Sequence[Buffer], offset: int) -> None:
         end = offset + sum(len(b) for b in buffers)
@@ -449,7 +460,7 @@ def test_a_full_disk_is_folded_out_of_its_reserve(tmp_path: Path) -> None:
         assert rig.store.used_bytes() < before / 2
         assert "window-short" in rig.conditions()
         os.truncate(filler, 0)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while rig.store.durable.seq < rig.feed.seq and time.monotonic() < deadline:
             time.sleep(0.05)
         assert rig.store.durable.seq == rig.feed.seq
