@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sites import GROUP, KEY, MIB, Client, compare, wait_until
+from sites import GROUP, KEY, MIB, WAIT_S, Client, compare, free_port, wait_until
 
 from vrep import errors
 from vrep.recovery.view import ViewInfo
@@ -29,8 +28,7 @@ class Place:
     """A site that runs as a whole."""
 
     def __init__(self, root: Path, name: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         self.name, self.root = name, root / name
         self.site = Site.init(self.root, name=name)
         self.site.paths.config.write_text(f'[network]\n{QUICK}listen = "{address}"\n')
@@ -140,7 +138,7 @@ class Life:
     def client(self, at: Place, view: ViewInfo | None = None) -> Client:
         """At a view, or at the group's own socket."""
         uri = view.disks[0].uri if view is not None else at.site.disk_uri(GROUP)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + WAIT_S
         while True:  # as a VM's reconnect-delay does
             try:
                 return Client(uri, 30.0)
@@ -165,7 +163,7 @@ class Life:
 
     def checkpoint(self, writer: Place, keeper: Place) -> None:
         label = f"round-{len(self.labels)}"
-        writer.site.checkpoint(GROUP, label, wait_s=30)
+        writer.site.checkpoint(GROUP, label, wait_s=WAIT_S)
         self.labels.append((keeper, label, bytes(self.oracle)))
 
     # ---- what is seen --------------------------------------------------------------

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,21 @@ def wait_until(
         time.sleep(every_s)
 
 
+_kept: deque[socket.socket] = deque()
+PORTS_KEPT = 32
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port for a process that is started later, and perhaps again and again. A socket stays bound
+    to it, so that the kernel gives it to nobody else meanwhile; it does not listen, and whoever
+    asks for the port by its number, with SO_REUSEADDR as all of ours do, may."""
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _kept.append(holder)
+    if len(_kept) > PORTS_KEPT:  # of tests that are over
+        _kept.popleft().close()
+    return int(holder.getsockname()[1])
 
 
 class Pair:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sites import GROUP, MIB, Client, Pair, wait_until
+from sites import GROUP, MIB, WAIT_S, Client, Pair, wait_until
 
 from vrep import errors
 
@@ -137,7 +137,8 @@ def test_a_filter_that_does_not_start_is_replaced(
     run = run_filter(pair)
     try:
         wait_until(
-            "the group is passed through", lambda: pair.a._filter().call("status")[GROUP]["bypass"]
+            "the group is passed through",
+            lambda: pair.a._filter().call("status").get(GROUP, {}).get("bypass"),
         )
         with pair.client() as client:
             write_some(client, rng)
@@ -145,11 +146,13 @@ def test_a_filter_that_does_not_start_is_replaced(
         end(run)
     pair.a.paths.config.write_text(settings)
     assert not pair.a.running()
+    pair.cable.cut(down=True)  # nothing is compared before it was seen that all is to be
     run = run_filter(pair)
     try:
-        pair.a.wait_served(GROUP)
+        pair.a.wait_served(GROUP, WAIT_S)
         # Without settings nobody knew where the change map is: all of it was marked instead.
         assert pair.status()["filter"]["unverified"] == "bypass"
+        pair.cable.repair()
         pair.settle()
         pair.same_as_source()
         assert pair.status()["unverified"] == ""

@@ -118,7 +118,7 @@ def test_history_ages_by_what_passes_since_boot(make_pair: Make, rng: random.Ran
     pair.enter["target"] = _later(2 * 86400)
     pair.start("target")
     pair.listening()
-    wait_until("old history is gone", lambda: pair.stored()["folded_bytes"] > 0, 60.0)
+    wait_until("old history is gone", lambda: pair.stored().get("folded_bytes"))
     compare("root", pair.read_view()["root"], kept)
     kept = write_some(pair, rng)
     pair.a.checkpoint(GROUP, "later", wait_s=60)

@@ -86,8 +86,8 @@ def test_only_what_differs_is_fetched_and_written(make_life: Callable[..., Life]
 
     def moved(view: ViewInfo) -> None:
         assert view.pid is not None
-        filled = wait_until("all is there", lambda: west.site.tests()[0].fill["done"])
-        assert filled
+        # A process that is busy says nothing of its fill.
+        wait_until("all is there", lambda: west.site.tests()[0].fill.get("done"))
         seen.append((west.site.tests()[0].fill, written_by(view.pid)))
         with life.client(west, view) as client:
             life.check(client)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from fronts import client_of
-from sites import GROUP, MIB, Pair, free_port
+from sites import GROUP, MIB, Pair, free_port, wait_until
 
 from vrep import errors
 
@@ -17,15 +17,20 @@ BLOCKS = ("iscsi_block_bytes", "vhost_block_bytes")
 TURNS = ("vhost-user-blk", "iscsi", "nbd", "iscsi", "vhost-user-blk", "nbd")
 
 
+def unused(pair: Pair) -> None:
+    """The filter knows that the last client has gone."""
+    wait_until("its client is gone", lambda: pair.status()["clients"] == 0)
+
+
 def test_fronts_in_turn_and_never_at_once(make_pair: Make) -> None:
     """What is written through one is read through the next; a disk that is in use stays where it
     is, and where it was it is not any more."""
     pair = make_pair(disks={"root": 8 * MIB, "data": 8 * MIB}).up()
-    listen = f"127.0.0.1:{free_port()}"
     held = bytearray(8 * MIB)
     known = {"nbd": pair.a.disk_uri(GROUP, "root")}
     for turn, front in enumerate(TURNS):
         at = turn * 64 * 1024
+        listen = f"127.0.0.1:{free_port()}"  # at once: what is free does not stay so for long
         with pair.client("root") as client:
             with pytest.raises(errors.BusyError, match="client"):
                 pair.a.set_fronts(GROUP, {"root": front}, iscsi_listen=listen)
@@ -37,6 +42,7 @@ def test_fronts_in_turn_and_never_at_once(make_pair: Make) -> None:
             held[at : at + 65536] = client.read(at, 65536)
         assert held[at : at + 4096] == bytes([turn + 1]) * 4096
         assert held[at + 4096 : at + 8192] == bytes(4096)
+        unused(pair)
         pair.a.set_fronts(GROUP, {"root": front}, iscsi_listen=listen)
         known[front] = pair.a.disk_uri(GROUP, "root")
         assert known[front].partition(":")[0].removesuffix("+unix") == front
@@ -63,6 +69,7 @@ def test_blocks_of_4096(make_pair: Make, front: str) -> None:
         pair.a.set_fronts(GROUP, {"root": front}, **{**blocks, **dict.fromkeys(BLOCKS, 1024)})
     with pair.client("odd") as client:
         client.write(4 * MIB, b"o" * 512)
+    unused(pair)
     pair.a.set_fronts(GROUP, {"root": front}, **blocks)
     with pytest.raises(errors.InvalidError, match="blocks of 4096"):
         pair.a.resize(GROUP, "root", 8 * MIB + 512)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -58,7 +59,7 @@ def uris(place: Place, *names: str) -> dict[str, str]:
             return None
         return found
 
-    found: dict[str, str] = wait_until("the disks are served", served, 60.0, 0.05)
+    found: dict[str, str] = wait_until("the disks are served", served, every_s=0.05)
     return found
 
 
@@ -73,16 +74,20 @@ def moved(hosts: Hosts) -> Written:
     return written
 
 
-def whole_point(hosts: Hosts, at: Place, label: str, absent: list[int]) -> None:
-    """A checkpoint, made at one site, says which lanes have no part in it."""
+def whole_point(at: Place, label: str, absent: list[int]) -> str:
+    """A checkpoint, made at one site, says which lanes have no part in it; its label. Each try has
+    one of its own: a site that has not heard yet of the other makes a point without it."""
+    tries = itertools.count()
 
-    def made() -> bool:
+    def made() -> str:
+        name = f"{label}-{next(tries)}"
         try:
-            return bool(at.site.checkpoint(GROUP, label, wait_s=60)["absent"] == absent)
+            found = at.site.checkpoint(GROUP, name, wait_s=60)["absent"]
         except (errors.AgainError, errors.GapError):
-            return False  # a lane is synced still, or is waited for
+            return ""  # a lane is synced still, or is waited for
+        return name if found == absent else ""
 
-    wait_until(f"a point without {absent}", made, 60.0, 0.2)
+    return str(wait_until(f"a point without {absent}", made, every_s=0.2))
 
 
 def test_each_lane_goes_back_to_its_own_host_and_home(hosts: Hosts) -> None:
@@ -97,13 +102,13 @@ def test_each_lane_goes_back_to_its_own_host_and_home(hosts: Hosts) -> None:
         assert targets[f"{GROUP}@{number}"] == place.site.identity.site_id
         assert place.site.groups.load(f"{GROUP}@{number}").yielded
     # No site has both lanes, and each that has one offers it when it is named, and not as whole.
-    whole_point(hosts, hosts.vault, "back", [])
+    back = whole_point(hosts.vault, "back", [])
     for number, place in enumerate((hosts.north, hosts.south)):
-        (info,) = (cut for cut in place.site.points(GROUP).cuts if cut.label == "back")
+        (info,) = (cut for cut in place.site.points(GROUP).cuts if cut.label == back)
         assert info.absent == [1 - number]
         with pytest.raises(errors.PointNotFoundError, match=f"lane {1 - number} "):
             place.site.test_start(GROUP)
-        view = place.site.test_start(GROUP, "back")
+        view = place.site.test_start(GROUP, back)
         written.check({disk.name: disk.uri for disk in view.disks})
         assert [disk.name for disk in view.disks] == [place.name]
         place.site.test_stop(GROUP)
@@ -118,10 +123,10 @@ def test_each_lane_goes_back_to_its_own_host_and_home(hosts: Hosts) -> None:
         written.write(uris(place, place.name), b"home again: ", 12288)
         if place is hosts.north:
             written.write(uris(hosts.vault, "south"), b"still there: ", 16384)
-            whole_point(hosts, hosts.north, "north-alone", [1])
+            whole_point(hosts.north, "north-alone", [1])
     hosts.settle()
-    whole_point(hosts, hosts.north, "home", [])
-    view = hosts.vault.site.test_start(GROUP, "home")
+    home = whole_point(hosts.north, "home", [])
+    view = hosts.vault.site.test_start(GROUP, home)
     assert sorted(disk.name for disk in view.disks) == list(NAMES)
     written.check({disk.name: disk.uri for disk in view.disks})
     hosts.vault.site.test_stop(GROUP)
@@ -142,8 +147,8 @@ def test_all_lanes_go_to_one_host_that_is_named(hosts: Hosts) -> None:
         vault.site.reverse(GROUP, to="south")
     written.write(uris(vault), b"protected back: ", 8192)
     hosts.settle(vault)
-    whole_point(hosts, vault, "back", [])
-    view = north.site.test_start(GROUP, "back")
+    back = whole_point(vault, "back", [])
+    view = north.site.test_start(GROUP, back)
     assert sorted(disk.name for disk in view.disks) == list(NAMES)
     written.check({disk.name: disk.uri for disk in view.disks})
     north.site.test_stop(GROUP)
@@ -156,8 +161,8 @@ def test_all_lanes_go_to_one_host_that_is_named(hosts: Hosts) -> None:
     north.site.reverse(GROUP)
     written.check(uris(north))
     hosts.settle(north)
-    whole_point(hosts, north, "last", [])
-    view = vault.site.test_start(GROUP, "last")
+    last = whole_point(north, "last", [])
+    view = vault.site.test_start(GROUP, last)
     written.check({disk.name: disk.uri for disk in view.disks})
     vault.site.test_stop(GROUP)
     for one in north.site.groups.readable():

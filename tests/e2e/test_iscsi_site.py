@@ -9,18 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sites import GROUP, Pair, wait_until
+from sites import GROUP, Pair, free_port, wait_until
 
 from vrep.errors import BusyError, InvalidError
 
 Make = Callable[..., Pair]
 MIB = 1 << 20
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def io(uri: str, *commands: str) -> None:
@@ -78,12 +72,13 @@ class Console:
     """A qemu-io that stays: QEMU's own initiator, with a session that must outlive what happens."""
 
     def __init__(self, uri: str, folder: Path) -> None:
-        self._said = (folder / "qemu-io.txt").open("w+")
-        self._process = subprocess.Popen(
-            ["qemu-io", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=self._said,
-            stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
+        # Read by another descriptor: to seek in this one would move where it writes.
+        self._said = folder / "qemu-io.txt"
+        with self._said.open("w") as output:
+            self._process = subprocess.Popen(
+                ["qemu-io", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=output,
+                stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
         self._seen = 0
         self._answer()
 
@@ -91,13 +86,12 @@ class Console:
         """What it says until it asks for the next command: it must not find two of them."""
 
         def text() -> str:
-            self._said.seek(self._seen)
-            return self._said.read()
+            return self._said.read_text()[self._seen :]
 
         def ready() -> bool:
             return text().endswith("qemu-io> ") or self._process.poll() is not None
 
-        wait_until("qemu-io asks for a command", ready, 60)
+        wait_until("qemu-io asks for a command", ready)
         answer = text()
         self._seen += len(answer)
         assert self._process.poll() is None, answer
@@ -114,7 +108,6 @@ class Console:
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()
-        self._said.close()
 
 
 def test_an_initiator_is_told_of_a_new_size(make_pair: Make, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import libvirt
 import msgspec
 import pytest
 from sites import GROUP, Pair, wait_until
-from test_libvirt_fronts import DOMAIN, HOW_TO, NOBODY, SMALL, xml_of
+from test_libvirt_fronts import BOOT_S, DOMAIN, HOW_TO, NOBODY, SMALL, xml_of
 
 from vrep.app.demo.guest import GuestTask
 from vrep.app.demo.guest_check import check_disk
@@ -75,7 +75,7 @@ def test_a_domain_proves_itself_by_its_secret(
         return (root / "console").read_text(errors="replace").count("LINE ")
 
     try:
-        wait_until("it writes", lambda: lines() > 20)
+        wait_until("it writes", lambda: lines() > 20, BOOT_S)
         before = lines()
         pair.kill("filter")
         pair.start("filter")

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.every_front(quick=("vhost-user-blk",)
 Make = Callable[..., Pair]
 
 NOBODY = 65534
+BOOT_S = 300.0
+"""of an emulated guest, beside others, on two processors"""
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "run-a-vm.md"
 DOMAIN = """
 <domain type="qemu">
@@ -102,7 +104,7 @@ def test_a_domain_boots_and_writes(make_pair: Make, libvirtd: str, tmp_path: Pat
         return (root / "console").read_text(errors="replace").count("LINE ")
 
     try:
-        wait_until("it writes", lambda: lines() > 20)
+        wait_until("it writes", lambda: lines() > 20, BOOT_S)
         kept = "<reconnect" in domain.XMLDesc(0)
         print(f"reconnect in the domain: {kept}")
         if pair.front != "nbd" or kept:

@@ -215,13 +215,19 @@ def away_and_home(life: Life, number: int, *, every_label: bool = False) -> None
         life.check_labels()
 
 
+def well(target: Place) -> bool:
+    found = target.group()
+    return (found["state"], found["conditions"]) == ("replicating", [])
+
+
 def require_home(life: Life, rounds: int) -> None:
     """After some rounds: everything is where it began, whole, and nothing was ever lost."""
     life.check_labels()
     west, east = life.west.group(), life.east.group()
     assert (west["role"], west["epoch"], west["conditions"]) == ("source", 2 * rounds + 1, [])
     assert west["disks"][0]["uri"] == f"file:{life.image}"
-    assert (east["role"], east["state"], east["conditions"]) == ("target", "replicating", [])
+    assert east["role"] == "target"
+    wait_until("east hears of it", lambda: well(life.east))  # who is late is silent for a moment
     assert west["history"]["newest_point"] is not None
     for place in (life.west, life.east):
         assert place.site.points(GROUP).verdict.whole
@@ -230,6 +236,7 @@ def require_home(life: Life, rounds: int) -> None:
     compare("the old disk", life.image.read_bytes(), bytes(life.oracle))
 
 
+@pytest.mark.timeout(1800)  # 40 starts of processes, beside whatever else runs
 def test_ten_rounds(make_life: Callable[..., Life]) -> None:
     life = make_life(disk_bytes=2 << 20).up()
     for number in range(10):
@@ -340,15 +347,19 @@ def test_a_vm_runs_from_a_disk_that_is_being_filled(make_life: Callable[..., Lif
         pid = east.site.tests()[0].pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
-    again = wait_until("the view is served again", lambda: east.site.tests()[0].running)
-    assert again
+
+    def again() -> bool:  # the one that was killed may end a moment later
+        now = east.site.tests()[0]
+        return now.running and now.pid != pid
+
+    wait_until("the view is served again", again)
     with life.client(east, view) as client:
         life.check(client)
     assert east.site.failover_start(GROUP, onto=onto).id == view.id
     with pytest.raises(errors.StateError, match="fills"):
         east.site.failover_start(GROUP, onto={"root": f"file:{wrong}"})
     east.site.failover_commit(GROUP)
-    wait_until("all is there", lambda: east.site.tests()[0].fill["done"])
+    wait_until("all is there", lambda: east.site.tests()[0].fill.get("done"))
     with life.client(east, view) as client:
         life.write(client)
     west.start()

@@ -31,7 +31,7 @@ SMALL = 1 << 16
 WAITED_S_MAX = 10.0
 """of a client for one small command: far below any limit of the network times the number of
 faults, far above what two busy processors make of a millisecond"""
-SLACK_S = 4.0
+SLACK_S = 8.0
 """for threads that get no processor when they want one"""
 
 
@@ -82,6 +82,7 @@ def under_load(pair: Pair, seed: int, pause_s: float = 0.06) -> Iterator[Lab]:
     load.start([0, 1])
     try:
         yield lab
+        wait_until("the clients wrote", lambda: lab.witness.answered > 50)
         lab.mark()
     finally:
         pair.cable.repair()
@@ -98,7 +99,6 @@ def under_load(pair: Pair, seed: int, pause_s: float = 0.06) -> Iterator[Lab]:
     assert waited_s < WAITED_S_MAX
     assert gaps(pair) == before, "a gap, although ring and spill had room"
     assert load.reconnects == 0, "a client lost its connection"
-    assert lab.witness.answered > 50
 
 
 def lossless(make_pair: Make, seed: int, dead_after_s: float = 2.0) -> Pair:
@@ -126,8 +126,8 @@ def test_a_link_slower_than_a_batch_in_the_time_of_silence_is_not_given_up(
 ) -> None:
     """A batch takes longer than the silence after which a peer counts as dead. The target, which
     has nothing to acknowledge meanwhile, is heard all the same, and one session ships all."""
-    pair = lossless(make_pair, seed)
-    pair.cable.bytes_per_s = 150_000
+    pair = lossless(make_pair, seed, dead_after_s=5.0)
+    pair.cable.bytes_per_s = 100_000
     rng = random.Random(seed)
     least, begun = durable(pair), pair.cable.connections
     with pair.client() as client:
@@ -153,7 +153,7 @@ def test_a_link_that_flaps_faster_than_the_pauses_still_makes_progress(
         time.sleep(3.0)
         pair.cable.bytes_per_s = 1_500_000
         steps = []
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while time.monotonic() < end and len(steps) < 4:
             pair.cable.repair()
             time.sleep(lab.rng.uniform(0.4, 1.0))

@@ -19,7 +19,7 @@ def lose(pair: Pair) -> None:
 
 def begun_again(pair: Pair) -> bool:
     found = pair.b.status(GROUP)["groups"].get(GROUP)
-    return found is not None and int(found["durable_seq"]) > 0
+    return found is not None and int(found.get("durable_seq", 0)) > 0
 
 
 @pytest.mark.parametrize("reboot", [False, True], ids=["source-runs-on", "source-rebooted"])

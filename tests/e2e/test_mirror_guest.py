@@ -19,6 +19,10 @@ from vrep.app.demo.guest import Guest, GuestDisk, GuestTask
 from vrep.app.demo.guest_check import check_disk
 from vrep.app.demo.guest_disk import Manifest, build_disk
 from vrep.app.demo.guest_image import GuestImage
+from vrep.control import ControlClient
+from vrep.hypervisor.mirrored import Mirrored
+from vrep.hypervisor.monitor import SocketMonitor
+from vrep.hypervisor.record import AttachmentFile
 
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
@@ -70,7 +74,8 @@ def test_a_guest_with_an_io_thread_loses_nothing(
         replicates(pair)
         more(guest)
         before = len(guest.witness)
-        pair.a.checkpoint(GROUP, "running", wait_s=30)
+        pair.a.checkpoint(GROUP, "running", wait_s=60)
+        more(guest, 2)  # its console is heard later than its disk is written
         after = len(guest.witness)
         pair.kill("filter")
         more(guest)
@@ -86,6 +91,7 @@ def test_a_guest_with_an_io_thread_loses_nothing(
         guest.kill9()
         told = len(guest.witness)
     wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+    wait_until("what was sent is durable", lambda: durable(pair))
     for point, least, most in (("running", before, after + 1), ("latest", told, told + 1)):
         recovered = tmp_path / f"{point}.raw"
         recovered.write_bytes(pair.read_view(point)["root"])
@@ -125,6 +131,9 @@ def test_a_write_that_fails_is_copied_from_the_image(
                 filler.write_bytes(bytes(SMALL.size))
             wait_until("it is noticed", lambda: pair.status()["filter"]["gaps"] > gaps, 60)
             wait_until("the guest gives up", lambda: gave_up(guest), 60)
+            # It stores what it can before it is off; what failed of that is noticed later.
+            wait_until("the guest is off", lambda: is_off(guest), 60)
+            wait_until("all is noticed", lambda: all_noticed(pair, qmp))
             replicates(pair)
             pair.settle()
             assert pair.read_view()["root"] == inside.read_bytes()
@@ -133,6 +142,27 @@ def test_a_write_that_fails_is_copied_from_the_image(
 
 def gave_up(guest: Guest) -> bool:
     return any(line.text.startswith("FAILED ") for line in guest.console)
+
+
+def is_off(guest: Guest) -> bool:
+    return any("reboot: Power down" in line.text for line in guest.console)
+
+
+def all_noticed(pair: Pair, qmp: Path) -> bool:
+    """Whether the keeper dealt with each write that failed. A monitor has one client at a time."""
+    file = AttachmentFile(pair.a.groups, GROUP)
+    with file.held(), contextlib.closing(SocketMonitor(qmp)) as monitor:
+        record = file.load()
+        assert record is not None
+        control = ControlClient(pair.a.paths.socket("filter"))
+        socket = pair.a.paths.nbd_socket(GROUP)
+        vm = Mirrored(monitor, control, GROUP, record.mirrors, socket)
+        return vm.failures() == record.failures > 0
+
+
+def durable(pair: Pair) -> bool:
+    target = pair.status()["targets"][0]
+    return target["seq"] is not None and target["seq"] == target["durable_seq"]
 
 
 def more(guest: Guest, lines: int = 10) -> None:

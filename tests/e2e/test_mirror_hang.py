@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from sites import GROUP, MIB, Pair, compare, wait_until
 from test_attach import blockdev
-from test_mirror import A, kept, mirror, replicates
+from test_mirror import A, hang, kept, mirror, replicates
 from vm import DeviceLoad, Vm
 
 pytestmark = pytest.mark.e2e
@@ -68,7 +68,7 @@ def test_a_filter_that_hangs_over_a_qcow2_image_is_let_go_of(
             replicates(pair)
         load.goes_on()
         hung = pair.processes["filter"]
-        hung.send_signal(signal.SIGSTOP)
+        hang(pair)
         begun, rounds = time.monotonic(), load.rounds
         load.goes_on(30)
         took_s = time.monotonic() - begun

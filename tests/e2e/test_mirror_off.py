@@ -27,6 +27,10 @@ def rests(pair: Pair) -> bool:
     return bool(status["filter"] and status["filter"]["mirror_rests"])
 
 
+def compares(pair: Pair) -> bool:
+    return bool(pair.status()["targets"][0]["comparing"])
+
+
 def off(pair: Pair) -> dict[str, Any]:
     """Until the disks of a VM that is off are at the target, as they are."""
     wait_until("its disks are compared", lambda: rests(pair), 60)
@@ -55,6 +59,7 @@ def test_the_disks_of_a_vm_that_is_off_are_replicated(make_pair: Made, rng: rand
             pair.a.attach(GROUP, f"qmp:{address}", mode="mirror")
             replicates(pair)
             load.goes_on()
+            wait_until("the target can compare", lambda: compares(pair))
             vm.process.kill()
             vm.process.wait(30)
         wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])

@@ -19,25 +19,24 @@ from loop_device import loop_device
 from sites import GROUP, MIB, Pair, compare, wait_until
 from test_attach import blockdev
 from test_mirror import A, kept, replicates
-from test_mirror_off import off, rests
+from test_mirror_off import compares, off, rests
 from test_mirror_qcow2 import content, pair, qcow2, tool  # noqa: F401 - a fixture
 from vm import Vm
 
 from vrep import errors
 from vrep.control import ControlClient
+from vrep.hypervisor.keeper import FILTER_S
 
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
 SIZE = 16 * MIB
+NOTICED_S = 10.0
+"""a second, and what a busy machine needs; the kernel writes a page by itself after 30 s"""
 
 
 def missed(pair: Pair) -> None:  # noqa: F811
     wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
-
-
-def compares(pair: Pair) -> bool:  # noqa: F811
-    return bool(pair.status()["targets"][0]["comparing"])
 
 
 def view(pair: Pair) -> bytes:  # noqa: F811
@@ -84,13 +83,13 @@ def test_a_block_device_is_compared_while_its_vm_is_off(
             with device.open("r+b", buffering=0) as file:  # no lock: a tool, in the page cache
                 file.seek(3 * MIB)
                 file.write(b"\x09" * 4096)
-                wait_until("it is noticed", lambda: not rests(made), 5)
+                wait_until("it is noticed", lambda: not rests(made), NOTICED_S)
             off(made)
             compare("root", view(made), device.read_bytes())
 
             address.unlink()  # its monitor is somewhere else, and it writes nothing: its locks tell
             with Vm(*host_device(device)) as vm:
-                wait_until("it is noticed", lambda: not rests(made), 5)
+                wait_until("it is noticed", lambda: not rests(made), NOTICED_S)
                 time.sleep(6)
                 assert not rests(made)
                 assert "mirror-lost" in made.status()["conditions"]
@@ -143,7 +142,7 @@ def test_a_qcow2_image_is_compared_while_its_vm_is_off(pair: Pair) -> None:  # n
         for path, kind in ((image, "qcow2"), (pair.root / "base.raw", "raw")):
             words = ["qemu-io", "-f", kind, "-c", "write -q -P 9 9M 64k", str(path)]
             subprocess.run(words, check=True)
-            wait_until("it is noticed", lambda: not rests(pair), 5)
+            wait_until("it is noticed", lambda: not rests(pair), NOTICED_S)
             off(pair)
             compare("root", view(pair), content(pair))
         assert image.read_bytes()[:4] == before[:4]
@@ -151,7 +150,7 @@ def test_a_qcow2_image_is_compared_while_its_vm_is_off(pair: Pair) -> None:  # n
         address.unlink()
         with Vm(*qcow2(pair)) as vm:
             assert vm.qemu_io(A, "write -q -P 8 4M 64k") == ""
-            wait_until("it is noticed", lambda: not rests(pair), 5)
+            wait_until("it is noticed", lambda: not rests(pair), NOTICED_S)
             time.sleep(6)
             assert not rests(pair)  # by its locks, though it writes nothing
             address.symlink_to(vm.qmp)
@@ -226,7 +225,7 @@ def test_storage_that_hangs_stops_no_loop(make_pair: Made) -> None:
                 made.a.attach(GROUP, vm.vm, mode="mirror")
                 replicates(made)
             off(made)
-            control = ControlClient(made.a.paths.socket("filter"), timeout=1.0)
+            control = ControlClient(made.a.paths.socket("filter"), timeout=5.0)
             pid = control.call("ping")["pid"]
             os.kill(server, signal.SIGSTOP)
             slowest, ends = 0.0, time.monotonic() + 30
@@ -242,7 +241,8 @@ def test_storage_that_hangs_stops_no_loop(make_pair: Made) -> None:
                 slowest = max(slowest, time.monotonic() - begun)
                 time.sleep(0.05)
             print(f"the slowest answer took {slowest * 1000:.0f} ms")
-            assert slowest < 0.8
+            # A loop that waits for the storage answers when that does, which is later.
+            assert slowest < FILTER_S
             assert "mirror-lost" in made.status()["conditions"]
             os.kill(server, signal.SIGCONT)
             off(made)

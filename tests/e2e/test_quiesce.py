@@ -113,7 +113,6 @@ def test_a_frozen_guest_leaves_a_clean_file_system(make_pair: Made, tmp_path: Pa
         frozen = wait_until(
             "the guest is frozen and marked",
             lambda: pair.a.checkpoint(GROUP, "frozen", quiesce=True),
-            timeout_s=60.0,
         )
         assert frozen["quiesced"]
         at = len(guest.witness)

@@ -232,7 +232,7 @@ def test_a_failover_offers_one(lab: Any) -> None:
     info = failover.start(lab.paths, "web", force=True, since="tuesday")
     assert info.bitmap is not None
     listed = list_changes(lab.paths, "web", "tuesday", info.point)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120  # at a low priority
     while not view.describe(view.ViewDirectory(lab.paths, info.id)).fill.get("done"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -271,7 +271,8 @@ def test_the_commands(lab: Any) -> None:
     assert code == 0
     shown = json.loads(out)
     assert shown["bitmap"].startswith("qemu:dirty-bitmap:vrep-since-1-0-")
-    assert dirty(shown["disks"][0]["uri"], shown["bitmap"])
+    # Rarely all of a day's writes are of one disk.
+    assert any(dirty(disk["uri"], shown["bitmap"]) for disk in shown["disks"])
     code, out = vrep(lab, "test", "start", "web", "--since=monday")
     assert code == 0
     assert shown["bitmap"] in out

@@ -552,8 +552,6 @@ class Heard:
         monkeypatch.setattr(
             EpochDoor, "state", lambda door: {**real(door), "source": {**HEARD, **self.next()}}
         )
-        monkeypatch.setattr(failover, "REPORT_WAIT_S", 0.2)
-        monkeypatch.setattr(failover, "IDLE_REPORT_WAIT_S", 0.2)
 
     def next(self) -> dict[str, Any]:
         return self.left.pop(0) if len(self.left) > 1 else self.left[0]
@@ -590,6 +588,8 @@ def test_a_failover_is_refused_while_the_source_lives(
     """Also when nobody can know."""
     lab.close()
     Heard(monkeypatch, heard)
+    monkeypatch.setattr(failover, "REPORT_WAIT_S", 0.2)  # it says nothing else later
+    monkeypatch.setattr(failover, "IDLE_REPORT_WAIT_S", 0.2)
     with pytest.raises(errors.SourceAliveError, match=words):
         failover.start(lab.paths, "web")
     assert epochs(lab) == [(1, "accepted")]

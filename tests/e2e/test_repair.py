@@ -14,7 +14,7 @@ from sites import GROUP, MIB, Pair, compare, wait_until
 
 from vrep import errors
 from vrep.target.manifest import Position, load_newest, manifest_numbers, manifest_path
-from vrep.target.segment import entry_path, segment_path
+from vrep.target.segment import entry_path
 
 pytestmark = pytest.mark.e2e
 
@@ -118,18 +118,16 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     pair.images["root"].write_bytes(rng.randbytes(SIZE))
     pair.up()
     pair.settle()
-    for _ in range(4):
-        write_some(pair, rng, 20)
+    for _ in range(8):  # each durable before the next: no commit has more, nor much of a segment
+        write_some(pair, rng, 10)
     pair.a.checkpoint(GROUP, "early")
     pair.settle()
     pair.stop("target")
-    newest = load_newest(pair.store, pair.group_id)
-    rows = newest.segments
-    row = rows[0] if place == "first" else rows[len(rows) // 2]
+    rows = load_newest(pair.store, pair.group_id).segments
+    # How large those of the first sync are is this host's business: one commit may have it all.
+    # The last one is not lost: of the open segment it alone says which stream that begins in.
+    row = rows[0] if place == "first" else min(rows[1:-1], key=lambda one: int(one["data_bytes"]))
     entry_path(pair.store, row).unlink()
-    # Of the open segment, which has no index, the one before says which stream it begins in.
-    again = segment_path(pair.store, newest.active_segment) if row == rows[-1] else None
-    sent_again = again.stat().st_size if again is not None else 0
     report = pair.b.repair(GROUP, resend=True)
     behind = rows["data_end"][rows["segment"] > row["segment"]].sum()
     assert report.salvaged_bytes > int(behind) // 2
@@ -146,7 +144,7 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     pair.settle()
     if "source" not in killed:
         # What was under way to the target that was killed is sent once more.
-        once = (int(row["data_bytes"]) + sent_again) * 1.05 + 65536
+        once = int(row["data_bytes"]) * 1.05 + 65536
         assert sent(pair) - before <= 2 * once < SIZE / 2
     goes_on(pair, rng)
 

@@ -21,13 +21,14 @@ def taken_over(life: Life, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     with life.client(west) as client:
         life.write(client)
     life.settle(west)
+    wait_until("nobody uses the disks", lambda: west.group()["clients"] == 0)
     monkeypatch.setenv("VREP_FAULT", fault)
     view = east.site.move(GROUP)
     monkeypatch.delenv("VREP_FAULT")
     with life.client(east, view) as client:
         life.check(client)
         life.write(client)
-    wait_until("all is there", lambda: east.site.tests()[0].fill["done"])
+    wait_until("all is there", lambda: east.site.tests()[0].fill.get("done"))
 
 
 def test_a_last_sync_that_fails_leaves_the_disks_with_their_view(

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sites import free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -28,12 +28,6 @@ LIMIT_S = 120.0
 DISK_BYTES = 64 << 20
 MIB = 1 << 20
 F_OFD_SETLK = 37
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class CommandError(AssertionError):
@@ -310,16 +304,17 @@ def test_a_failover_serves_the_disk_and_fences_the_old_source(pair: Pair) -> Non
     dead = pair.east.vrep("test", "list")["views"][0]["pid"]
     os.kill(dead, signal.SIGKILL)  # the process of the recovered disk alone
 
-    def served_again() -> bool:
+    def answers(but: int | None = None) -> bool:
+        """By a process that says how far it has filled: one that runs may not listen yet."""
         one = pair.east.vrep("test", "list")["views"][0]
-        return bool(one["running"]) and one["pid"] != dead
+        return bool(one["running"] and one["fill"]) and one["pid"] != but
 
-    wait_for(served_again, "vrep run serves it again")
+    wait_for(lambda: answers(dead), "vrep run serves it again")
     io(served, "read -P 0x42 0 1M")
 
     pair.east.kill()  # the host of the recovered disk goes down and comes back
     pair.east.start()
-    wait_for(lambda: pair.east.vrep("test", "list")["views"][0]["running"], "the view is back")
+    wait_for(answers, "the view is back")
     io(served, "read -P 0x42 0 1M", "read -P 0x41 1M 3M")
 
 

@@ -6,13 +6,13 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from sites import free_port
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial" / "two-sites.md"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -22,9 +22,7 @@ BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 def test_the_tutorial_does_what_it_says() -> None:
     script = "\n".join(BLOCK.findall(PAGE.read_text()))
     assert script.count("vrep ") > 15
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        script = script.replace("127.0.0.1:9440", f"127.0.0.1:{probe.getsockname()[1]}")
+    script = script.replace("127.0.0.1:9440", f"127.0.0.1:{free_port()}")
     assert "9440" not in script
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with tempfile.TemporaryDirectory(prefix="vrep-tutorial-") as work:

@@ -77,6 +77,8 @@ def test_fronts_take_turns(make_pair: Make) -> None:
         pair.a.set_fronts(GROUP, {"root": "floppy"})
     with pytest.raises(NotFoundError):
         pair.a.set_fronts(GROUP, {"other": "nbd"})
+    # The filter hears a moment later that a client took leave.
+    wait_until("nobody uses the disks", lambda: pair.status()["clients"] == 0)
     pair.a.set_fronts(GROUP, {"data": "vhost-user-blk"})
     # NBD shows the other disk alone.
     with pair.client("root") as client:
