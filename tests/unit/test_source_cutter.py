@@ -252,6 +252,60 @@ def test_cuts_that_are_void_are_tried_ever_later(groups: GroupDirectory) -> None
     assert made._void_pause_s(1.0) == 0.2
 
 
+def cut_in_vain(groups: GroupDirectory, now: list[float]) -> tuple[Played, Cutter]:
+    """A cutter that could not make a cut that it wanted."""
+    played = Played()
+    made = cutter(groups, played, clock=lambda: now[0])
+    played.fails["hold 1"] = errors.PeerError("it is too late")
+    assert not made.tend()
+    assert "too late" in made.view()["error"]
+    played.fails.clear()
+    return played, made
+
+
+def test_no_cut_is_missed_once_a_checkpoint_made_it(groups: GroupDirectory) -> None:
+    now = [0.0]
+    played, made = cut_in_vain(groups, now)
+    made.cut("now", try_s=0.0)
+    played.heads = {0: 101, 1: 101, 2: 102}  # the marks, and nothing behind them
+    for _ in range(20):
+        now[0] += 5.0
+        assert made.tend()
+    view = made.view()
+    assert (view["made"], view["error"], view["stale"]) == (1, "", False)
+
+
+def test_a_cut_that_is_wanted_and_not_made_is_missed(groups: GroupDirectory) -> None:
+    now = [0.0]
+    played, made = cut_in_vain(groups, now)
+    played.fails["hold 1"] = errors.PeerError("it is too late")
+    for _ in range(20):
+        now[0] += 5.0
+        assert not made.tend()
+    assert made.view()["stale"]
+    assert "too late" in made.view()["error"]
+
+
+def test_a_lane_is_absent_until_it_is_served_again(groups: GroupDirectory) -> None:
+    """Whoever makes the next cut, and when."""
+    now = [0.0]
+    played = Played()
+    made = cutter(groups, played, clock=lambda: now[0])
+    away = made._hosts[SITES[1]]
+    away.away = True  # type: ignore[attr-defined]
+    assert not made.tend()
+    now[0] = 5.0
+    assert made.tend()
+    played.heads = {0: 101, 1: 8, 2: 102}  # the marks
+    played.asked.clear()
+    assert made.tend()
+    assert (played.asked, made.view()["absent"]) == ([], [1])
+    made._leads = lambda: False  # type: ignore[method-assign]
+    away.away = False  # type: ignore[attr-defined]
+    assert made.tend()
+    assert (played.asked, made.view()["absent"]) == ([], [])
+
+
 class TwoTargets(Played):
     """The filter of a site with lanes 0, 1 and 2, which go to several targets."""
 

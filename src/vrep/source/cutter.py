@@ -19,7 +19,7 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -214,8 +214,12 @@ class Cutter:
                 status = self._look()
                 self._greet(status)
                 self._note(status)
+                lacking = self._lacking(self._definitions(), status)
+                self._absent = [lane for lane in self._absent if lane in lacking]
                 taken = self._joined(status)
                 if not self._every_s or not self._leads() or not self._is_due(taken):
+                    # None is wanted: not any more, when a checkpoint or another site made it.
+                    self._error, self._wanted_since = "", None
                     return True
                 if self._wanted_since is None:
                     self._wanted_since = self._clock()
@@ -372,16 +376,21 @@ class Cutter:
 
     def _gone(self, definitions: Mapping[str, GroupDefinition], served: list[str]) -> list[int]:
         """The lanes that cuts do without, and say so; AgainError while one is waited for."""
-        now = self._clock()
-        known = {lane_of(name) for name in definitions}
-        known |= {lane for one in definitions.values() for lane in one.lanes}
-        missing = sorted(known - {lane_of(name) for name in served})
+        now, missing = self._clock(), self._lacking(definitions, served)
         self._missing = {lane: self._missing.get(lane, now) for lane in missing}
         waited = [lane for lane in missing if now - self._missing[lane] < self._gone_s]
         if waited:
             raise AgainError(f"lane {', '.join(map(str, waited))} of {self.group!r} is not served")
         joining = {lane for one in definitions.values() for lane in one.joining}
         return [lane for lane in missing if lane not in joining]
+
+    def _lacking(
+        self, definitions: Mapping[str, GroupDefinition], served: Iterable[str]
+    ) -> list[int]:
+        """The lanes of the group that are not served."""
+        known = {lane_of(name) for name in definitions}
+        known |= {lane for one in definitions.values() for lane in one.lanes}
+        return sorted(known - {lane_of(name) for name in served})
 
     def _joined(self, status: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
         """Without the lanes that are joining and not whole yet: cuts do without them."""
