@@ -25,7 +25,7 @@ from vrep.app.demo.guest_disk import DiskContent, Manifest, build_disk
 from vrep.app.demo.guest_image import CpioWriter, GuestError, GuestImage, load_modules
 
 CACHE = Path(__file__).parents[2] / "build" / "guest"
-BOOT_LIMIT_S = 120.0
+BOOT_LIMIT_S = 300.0
 SMALL = DiskContent(
     size=128 << 20,
     small_files=40,

@@ -130,7 +130,7 @@ class Dependent:
                     while not self._stop.is_set():
                         at = (at + 65536) % (8 * MIB)
                         client.write(MIB + at, bytes([at % 251]) * 65536)
-                        time.sleep(0.001)
+                        time.sleep(0.004)  # the ring outlasts a target that stalls for seconds
             except (OSError, errors.VrepError) as error:
                 if not self._patient:
                     self.error = error

@@ -36,7 +36,7 @@ LOST_MS: Final = 1000
 """lines reported longer than this before the kill must be in the latest point"""
 BLOCK: Final = 4096
 SYNC_LIMIT_S: Final = 120.0
-BOOT_LIMIT_S: Final = 120.0
+BOOT_LIMIT_S: Final = 300.0
 
 
 @dataclass
