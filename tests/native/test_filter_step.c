@@ -154,11 +154,62 @@ static void what_was_not_stepped_never_happened(void)
     rig_free(&rig);
 }
 
+static void step_everything(void)
+{
+    struct vrep_group_step step;
+    while (vrep_group_waiting(rig.group, 0, &step))
+        vrep_group_step(rig.group, 0);
+}
+
+static uint64_t now;
+
+static void later(uint64_t ns)
+{
+    now += ns;
+    vrep_group_set_time(rig.group, now, 1000 + now);
+    vrep_group_poll(rig.group);
+}
+
+/* The disk holds data everywhere, and a target has none of them. */
+static void filled(void)
+{
+    static uint8_t data[RIG_BYTES];
+    memset(data, 7, sizeof data);
+    rig_init(&rig);
+    int fd = open(rig.disk, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, data, sizeof data, 0) == RIG_BYTES);
+    close(fd);
+    now = 1;
+    rig.config.flags |= VREP_GROUP_STEPPED;
+    rig.config.mono_ns = now;
+    rig.config.wall_ns = 1000;
+    rig_open(&rig);
+    rig_attach(&rig);
+}
+
+/* A turn may take less time than a byte does. */
+static void a_rate_is_kept_however_often_there_is_a_turn(void)
+{
+    enum { RATE = 4000000, TURN_NS = 200, TURNS = 500000, MOST = 256 << 10 };
+    uint64_t expected = (uint64_t)RATE * TURN_NS * TURNS / 1000000000;
+    filled();
+    CHECK_OK(vrep_group_resync(rig.group, true, RATE, false));
+    for (int i = 0; i < TURNS; i++) {
+        later(TURN_NS);
+        step_everything();
+    }
+    uint64_t copied = rig_status(&rig).resync_bytes;
+    CHECK(copied >= expected - 1000);
+    CHECK(copied <= expected + MOST); /* the last copy is begun when there is room for a byte */
+    rig_free(&rig);
+}
+
 int main(void)
 {
     RUN(completions_come_in_the_drivers_order);
     RUN(a_step_can_fail);
     RUN(time_is_what_the_driver_says);
     RUN(what_was_not_stepped_never_happened);
+    RUN(a_rate_is_kept_however_often_there_is_a_turn);
     return check_report();
 }

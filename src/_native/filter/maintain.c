@@ -261,9 +261,10 @@ void vrep_maintain(struct vrep_group *group)
     if (group->now_ns >= group->checkpoint_ns) {
         group->checkpoint_ns = group->now_ns + group->config.checkpoint_ns;
         bool changed = group->dirtied > 0 || group->durable != group->checkpoint_durable;
-        group->checkpoint_durable = group->durable;
-        if (changed && !group->checkpoint_job.busy)
+        if (changed && !group->checkpoint_job.busy) {
+            group->checkpoint_durable = group->durable;
             vrep_maintain_checkpoint(group);
+        }
     }
     if (group->now_ns >= group->cool_ns) {
         group->cool_ns = group->now_ns + COOL_NS;

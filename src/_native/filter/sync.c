@@ -224,9 +224,14 @@ static bool budget_left(struct vrep_group *group)
     uint64_t passed = group->now_ns - group->resync_filled_ns;
     int64_t most = (int64_t)(group->resync_rate / 4 > COPY_BYTES_MAX ? group->resync_rate / 4
                                                                      : COPY_BYTES_MAX);
-    group->resync_filled_ns = group->now_ns;
-    double more = (double)passed / (double)NS_PER_S * (double)group->resync_rate;
-    group->resync_budget += more > (double)most ? most : (int64_t)more;
+    double per_ns = (double)group->resync_rate / (double)NS_PER_S, more = (double)passed * per_ns;
+    if (more >= (double)most) {
+        group->resync_budget += most;
+        group->resync_filled_ns = group->now_ns;
+    } else { /* turns may be less than a byte apart: the rest counts for the next */
+        group->resync_budget += (int64_t)more;
+        group->resync_filled_ns += (uint64_t)((double)(int64_t)more / per_ns);
+    }
     if (group->resync_budget > most)
         group->resync_budget = most;
     return group->resync_budget > 0;
