@@ -209,6 +209,38 @@ def test_a_filter_that_hangs_is_killed_when_the_vm_cannot_be_asked(make_pair: Ma
         whole(pair, load)
 
 
+@pytest.mark.slow
+def test_a_filter_that_hangs_while_the_vm_is_asked_is_killed_as_soon(
+    make_pair: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that QEMU owes the keeper does not hold it up for as long as a monitor may take."""
+    pair = make_pair(disks={"root": SIZE})
+    asked, hung = Mirrored.failures, threading.Event()
+
+    def asking(self: Mirrored) -> int:
+        if hung.is_set():
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(1)  # a write of the load waits
+        return asked(self)
+
+    with Vm(*format_disk(pair)) as vm, kept(pair):
+        pair.up_beside()
+        load = DeviceLoad(vm, A)  # QEMU's main loop waits for what it writes
+        mirror(pair, vm)
+        replicates(pair)
+        monkeypatch.setattr(Mirrored, "failures", asking)
+        process = pair.processes.pop("filter")
+        begun = time.monotonic()
+        hung.set()
+        assert process.wait(30) == -signal.SIGKILL
+        print(f"killed after {time.monotonic() - begun:.1f} s")
+        monkeypatch.setattr(Mirrored, "failures", asked)
+        pair.start("filter")
+        load.goes_on()
+        replicates(pair)
+        whole(pair, load)
+
+
 def test_a_filter_that_hangs_in_a_drain_is_let_go_of(
     make_pair: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:

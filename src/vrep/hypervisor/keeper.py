@@ -27,7 +27,7 @@ from vrep import errors
 from vrep.control import ControlClient
 from vrep.groups import GroupDirectory
 from vrep.hypervisor.mirrored import Mirrored
-from vrep.hypervisor.monitor import Monitor, open_monitor
+from vrep.hypervisor.monitor import EXECUTE_S, Monitor, open_monitor
 from vrep.hypervisor.record import Attachment, AttachmentFile
 from vrep.hypervisor.rest import Rest
 from vrep.paths import SitePaths
@@ -38,6 +38,9 @@ FILTER_S: Final = 1.5
 LATE_MAX: Final = 2
 LOOK_S: Final = 2.0
 """how soon a write that failed at the VM's image is noticed"""
+ASK_S: Final = 3.0
+"""a VM that answers no question for so long may be waiting for a filter that hangs, which is found
+by asking that one"""
 SETTLE_S: Final = 300.0
 """a bitmap holds what was written for so long at least, and twice that at most"""
 RETRY_MAX_S: Final = 5.0
@@ -179,11 +182,12 @@ class Keeper:
 
     def _look_for_failures(self, name: str, record: Attachment) -> None:
         """Nothing of a write that failed is sent, and some of it may be on the image."""
-        with self._mirrored(name, record) as mirrored:
+        with self._mirrored(name, record, ASK_S) as mirrored:
             failures = mirrored.failures()
-            if failures == record.failures:
-                return
-            log.warning("writes failed at the VM's image", group=name)
+        if failures == record.failures:
+            return
+        log.warning("writes failed at the VM's image", group=name)
+        with self._mirrored(name, record) as mirrored:
             if not mirrored.mark():
                 self._filter.call("mirror_distrust", group=name)
             self._remember(name, record, failures)
@@ -198,7 +202,7 @@ class Keeper:
         which hangs anyway, and its sockets close."""
         log.error("the filter hangs: a VM's mirror is cut, and it goes on", group=name)
         try:
-            with self._mirrored(name, record) as mirrored:
+            with self._mirrored(name, record, ASK_S) as mirrored:
                 mirrored.cut()
         except errors.VrepError as error:
             log.error("the filter is killed: the VM cannot be asked", group=name, error=str(error))
@@ -220,8 +224,10 @@ class Keeper:
         self._process = (pid, fd)
 
     @contextlib.contextmanager
-    def _mirrored(self, name: str, record: Attachment) -> Iterator[Mirrored]:
-        with contextlib.closing(open_monitor(record.vm)) as monitor:
+    def _mirrored(
+        self, name: str, record: Attachment, limit_s: float = EXECUTE_S
+    ) -> Iterator[Mirrored]:
+        with contextlib.closing(open_monitor(record.vm, limit_s)) as monitor:
             yield self._of(monitor, name, record)
 
     def _of(self, monitor: Monitor, name: str, record: Attachment) -> Mirrored:

@@ -51,10 +51,11 @@ class Monitor(Protocol):
 class SocketMonitor:
     """QMP over the Unix socket of a QEMU (its ``-qmp unix:PATH,server=on,wait=off``)."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit_s: float = EXECUTE_S) -> None:
         from qemu.qmp import QMPClient, QMPError
 
         self._path = path
+        self._limit_s = limit_s
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("vrep")
         self._client.logger.setLevel("CRITICAL")  # what goes wrong is raised
@@ -77,7 +78,7 @@ class SocketMonitor:
 
         given = dict(arguments) if arguments else None
         try:
-            return self._run(self._client.execute(command, given), EXECUTE_S)
+            return self._run(self._client.execute(command, given), self._limit_s)
         except ExecuteError as error:
             raise errors.HypervisorError(f"{command}: {error}") from None
         except TimeoutError:
@@ -108,7 +109,7 @@ class SocketMonitor:
             return bool(done)
 
         try:
-            return bool(self._run(both(), limit_s + EXECUTE_S))
+            return bool(self._run(both(), limit_s + self._limit_s))
         except ExecuteError as error:
             raise errors.HypervisorError(f"{command}: {error}") from None
         except TimeoutError:
@@ -218,10 +219,11 @@ def check_vm(vm: str) -> str:
     return f"qmp:{Path(where).absolute()}" if scheme == "qmp" else vm
 
 
-def open_monitor(vm: str) -> Monitor:
-    """The monitor of a running VM. UnreachableError, NotFoundError: it does not run."""
+def open_monitor(vm: str, limit_s: float = EXECUTE_S) -> Monitor:
+    """The monitor of a running VM, which is waited for at each command for so long; libvirt has
+    limits of its own. UnreachableError, NotFoundError: it does not run."""
     scheme, _, where = check_vm(vm).partition(":")
-    return SocketMonitor(Path(where)) if scheme == "qmp" else LibvirtMonitor(where)
+    return SocketMonitor(Path(where), limit_s) if scheme == "qmp" else LibvirtMonitor(where)
 
 
 __all__ = ["LibvirtMonitor", "Monitor", "SocketMonitor", "check_vm", "open_domain", "open_monitor"]
