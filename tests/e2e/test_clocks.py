@@ -113,6 +113,7 @@ def test_history_ages_by_what_passes_since_boot(make_pair: Make, rng: random.Ran
     pair.up()
     assert pair.a.keep(GROUP, window_s=WINDOW_S) == ""
     kept = write_some(pair, rng, 8 * MIB)
+    pair.settle()  # what came after the two days would be young
     assert pair.stored()["folded_bytes"] == 0
     pair.stop("target")
     pair.enter["target"] = _later(2 * 86400)
