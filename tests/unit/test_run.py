@@ -38,6 +38,8 @@ class Roles:
         self.paths = SitePaths(root)
         self.started: list[str] = []
         self.acts: Callable[[str], bool] = lambda _role: True
+        self.text = ""
+        """of all, in place of a filter that serves"""
         self.supervisor = Supervisor(self.paths, ("filter",))
         self.real = subprocess.Popen
         monkeypatch.setattr(run.subprocess, "Popen", self._popen)
@@ -49,7 +51,7 @@ class Roles:
         role = command[3]
         self.started.append(role)
         text = SERVES.format(path=str(self.paths.socket("filter")))
-        code = text if self.acts(role) else "raise SystemExit(1)"
+        code = self.text or (text if self.acts(role) else "raise SystemExit(1)")
         return self.real([sys.executable, "-c", code], **options)
 
     def wait(self, what: Callable[[], Any]) -> None:
@@ -107,6 +109,45 @@ def test_a_filter_that_was_ready_is_started_again(
         roles.kill()
     roles.wait(lambda: len(roles.started) == run.STARTS_MAX + 2)
     assert set(roles.started) == {"filter"}
+
+
+def test_a_role_that_is_late_with_its_answer_is_there(roles: Roles) -> None:
+    """What an earlier supervisor left: no second one is started beside it, and it is stopped."""
+    roles.paths.make_run()
+    text = SERVES.format(path=str(roles.paths.socket("filter")))
+    with roles.real([sys.executable, "-c", text]) as left:
+        try:
+            roles.wait(lambda: roles.supervisor._answers("filter") == left.pid)
+            left.send_signal(signal.SIGSTOP)
+            roles.thread.start()
+            roles.wait(lambda: roles.child()["pid"] == left.pid)
+            time.sleep(3 * run.FOUND_EVERY_S)  # some more looks
+            assert (roles.started, roles.child()["pid"]) == ([], left.pid)
+            left.send_signal(signal.SIGCONT)
+            roles.supervisor.request_stop()
+            roles.thread.join(60)
+            assert (roles.result, left.wait(60)) == ([0], 0)
+        finally:
+            left.kill()
+    assert roles.started == []
+
+
+@pytest.mark.parametrize(("how", "status"), [("SIG_DFL", 0), ("lambda *_: sys.exit(3)", 1)])
+def test_a_role_that_was_starting_stops_well(roles: Roles, how: str, status: int) -> None:
+    """Told to end before it knows of that; and one that says that something went wrong."""
+    there = roles.paths.root / "there"
+    roles.text = f"""
+import signal, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, {how.replace("SIG_DFL", "signal.SIG_DFL")})
+Path({str(there)!r}).touch()
+time.sleep(600)
+"""
+    roles.thread.start()
+    roles.wait(there.exists)
+    roles.supervisor.request_stop()
+    roles.thread.join(60)
+    assert roles.result == [status]
 
 
 def test_systemd_hears_when_all_is_ready(roles: Roles, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -43,6 +44,8 @@ STOP_S: Final = 30.0
 FOUND_EVERY_S: Final = 1.0
 STARTS_MAX: Final = 3
 PING_S: Final = 0.5
+UCRED: Final = struct.Struct("3i")
+"""pid, uid and gid of who listens (unix(7), SO_PEERCRED)"""
 
 log = structlog.get_logger("vrep.run")
 
@@ -154,7 +157,7 @@ class Supervisor:
         if child.process is not None:
             status = child.process.poll()
             if status is None:
-                child.ready = child.ready or self._find(child.role) == child.process.pid
+                child.ready = child.ready or self._answers(child.role) == child.process.pid
                 return
             self._judge(child)
             if now - child.started > STEADY_S:
@@ -194,13 +197,28 @@ class Supervisor:
         if child.bypass:
             log.error("the filter does not start: its disks are passed through, unreplicated")
 
-    def _find(self, role: str) -> int | None:
-        """The process that serves a role's control socket, if any does."""
+    def _answers(self, role: str) -> int | None:
+        """The process that answers on a role's control socket, if any does."""
         client = ControlClient(self._paths.socket(role), timeout=PING_S)
         try:
             return int(client.call("ping")["pid"])
         except VrepError:
             return None
+
+    def _find(self, role: str) -> int | None:
+        """The process that serves a role's control socket, if any does: one that has not the time
+        to answer is there all the same."""
+        pid = self._answers(role)
+        if pid is not None:
+            return pid
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(PING_S)
+            try:
+                probe.connect(str(self._paths.socket(role)))
+            except OSError:  # nobody listens
+                return None
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
+            return int(UCRED.unpack(credentials)[0])
 
     def _stop_found(self, role: str) -> None:
         """Stop what an earlier supervisor started."""
@@ -240,6 +258,8 @@ class Supervisor:
                 log.error("role does not stop, killing it", role=role)
                 child.process.kill()
                 status = child.process.wait()
+            if status == -signal.SIGTERM:
+                status = 0  # it was starting, and had not come to where it ends in order
             log.info("role stopped", role=role, status=status)
             worst = max(worst, abs(status))
         return min(worst, 1)
