@@ -239,7 +239,7 @@ def lead_on(group: Any, follower: Follower, world: World, sources: list[bytes]) 
     group.resync(True)
     first = following = follower.released + 1
     open_gap = False
-    until = time.monotonic() + 60
+    until = time.monotonic() + 180
     while True:
         group.poll()
         while following <= follower.head:

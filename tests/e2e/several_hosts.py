@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from life import Place
-from sites import GROUP, KEY, MIB, Client, wait_until
+from sites import GROUP, KEY, MIB, WAIT_S, Client, wait_until
 
+from vrep import errors
 from vrep.recovery.cuts import Cut, LaneSet, find_lanes
 from vrep.recovery.fetch import Fetcher
 
@@ -81,7 +82,20 @@ class Hosts:
         return dict(found)
 
     def client(self, at: Place) -> Client:
-        return Client(at.site.disk_uri(GROUP, at.name), 30.0)
+        return Client(at.site.disk_uri(GROUP, at.name), WAIT_S)
+
+    def checkpoint(self, at: Place, label: str) -> dict[str, Any]:
+        """One that stands. A cut over several hosts holds for 10 ms, and is void if that was not
+        enough: on processors that others keep busy it may be so for longer than one is tried."""
+
+        def made() -> dict[str, Any] | None:
+            try:
+                return at.site.checkpoint(GROUP, label, wait_s=WAIT_S)
+            except errors.AgainError:
+                return None  # none of this label was made
+
+        found: dict[str, Any] = wait_until(f"a cut {label!r} stands", made)
+        return found
 
     def cuts(self) -> list[Cut]:
         held = find_lanes(self.vault.site.paths, GROUP)

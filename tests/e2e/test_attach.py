@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import GROUP, MIB, Pair, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, wait_until
 from vm import BLOCK, DeviceLoad, Vm, Writer
 
 from vrep import errors
@@ -361,7 +361,7 @@ def test_an_unknown_block_graph_is_refused_and_left_as_it_is(make_pair: Made) ->
         pair.a.detach(GROUP)
         if match == "is served":
             pair.a.attach(GROUP)
-            pair.a.wait_served(GROUP)
+            pair.a.wait_served(GROUP, WAIT_S)
         with Vm(*arguments) as vm:
             if match == "is served":
                 with pytest.raises(kind, match=match):
@@ -480,7 +480,7 @@ def test_the_page_on_attaching_does_what_it_says(make_pair: Made) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         print(shell.stdout)

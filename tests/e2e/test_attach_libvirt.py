@@ -74,6 +74,11 @@ class Domain:
         return sorted(nodes, key=json.dumps)
 
 
+def objects_held(pair: Pair) -> bool:
+    """Whether the target is known to hold every object, which is looked at once a second."""
+    return all(one["durable"] for one in pair.a.objects(GROUP))
+
+
 def mirrors(pair: Pair) -> bool:
     """Whether a VM sends its writes now: it is neither missed, nor off."""
     status = pair.status()["filter"]
@@ -108,6 +113,7 @@ def test_a_domain_is_attached_and_detached(pair: Pair, libvirtd: str) -> None:
         assert held[MIB : MIB + 4] == bytes([1] * 4)
         assert held[2 * MIB : 2 * MIB + 4] == bytes([2] * 4)
         assert pair.read_view()["root"] == held
+        wait_until("the target holds the object", lambda: objects_held(pair))
         assert b"<name>web</name>" in pair.b.object_get(GROUP, "domain.xml")
         pair.a.detach(GROUP)
         assert domain.nodes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,7 +44,7 @@ def becomes_whole(pair: Pair, reason: str) -> None:
     pair.cable.cut(down=True)
     pair.start("filter")
     pair.served()
-    wait_until("it is noticed", lambda: pair.status()["unverified"] == reason, 20)
+    wait_until("it is noticed", lambda: pair.status()["unverified"] == reason)
     pair.cable.repair()
     pair.settle()
     assert pair.status()["unverified"] == ""
@@ -78,6 +79,7 @@ def test_what_was_written_after_a_clean_stop_is_noticed(
         with device.open("r+b", buffering=0) as file:
             file.seek(3 * MIB)
             file.write(rng.randbytes(65536))
+            os.fsync(file.fileno())  # who else has it open may keep it from the device
         becomes_whole(pair, "stamps")
 
 
@@ -96,4 +98,5 @@ def test_what_was_written_since_the_host_was_booted_is_noticed(
         another_boot(pair)
         with device.open("r+b", buffering=0) as file:
             file.write(rng.randbytes(4096))
+            os.fsync(file.fileno())  # as above
         becomes_whole(pair, "stamps" if clean else "past")

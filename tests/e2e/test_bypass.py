@@ -124,7 +124,7 @@ def run_filter(pair: Pair) -> subprocess.Popen[bytes]:
 
 def end(run: subprocess.Popen[bytes]) -> None:
     run.terminate()
-    assert run.wait(60) == 0
+    assert run.wait(WAIT_S) == 0
 
 
 def test_a_filter_that_does_not_start_is_replaced(

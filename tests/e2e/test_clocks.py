@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sites import GROUP, MIB, Pair, compare, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, compare, wait_until
 
 pytestmark = pytest.mark.e2e
 Make = Callable[..., Pair]
@@ -73,7 +73,7 @@ def test_a_wall_clock_that_jumps_takes_no_history(
 
     def point(label: str) -> None:
         points[label] = write_some(pair, rng)
-        pair.a.checkpoint(GROUP, label, wait_s=60)
+        pair.a.checkpoint(GROUP, label, wait_s=WAIT_S)
         pair.settle()
 
     def check(apart: bool) -> None:
@@ -122,7 +122,7 @@ def test_history_ages_by_what_passes_since_boot(make_pair: Make, rng: random.Ran
     wait_until("old history is gone", lambda: pair.stored().get("folded_bytes"))
     compare("root", pair.read_view()["root"], kept)
     kept = write_some(pair, rng)
-    pair.a.checkpoint(GROUP, "later", wait_s=60)
+    pair.a.checkpoint(GROUP, "later", wait_s=WAIT_S)
     pair.settle()
     pair.kill("target")
     del pair.enter["target"]

@@ -21,7 +21,7 @@ PROGRAMS = ("/usr/sbin/iscsid", "/usr/sbin/iscsiadm", "/usr/sbin/mke2fs", "/usr/
 SLIRP = "10.0.2.2"
 """this host, as a guest on QEMU's user network sees it"""
 AUTH = "user initiator-secret\ntarget target-secret-2\n"
-BOOT_S = 180.0
+BOOT_S = 300.0
 
 
 def programs() -> dict[str, bytes]:

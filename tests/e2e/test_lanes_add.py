@@ -43,7 +43,11 @@ def add(hosts: Hosts, at: Place, name: str, content: bytes, rate: int = 0) -> No
 def hurry(at: Place, lane: str) -> None:
     """Let a lane be copied without a limit from now on."""
     at.site.groups.update(lane, options=at.site.group_options(ring_bytes=8 * MIB))
-    ControlClient(at.site.paths.socket("filter")).call("resync", group=lane, bytes_per_s=0)
+    control = ControlClient(at.site.paths.socket("filter"))
+    wait_until(
+        "it is served, and hurries",
+        lambda: control.call("resync", group=lane, bytes_per_s=0) is not None,
+    )
 
 
 def joined(at: Place, lane: int) -> bool:
@@ -65,7 +69,7 @@ def test_a_disk_is_added_to_a_group_that_runs(hosts: Hosts, rng: random.Random, 
             client.write(0, name.encode().ljust(512, b"."))
             content[name][:512] = name.encode().ljust(512, b".")
     hosts.settle()
-    assert hosts.north.site.checkpoint(GROUP, "before", wait_s=60)["absent"] == []
+    assert hosts.checkpoint(hosts.north, "before")["absent"] == []
     before = {n: bytes(data) for n, data in content.items()}
     copied = [so_far(hosts.lane(place)) for place in (hosts.north, hosts.south)]
     content["logs"] = bytearray(rng.randbytes(NEW_BYTES))
@@ -76,7 +80,7 @@ def test_a_disk_is_added_to_a_group_that_runs(hosts: Hosts, rng: random.Random, 
         with hosts.client(hosts.places[name]) as client:
             client.write(512, b"meanwhile".ljust(512, b"."))
             content[name][512:1024] = b"meanwhile".ljust(512, b".")
-    made = hosts.north.site.checkpoint(GROUP, "meanwhile", wait_s=60)
+    made = hosts.checkpoint(hosts.north, "meanwhile")
     assert (made["absent"], joined(hosts.north, 2)) == ([], False)
     meanwhile = {n: bytes(data) for n, data in content.items() if n != "logs"}
     with pytest.raises(errors.ExistsError):
@@ -87,7 +91,7 @@ def test_a_disk_is_added_to_a_group_that_runs(hosts: Hosts, rng: random.Random, 
     with Client(at.site.disk_uri(GROUP, "logs"), 30.0) as client:
         client.write(4096, b"new".ljust(512, b"."))
         content["logs"][4096:4608] = b"new".ljust(512, b".")
-    assert other.site.checkpoint(GROUP, "after", wait_s=60)["absent"] == []
+    assert hosts.checkpoint(other, "after")["absent"] == []
     for point, disks in (("before", before), ("meanwhile", meanwhile), ("after", content)):
         view = hosts.vault.site.test_start(GROUP, point)
         assert {disk.name for disk in view.disks} == set(disks)
@@ -136,7 +140,7 @@ def test_what_cannot_be_added_changes_nothing(
             with pytest.raises(type(dies)):
                 north.add_disks(GROUP, {"logs": f"file:{image}"})
         # What was cut off is a number that nobody has.
-        assert north.checkpoint(GROUP, "whole", wait_s=60)["absent"] == []
+        assert hosts.checkpoint(hosts.north, "whole")["absent"] == []
     north.add_disks(GROUP, {"logs": f"file:{image}"})
     wait_until("it has joined", lambda: joined(hosts.north, 4))
     assert north.groups.load(f"{GROUP}@0").lanes == (0, 1, 4)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from life import Place
-from sites import GROUP, KEY, MIB, Client, compare, wait_until
+from sites import GROUP, KEY, MIB, WAIT_S, Client, compare, wait_until
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -81,7 +81,7 @@ class Lanes:
 
         def opened() -> Client | None:
             try:
-                return Client(uris.get(disk) or at.site.disk_uri(GROUP, disk), 30.0)
+                return Client(uris.get(disk) or at.site.disk_uri(GROUP, disk), WAIT_S)
             except OSError:
                 return None
 
@@ -138,11 +138,17 @@ def fenced(lanes: Lanes, at: Place) -> bool:
     return all("fenced" in one["conditions"] for one in lanes.groups(at).values())
 
 
+def clients(lanes: Lanes, at: Place) -> list[int]:
+    """How many use the disks of each lane."""
+    found = lanes.groups(at)
+    return [found[f"{GROUP}@{lane}"]["clients"] for lane in (0, 1)]
+
+
 def test_disks_of_several_lanes_are_filled_in_place(lanes: Lanes) -> None:
     west, east = lanes.west, lanes.east
     lanes.write(west)
     lanes.settle(west)
-    west.site.checkpoint(GROUP, "last", wait_s=60)
+    west.site.checkpoint(GROUP, "last", wait_s=WAIT_S)
     wrong = lanes.root / "wrong.raw"
     wrong.write_bytes(b"\xaa" * 512)
     devices = {name: lanes.root / f"device-{name}.raw" for name in lanes.images}
@@ -177,6 +183,7 @@ def test_a_move_takes_all_lanes_or_none(lanes: Lanes) -> None:
     lanes.write(west)
     with lanes.client(west, "second") as client:
         lanes.put(client, "second", 0)
+        wait_until("who wrote before is gone", lambda: clients(lanes, west) == [0, 1])
         with pytest.raises(errors.BusyError, match="1 client"):
             east.site.move(GROUP)
         lanes.put(client, "second", 512)  # nothing has happened
@@ -213,6 +220,9 @@ def test_a_move_that_was_torn_goes_on(
             raise errors.UnreachableError("on purpose")
         return raise_moved(door, writer, last)
 
+    def heard() -> bool:
+        return bool(lanes.groups(east)[f"{GROUP}@1"]["source"]["guest_clients"])
+
     with monkeypatch.context() as patch:
         patch.setattr(EpochDoor, "raise_moved", torn)
         with pytest.raises(errors.StateError, match=r"give 'vrep move' again.*on purpose"):
@@ -232,8 +242,10 @@ def test_a_move_that_was_torn_goes_on(
         lanes.oracle = {name: bytearray(data) for name, data in halted.items()}
         east.site.failover_commit(GROUP)
     else:
-        with pytest.raises(errors.SourceAliveError), lanes.client(west, "second"):
-            east.site.failover_start(GROUP)
+        with lanes.client(west, "second"):
+            wait_until("east hears of the client", heard)
+            with pytest.raises(errors.SourceAliveError):
+                east.site.failover_start(GROUP)
         view = east.site.move(GROUP, pause=True)
     lanes.check(east, view)
     lanes.write(east, view)
@@ -248,7 +260,7 @@ def test_the_way_back_and_home_again(lanes: Lanes) -> None:
     def checkpoint(writer: Place, keeper: Place) -> None:
         lanes.settle(writer)
         label = f"mark-{len(labels)}"
-        assert writer.site.checkpoint(GROUP, label, wait_s=60)["absent"] == []
+        assert writer.site.checkpoint(GROUP, label, wait_s=WAIT_S)["absent"] == []
         labels.append((keeper, label, lanes.content()))
 
     for number in range(2):
@@ -295,7 +307,7 @@ def test_what_was_not_taken_of_all_lanes(lanes: Lanes, tmp_path: Path) -> None:
     west, east = lanes.west, lanes.east
     lanes.write(west)
     lanes.settle(west)
-    west.site.checkpoint(GROUP, "taken", wait_s=60)
+    west.site.checkpoint(GROUP, "taken", wait_s=WAIT_S)
     taken = lanes.content()
     east.site.failover_start(GROUP, "taken", force=True)
     view = east.site.failover_commit(GROUP)
@@ -307,6 +319,7 @@ def test_what_was_not_taken_of_all_lanes(lanes: Lanes, tmp_path: Path) -> None:
     lanes.oracle = {name: bytearray(data) for name, data in taken.items()}
     lanes.write(east, view)
     wait_until("it is counted", lambda: west.site.untaken(GROUP).bytes == 65536)
+    wait_until("nobody uses the old disks", lambda: clients(lanes, west) == [0, 0])
     east.site.reverse(GROUP)
     lanes.settle(east)
     with pytest.raises(errors.StateError, match="--discard-untaken"):
@@ -322,7 +335,12 @@ def test_what_was_not_taken_of_all_lanes(lanes: Lanes, tmp_path: Path) -> None:
 def test_a_cut_that_was_made_before_a_rollback_is_made_again(lanes: Lanes) -> None:
     """It was not durable when the failover began: its marks are shipped in the epoch that the
     rollback gives back, where it does not look for them."""
-    wait_until("there is a point", lambda: lanes.east.site.points(GROUP).newest, every_s=0.1)
+
+    def whole() -> bool:
+        cuts = lanes.east.site.points(GROUP).cuts
+        return bool(cuts) and not cuts[-1].absent
+
+    wait_until("there is a point of all disks", whole)
     lanes.east.kill()
     lanes.write(lanes.west)
     label = lanes.west.site.checkpoint(GROUP, "before")

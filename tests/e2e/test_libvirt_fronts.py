@@ -19,7 +19,11 @@ from vrep.app.demo.guest_check import check_disk
 from vrep.app.demo.guest_disk import DiskContent, build_disk
 from vrep.app.demo.guest_image import GuestImage
 
-pytestmark = [pytest.mark.e2e, pytest.mark.every_front(quick=("vhost-user-blk",))]
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(1200),
+    pytest.mark.every_front(quick=("vhost-user-blk",)),
+]
 Make = Callable[..., Pair]
 
 NOBODY = 65534
@@ -111,7 +115,7 @@ def test_a_domain_boots_and_writes(make_pair: Make, libvirtd: str, tmp_path: Pat
             before = lines()
             pair.kill("filter")
             pair.start("filter")
-            wait_until("it writes on", lambda: lines() > before + 20)
+            wait_until("it writes on", lambda: lines() > before + 20, BOOT_S)
         assert "FAILED" not in (root / "console").read_text(errors="replace")
     finally:
         domain.destroy()

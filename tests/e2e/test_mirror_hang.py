@@ -16,12 +16,15 @@ from test_attach import blockdev
 from test_mirror import A, hang, kept, mirror, replicates
 from vm import DeviceLoad, Vm
 
+from vrep.hypervisor.keeper import FILTER_S
+
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
 SIZE = 32 * MIB
-WAIT_MAX_S = 20.0
-"""two looks of the keeper, its attempt to ask the VM, and what a busy machine needs"""
+WAIT_MAX_S = 25.0
+"""two looks of the keeper and its attempt to ask the VM are 12 s at most; what a busy machine needs
+besides. A keeper that waits as long as a monitor may take needs more than 30."""
 
 
 def qcow2_vm(pair: Pair, rng: random.Random) -> list[str]:
@@ -57,7 +60,7 @@ def test_a_filter_that_hangs_over_a_qcow2_image_is_let_go_of(
     pair = make_pair(disks={"root": SIZE})
     rate = 2 * MIB if copying else 0
     pair.options = msgspec.structs.replace(pair.options, rate_bytes_per_s=rate)
-    with Vm(*qcow2_vm(pair, rng)) as vm, kept(pair):
+    with Vm(*qcow2_vm(pair, rng)) as vm, kept(pair, filter_s=FILTER_S):
         pair.up_beside()
         load = DeviceLoad(vm, A)
         mirror(pair, vm)
@@ -70,11 +73,12 @@ def test_a_filter_that_hangs_over_a_qcow2_image_is_let_go_of(
         hung = pair.processes["filter"]
         hang(pair)
         begun, rounds = time.monotonic(), load.rounds
-        load.goes_on(30)
+        load.goes_on(2)  # one may have been answered before
         took_s = time.monotonic() - begun
         print(f"{load.rounds - rounds} rounds after {took_s:.1f} s")
         assert took_s < WAIT_MAX_S
         assert vm.alive()
+        load.goes_on()
         hung.send_signal(signal.SIGCONT)  # in vain, when it was ended
         if hung.poll() is not None or _dies(hung):
             assert hung.returncode == -signal.SIGKILL
@@ -98,14 +102,14 @@ def test_a_filter_that_hangs_over_a_qcow2_image_is_let_go_of(
         load.check(recovered)
         pair.a.detach(GROUP)
         vm.monitor.execute("quit")
-        vm.process.wait(30)
+        vm.process.wait(120)
     compare("root", recovered, plain(pair, pair.images["root"]))
 
 
 def _dies(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a signal that was sent to it before takes it now."""
+    """Whether it is ended: the VM may have answered that it was cut loose, and too late."""
     try:
-        process.wait(1.0)
+        process.wait(4.0)
     except subprocess.TimeoutExpired:
         return False
     return True

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sites import GROUP, MIB, Client, Pair, compare, wait_until
-from test_mirror import A, format_disk, kept, replicates
+from sites import GROUP, MIB, WAIT_S, Client, Pair, compare, wait_until
+from test_mirror import A, format_disk, is_mirrored, is_missed, kept, mirrored, replicates
 from vm import DeviceLoad, Vm
 
 from vrep import errors
@@ -27,13 +27,19 @@ def rests(pair: Pair) -> bool:
     return bool(status["filter"] and status["filter"]["mirror_rests"])
 
 
+def losses(pair: Pair) -> int:
+    """How often a mirror or a rest was interrupted since the filter began."""
+    status = wait_until("the filter serves it", lambda: pair.status()["filter"])
+    return int(status["mirror_losses"])
+
+
 def compares(pair: Pair) -> bool:
     return bool(pair.status()["targets"][0]["comparing"])
 
 
 def off(pair: Pair) -> dict[str, Any]:
     """Until the disks of a VM that is off are at the target, as they are."""
-    wait_until("its disks are compared", lambda: rests(pair), 60)
+    wait_until("its disks are compared", lambda: rests(pair))
     status = replicates(pair)
     assert "mirror-lost" not in status["conditions"]
     pair.settle()
@@ -56,22 +62,23 @@ def test_the_disks_of_a_vm_that_is_off_are_replicated(make_pair: Made, rng: rand
             pair.up_beside()
             load = DeviceLoad(vm, A)
             address.symlink_to(vm.qmp)
-            pair.a.attach(GROUP, f"qmp:{address}", mode="mirror")
+            mirrored(pair, f"qmp:{address}")
             replicates(pair)
             load.goes_on()
             wait_until("the target can compare", lambda: compares(pair))
             vm.process.kill()
-            vm.process.wait(30)
-        wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+            vm.process.wait(120)
+        wait_until("it is missed", lambda: is_missed(pair))
         status = off(pair)
         assert status["filter"]["equal_bytes"] > SIZE // 2  # compared, and not sent
-        pair.a.checkpoint(GROUP, "off", wait_s=60)
+        pair.a.checkpoint(GROUP, "off", wait_s=WAIT_S)
         same(pair)
+        before = losses(pair)
         subprocess.run(
             ["qemu-io", "-f", "raw", "-c", "write -q -P 9 3M 64k", str(pair.images["root"])],
             check=True,
         )
-        wait_until("it is noticed", lambda: pair.status()["state"] != "replicating")
+        wait_until("it is noticed", lambda: losses(pair) > before)
         off(pair)
         same(pair)
         pair.kill("filter")
@@ -81,7 +88,7 @@ def test_the_disks_of_a_vm_that_is_off_are_replicated(make_pair: Made, rng: rand
         with Vm(*format_disk(pair)) as vm:
             assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
             address.symlink_to(vm.qmp)
-            wait_until("it is found", lambda: not rests(pair), 30)
+            wait_until("it is found", lambda: is_mirrored(pair))
             load = DeviceLoad(vm, A)
             replicates(pair)
             assert not rests(pair)
@@ -94,24 +101,25 @@ def test_the_disks_of_a_vm_that_is_off_are_replicated(make_pair: Made, rng: rand
 
 def test_a_group_that_is_mirrored_is_moved_once_its_vm_is_off(make_pair: Made) -> None:
     pair = make_pair(disks={"root": SIZE})
-    with kept(pair):
-        with Vm(*format_disk(pair)) as vm:
-            pair.up_beside()
-            pair.a.attach(GROUP, vm.vm, mode="mirror")
+    with Vm(*format_disk(pair)) as vm:
+        pair.up_beside()
+        with kept(pair):
+            mirrored(pair, vm.vm)
             replicates(pair)
-            pair.settle()
-            for pause in (False, True):
-                with pytest.raises(
-                    (errors.VrepError, PeerRefusedError), match="writes its disks itself"
-                ):
-                    pair.b.move(GROUP, pause=pause)
-            assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
-            assert pair.status()["conditions"] == []
-        held = pair.images["root"].read_bytes()
-        assert held[2 * MIB] == 6
-        wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
-        with pytest.raises(errors.VrepError):
-            pair.b.move(GROUP)  # at once: what it wrote last may be missing
+        pair.settle()
+        for pause in (False, True):
+            with pytest.raises(
+                (errors.VrepError, PeerRefusedError), match="writes its disks itself"
+            ):
+                pair.b.move(GROUP, pause=pause)
+        assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
+        assert pair.status()["conditions"] == []
+    held = pair.images["root"].read_bytes()
+    assert held[2 * MIB] == 6
+    wait_until("it is missed", lambda: is_missed(pair))
+    with pytest.raises(errors.VrepError):
+        pair.b.move(GROUP)  # before the keeper looks: what it wrote last may be missing
+    with kept(pair):
         off(pair)
         view = pair.b.move(GROUP)
         with Client(view.disks[0].uri, 60.0) as client:

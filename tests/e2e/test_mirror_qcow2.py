@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from sites import GROUP, KEY, MIB, Pair, compare, wait_until
 from test_attach import blockdev
-from test_mirror import A, kept, replicates
+from test_mirror import A, kept, mirror, replicates
 from vm import DeviceLoad, Vm
 
 from vrep import errors
@@ -82,13 +82,14 @@ def test_what_the_guest_sees_is_replicated_under_load(pair: Pair) -> None:
         planned = pair.a.attach(GROUP, vm.vm, mode="mirror", dry_run=True)
         assert planned is not None
         assert shape(vm.graph()) == before
-        done: Any = pair.a.attach(GROUP, vm.vm, mode="mirror")
+        done = mirror(pair, vm)
         assert done.commands == planned.commands
         ending, took = threading.Event(), []
         draining = threading.Thread(target=drain, args=(vm, ending, took))
         draining.start()
         replicates(pair)
         load.goes_on()
+        wait_until("it is drained often", lambda: len(took) > 20 or not draining.is_alive())
         ending.set()
         draining.join(60)
         print(f"{len(took)} drains, the slowest {max(took) * 1000:.0f} ms")
@@ -112,7 +113,7 @@ def test_what_the_guest_sees_is_replicated_under_load(pair: Pair) -> None:
         assert shape(vm.graph()) == before
         assert not vm.monitor.execute("query-block-exports")
         vm.monitor.execute("quit")
-        vm.process.wait(30)
+        vm.process.wait(120)
     compare("root", recovered, content(pair))
 
 
@@ -154,7 +155,7 @@ def test_what_cannot_be_read_through_a_vm_is_refused(pair: Pair) -> None:
         assert not vm.monitor.execute("query-block-exports")
         vm.monitor.execute("nbd-server-stop")
         with kept(pair):
-            pair.a.attach(GROUP, vm.vm, mode="mirror")
+            mirror(pair, vm)
             replicates(pair)
             pair.a.detach(GROUP)
         with pytest.raises(errors.UnsupportedError, match="qemu-img convert"):

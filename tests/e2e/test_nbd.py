@@ -28,7 +28,7 @@ REQUEST = 0x25609513
 READ, WRITE, DISCONNECT, FLUSH = 0, 1, 2, 3
 
 
-def run(*command: str | Path, timeout: float = 120) -> str:
+def run(*command: str | Path, timeout: float = 300) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
@@ -199,7 +199,7 @@ def test_fio_verifies(site: Site, jobs: int) -> None:
 
 
 def test_a_restarted_server_is_found_again(site: Site) -> None:
-    target = f"driver=nbd,server.type=unix,server.path={site.socket},export=root,reconnect-delay=30"
+    target = f"driver=nbd,server.type=unix,server.path={site.socket},export=root,reconnect-delay=90"
     client = subprocess.Popen(
         ["qemu-io", "--image-opts", target],
         stdin=subprocess.PIPE,
@@ -218,7 +218,7 @@ def test_a_restarted_server_is_found_again(site: Site) -> None:
             site.open()
     for i in range(200):
         client.stdin.write(f"read -P {i + 1} {i * 64}k 64k\n")
-    out, _ = client.communicate("quit\n", timeout=120)
+    out, _ = client.communicate("quit\n", timeout=300)
     assert client.returncode == 0
     assert out.count("wrote 65536/65536") == 200
     assert out.count("read 65536/65536") == 200

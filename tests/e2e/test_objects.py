@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sites import GROUP, MIB, Pair, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, wait_until
 
 from vrep import errors
 from vrep._core import layout
@@ -41,15 +41,15 @@ def test_objects_come_back_as_they_were_at_each_point(make_pair: Made) -> None:
     pair.b.key_import(pair.exported_key)
     pair.settle()
     wait_until("it is durable", lambda: durable(pair))
-    pair.a.checkpoint(GROUP, "one", wait_s=60)
+    pair.a.checkpoint(GROUP, "one", wait_s=WAIT_S)
     blob = os.urandom(3 * MIB + 17)
-    assert pair.a.object_put(GROUP, "nvram", blob, wait_s=60)["durable"]
-    pair.a.object_put(GROUP, SECRET.decode(), SECRET * 100, wait_s=60)
+    assert pair.a.object_put(GROUP, "nvram", blob, wait_s=WAIT_S)["durable"]
+    pair.a.object_put(GROUP, SECRET.decode(), SECRET * 100, wait_s=WAIT_S)
     with pair.client() as client:
         client.write(0, b"x" * 4096)
-    pair.a.checkpoint(GROUP, "two", wait_s=60)
-    pair.a.object_put(GROUP, "domain.xml", b"<domain id='2'/>", wait_s=60)
-    pair.a.object_put(GROUP, "nvram", b"", wait_s=60)
+    pair.a.checkpoint(GROUP, "two", wait_s=WAIT_S)
+    pair.a.object_put(GROUP, "domain.xml", b"<domain id='2'/>", wait_s=WAIT_S)
+    pair.a.object_put(GROUP, "nvram", b"", wait_s=WAIT_S)
     pair.settle()
 
     assert names(pair, "one") == {"domain.xml": 9}
@@ -98,6 +98,7 @@ def test_an_object_in_a_gap_or_on_a_lost_ring_is_put_again(make_pair: Made) -> N
 
     # The target loses all that it had acknowledged: they come again with the blocks.
     pair.stop("target")
+    wait_until("the target is missed", lambda: pair.status()["state"] != "replicating")
     for path in pair.store.iterdir():
         path.unlink()
     pair.store.rmdir()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sites import GROUP, Pair, wait_until
+from sites import GROUP, WAIT_S, Pair, wait_until
 
 from vrep import errors
 from vrep.app.demo.guest import Guest, GuestDisk, GuestTask
@@ -108,28 +110,33 @@ def test_a_frozen_guest_leaves_a_clean_file_system(make_pair: Made, tmp_path: Pa
     )
     guest.agent = tmp_path / f"{GROUP}.qga"
     with guest:
-        guest.wait_for_lines(5, 120.0)
+        guest.wait_for_lines(5, 300.0)
+        tries = count(1)
+        frozen = ""
+
+        def freeze() -> Any:
+            nonlocal frozen
+            frozen = f"frozen-{next(tries)}"  # a label of two checkpoints would name none
+            return pair.a.checkpoint(GROUP, frozen, quiesce=True)
+
         # The agent starts beside the workload.
-        frozen = wait_until(
-            "the guest is frozen and marked",
-            lambda: pair.a.checkpoint(GROUP, "frozen", quiesce=True),
-        )
-        assert frozen["quiesced"]
+        marked = wait_until("the guest is frozen and marked", freeze, 240.0)
+        assert marked["quiesced"]
         at = len(guest.witness)
-        guest.wait_for_lines(at + 5, 60.0)  # it thawed
-        plain = pair.a.checkpoint(GROUP, "plain", wait_s=60.0)
+        guest.wait_for_lines(at + 5, 240.0)  # it thawed
+        plain = pair.a.checkpoint(GROUP, "plain", wait_s=WAIT_S)
         assert not plain["quiesced"]
-        pair.a.checkpoint(GROUP, "again", quiesce=True, wait_s=60.0)
+        pair.a.checkpoint(GROUP, "again", quiesce=True, wait_s=WAIT_S)
         guest.kill9()
     assert hooks.read_text().splitlines()[-2:] == ["before", "after again"]
     unclean = {}
-    for label in ("frozen", "plain", "again"):
+    for label in (frozen, "plain", "again"):
         disk = tmp_path / label
         disk.write_bytes(pair.read_view(label)["root"])
         unclean[label] = needs_recovery(disk)
         if not unclean[label]:
             subprocess.run(["/sbin/e2fsck", "-fn", disk], check=True, stdout=subprocess.DEVNULL)
-    assert unclean == {"frozen": False, "plain": True, "again": False}
+    assert unclean == {frozen: False, "plain": True, "again": False}
     with pytest.raises(errors.VrepError):
         pair.a.checkpoint(GROUP, "gone", quiesce=True)
     assert hooks.read_text().splitlines()[-1] == "after gone"

@@ -84,7 +84,7 @@ def position_of(point: str) -> Position:
 
 def wait_dead(lab: Any, view_id: str) -> None:
     directory = view.ViewDirectory(lab.paths, view_id)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while directory.holder() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

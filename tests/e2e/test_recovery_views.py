@@ -56,7 +56,7 @@ def position_of(point: str) -> Position:
 
 def wait_dead(paths: Any, view_id: str) -> None:
     directory = view.ViewDirectory(paths, view_id)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while directory.holder() is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -297,8 +297,8 @@ def test_a_failover_fences_fills_and_is_kept(lab: Any) -> None:
     assert failover.commit(lab.paths, "web").pid == kept.pid
     with pytest.raises(errors.StateError, match="committed"):
         failover.rollback(lab.paths, "web")
-    deadline = time.monotonic() + 60
-    while not view.list_views(lab.paths)[0].fill["done"]:
+    deadline = time.monotonic() + 120
+    while not view.list_views(lab.paths)[0].fill.get("done"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     lab.open()
@@ -376,11 +376,13 @@ def test_what_cannot_be_read_keeps_nothing_else_from_being_filled(lab: Any) -> N
         found: dict[str, Any] = view.list_views(lab.paths)[0].fill
         return found
 
-    wait_until("the other disk is filled", lambda: fill()["filled_to"].get("data") == 1 << 20)
+    wait_until(
+        "the other disk is filled", lambda: fill().get("filled_to", {}).get("data") == 1 << 20
+    )
     assert not fill()["done"]
     assert "unreadable" in view.list_views(lab.paths)[0].conditions[0]
     flip(*place)
-    wait_until("all is filled", lambda: fill()["done"])
+    wait_until("all is filled", lambda: fill().get("done"))
     assert read_all(info) == wanted
 
 
@@ -396,12 +398,12 @@ def test_a_disk_is_whole_when_it_is_stable(lab: Any, monkeypatch: pytest.MonkeyP
     def now() -> view.ViewInfo:
         return view.list_views(lab.paths)[0]
 
-    wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c], 30.0)
+    wait_until("it is told", lambda: [c for c in now().conditions if "storage" in c])
     assert now().fill["filled_to"] == {"root": 2 << 20, "data": 1 << 20}
     assert not now().fill["done"]
     kill(lab.paths, info)
     assert view.restart_views(lab.paths) == []
-    wait_until("all is filled", lambda: now().fill["done"])
+    wait_until("all is filled", lambda: now().fill.get("done"))
     assert read_all(now()) == wanted
 
 

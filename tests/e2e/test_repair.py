@@ -46,6 +46,18 @@ def sent(pair: Pair) -> int:
     return int(pair.status()["targets"][0]["bytes_sent"])
 
 
+def gap_last(pair: Pair) -> int:
+    """Where the newest gap of the source began."""
+    return int(pair.status()["filter"]["gap_last"])
+
+
+def is_told(pair: Pair, before: int) -> bool:
+    """The source knows of the loss. It says so only until the gap behind `before`, which stands for
+    what was lost, has ended: that may be soon."""
+    status = pair.status()
+    return "history-lost" in status["conditions"] or status["filter"]["gap_last"] > before
+
+
 def goes_on(pair: Pair, rng: random.Random) -> None:
     """The target has what the disks hold, the point before the loss is gone, and new ones come."""
     pair.same_as_source()
@@ -134,9 +146,9 @@ def test_what_is_sound_behind_a_loss_is_not_sent_again(
     assert report.compared_bytes is None
     if place == "first":
         assert pair.b.points(GROUP).ranges == []
-    before = sent(pair)
+    before, gap = sent(pair), gap_last(pair)
     pair.start("target")
-    wait_until("it is told", lambda: "history-lost" in pair.status()["conditions"])
+    wait_until("it is told", lambda: is_told(pair, gap))
     pair.kill(*killed)
     pair.start(*killed)
     if "source" not in killed:  # it counts from its start
@@ -174,13 +186,13 @@ def test_a_source_reads_what_was_lost_and_no_more(
     lost = report.compared_bytes
     assert lost is not None
     assert 0 < lost <= int(row["data_end"]) * 1.05
-    before = sent(pair)
+    before, gap = sent(pair), gap_last(pair)
     if killed == ("filter",):
         pair.kill(*killed)
         pair.start(*killed)
     pair.start("target")
     if killed and killed != ("filter",):
-        wait_until("it is told", lambda: "history-lost" in pair.status()["conditions"])
+        wait_until("it is told", lambda: is_told(pair, gap))
         pair.kill(*killed)
         pair.start(*killed)
 

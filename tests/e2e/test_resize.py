@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sites import GROUP, MIB, Pair, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, wait_until
 from vm import BLOCK, Vm, Writer
 
 from vrep import errors
@@ -30,7 +30,7 @@ def test_points_keep_their_size_and_new_space_reads_zero(make_pair: Made) -> Non
     wanted = {}
 
     def mark(label: str) -> None:
-        pair.a.checkpoint(GROUP, label, wait_s=60)
+        pair.a.checkpoint(GROUP, label, wait_s=WAIT_S)
         wanted[label] = image.read_bytes()
 
     with pair.client() as client:
@@ -113,7 +113,7 @@ def test_a_filter_that_is_killed_within_a_resize_goes_on(
     with pair.client() as client:
         client.write(0, os.urandom(8 * MIB))
     mark = pair.images["root"].read_bytes()
-    pair.a.checkpoint(GROUP, "before", wait_s=60)
+    pair.a.checkpoint(GROUP, "before", wait_s=WAIT_S)
     for number, point in enumerate(("resize.after_backing", "resize.after_record")):
         pair.stop("filter")
         monkeypatch.setenv("VREP_FAULT", f"{point}:1:kill")
@@ -135,7 +135,8 @@ def test_a_filter_that_is_killed_within_a_resize_goes_on(
 
 def test_a_running_vm_learns_the_size_by_block_resize(make_pair: Made) -> None:
     """Under load: a pause for the guest, no error, and its device has the size."""
-    pair = make_pair(disks={"root": 16 * MIB})
+    # The writer does not wait: a ring that outlasts a source or target that stalls for seconds.
+    pair = make_pair(disks={"root": 16 * MIB}, ring_bytes=256 * MIB)
     node = json.dumps({"driver": "file", "node-name": "f", "filename": str(pair.images["root"])})
     with Vm(
         "-blockdev", node, "-blockdev", '{"driver":"raw","node-name":"araw","file":"f"}',
@@ -145,11 +146,11 @@ def test_a_running_vm_learns_the_size_by_block_resize(make_pair: Made) -> None:
         assert pair.a.attach(GROUP, vm.vm) is not None
         wait_until("the sync ends", lambda: pair.status()["state"] == "replicating")
         writer = Writer(vm.export("araw", "load"), 0, 16 * MIB // BLOCK, 1)
-        writer.goes_on()
-        pair.a.checkpoint(GROUP, "before", wait_s=60)
+        writer.goes_on(timeout_s=WAIT_S)
+        pair.a.checkpoint(GROUP, "before", wait_s=WAIT_S)
         writer.latest_ms = 0.0
         pair.a.resize(GROUP, "root", 24 * MIB)
-        writer.goes_on()
+        writer.goes_on(timeout_s=WAIT_S)
         print(f"resize: slowest write {writer.latest_ms:.1f} ms")
         writer.stop()
         # QEMU resizes no node that it exports; a device does not mind.
@@ -162,7 +163,7 @@ def test_a_running_vm_learns_the_size_by_block_resize(make_pair: Made) -> None:
         tail = vm.export("araw", "tail")
         done = subprocess.run(
             ["qemu-io", "-f", "raw", "-c", "read -P 0 16M 8M", "-c", "write -P 9 23M 1M", tail],
-            capture_output=True, text=True, timeout=60, check=False,
+            capture_output=True, text=True, timeout=WAIT_S, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert "verification failed" not in done.stdout

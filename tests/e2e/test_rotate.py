@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from sites import GROUP, KEY, MIB, Pair, compare, wait_until
+from sites import GROUP, KEY, MIB, WAIT_S, Pair, compare, wait_until
 
 from vrep._core import layout
 from vrep.keys.datakey import inspect_wrapped
@@ -66,7 +66,7 @@ def test_a_rotation_under_load_sends_nothing_again(make_pair: Callable[..., Pair
         with pytest.raises(TenantKeyError):
             pair.a.key_rotate(KEY)
         pair.a.key_verify(KEY, new_file)
-        rotation = pair.a.key_rotate(KEY)
+        rotation = pair.a.key_rotate(KEY, wait_s=WAIT_S)
     finally:
         stop.set()
         thread.join()
@@ -118,7 +118,7 @@ def test_the_loss_drill(make_pair: Callable[..., Pair]) -> None:
     new_file = pair.root / "acme-2.key"
     pair.a.key_rotate(KEY, out=new_file)
     pair.a.key_verify(KEY, new_file)
-    assert pair.a.key_rotate(KEY).state == "done"
+    assert pair.a.key_rotate(KEY, wait_s=WAIT_S).state == "done"
     pair.settle()
     wanted = pair.images["root"].read_bytes()
     pair.kill("filter", "source")
@@ -142,7 +142,7 @@ def test_the_revocation_drill(make_pair: Callable[..., Pair]) -> None:
     assert (entry.recipient, entry.reason) == ("beta", "drill of 12 March")
     assert entry.recipient_fingerprint == pair.b.identity.fingerprint
     assert entry.key_id == pair.a.keys.info(KEY).key_id
-    rotation = pair.a.key_rotate(KEY, accept_key_loss=True)
+    rotation = pair.a.key_rotate(KEY, accept_key_loss=True, wait_s=WAIT_S)
     assert rotation.state == "done"
     assert pair.b.verify(GROUP, options=QUICK).result == "intact"
     again = pair.root / "acme-2.release"

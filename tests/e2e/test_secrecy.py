@@ -190,6 +190,9 @@ def test_target_and_wire_hold_nothing_that_can_be_read(
         wait_until("the source is back", lambda: pair.status()["targets"][0]["connected"])
         marks.written()
         core = core_dump(pair, "target")
+        # It stood still meanwhile, perhaps for so long that the source gave the connection up, and
+        # the keys of its stream with it.
+        wait_until("the source is there", lambda: pair.status()["targets"][0]["connected"])
         source_core = core_dump(pair, "source")
     finally:
         stop.set()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_the_tutorial_does_what_it_says() -> None:
         try:
             output, _ = shell.communicate(timeout=300)
         finally:
+            shell.kill()
             end_all(Path(work))
     print(output)
     assert shell.returncode == 0
@@ -49,10 +51,21 @@ def test_the_tutorial_does_what_it_says() -> None:
 
 
 def end_all(work: Path) -> None:
-    """Kill what the page left running, the failed-over disk among it."""
+    """Kill what the page left running, the failed-over disk among it, until it is gone."""
+    while left := left_of(work):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def left_of(work: Path) -> list[int]:
+    """The processes of vrep that name a directory."""
+    found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 words = (entry / "cmdline").read_bytes()
                 if os.fsencode(work) in words and b"vrep" in words:
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    found.append(int(entry.name))
+    return found

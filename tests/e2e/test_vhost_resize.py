@@ -13,7 +13,7 @@ from vrep.app.demo.guest_image import GuestImage, GuestRecipe
 
 pytestmark = pytest.mark.e2e
 Make = Callable[..., Pair]
-BOOT_S = 120.0
+BOOT_S = 300.0
 
 # Says the size of its disk in sectors whenever it changes, reading from it all the while; and
 # writes to the end of one that is larger than at first.

@@ -34,7 +34,10 @@ def test_a_quota_shortens_the_window_before_replication_stops(
 ) -> None:
     # All that is written has room in the ring: how fast the target is does not matter here.
     pair = make_pair(
-        disks={"root": 4 * MIB}, ring_bytes=256 * MIB, target_settings=f"segment_bytes = {MIB}"
+        disks={"root": 4 * MIB},
+        ring_bytes=256 * MIB,
+        target_settings=f"segment_bytes = {MIB}",
+        dead_after_s=60.0,  # a busy machine is no reason to be offline
     )
     pair.up()
     assert pair.a.keep(GROUP, window_s=86400, quota_bytes=QUOTA) == ""
@@ -54,10 +57,12 @@ def test_a_quota_shortens_the_window_before_replication_stops(
     write_some(pair, rng, 2 * MIB)
     pair.settle()
 
+    # It is not said while a fold takes away the file that knows how old the horizon is.
     stored = wait_until(
-        "the window is short", lambda: (s := pair.stored())["folded_bytes"] and s, 30.0
+        "the window is short",
+        lambda: s if "window-short" in (s := pair.stored())["conditions"] else None,
     )
-    assert "window-short" in stored["conditions"]
+    assert stored["folded_bytes"]
     assert 0 < stored["real_window_s"] < 3600
     assert stored["bytes"] <= QUOTA + COMMIT
     assert stored["write_amplification"] > 1
@@ -90,8 +95,8 @@ def test_a_window_lets_old_history_go(make_pair: Make, rng: random.Random) -> No
     assert problem == ""
     time.sleep(2)
     pair.start("source")
-    wait_until("old history is gone", lambda: pair.stored()["bytes"] < 0.75 * whole, 60.0)
-    wait_until("all is well", lambda: pair.stored()["conditions"] == [], 60.0)
+    wait_until("old history is gone", lambda: pair.stored()["bytes"] < 0.75 * whole)
+    wait_until("all is well", lambda: pair.stored()["conditions"] == [])
     pair.settle()
     pair.same_as_source()
     pair.alive()
