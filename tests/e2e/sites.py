@@ -405,3 +405,21 @@ def _entry(access: KeyAccess, stream: Any, header: Any, kind: int, whole: memory
         access.opener(stream).record(whole, room)
         return Entry(header, bytes(room), "")
     return Entry(header, b"", "")
+
+
+def bytes_sent(pair: Pair) -> int:
+    return int(pair.status()["targets"][0]["bytes_sent"])
+
+
+def counted(pair: Pair) -> int:
+    """How much was sent, when all is durable and the session stands. Bytes are counted once they
+    have left, which may be after the target's answer, and shown within a second."""
+    seen = -1
+
+    def still() -> bool:
+        nonlocal seen
+        before, seen = seen, bytes_sent(pair)
+        return seen == before
+
+    wait_until("all that was sent is counted", still, every_s=1.5)
+    return seen

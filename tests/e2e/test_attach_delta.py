@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sites import GROUP, MIB, WAIT_S, Pair, compare, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, bytes_sent, compare, counted, wait_until
 from test_attach import blockdev, raw_over_file
-from test_delta import bytes_sent, counted
 from test_mirror import kept
 from vm import Vm
 

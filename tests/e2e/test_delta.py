@@ -9,7 +9,7 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from sites import GROUP, MIB, WAIT_S, Pair, wait_until
+from sites import GROUP, MIB, WAIT_S, Pair, bytes_sent, counted, wait_until
 
 pytestmark = pytest.mark.e2e
 
@@ -44,24 +44,6 @@ def change(pair: Pair, rng: random.Random, share: float = 0.01) -> int:
             file.seek(unit * BLOCK)
             file.write(rng.randbytes(BLOCK))
     return len(units)
-
-
-def bytes_sent(pair: Pair) -> int:
-    return int(pair.status()["targets"][0]["bytes_sent"])
-
-
-def counted(pair: Pair) -> int:
-    """How much was sent, when all is durable and the session stands. Bytes are counted once they
-    have left, which may be after the target's answer, and shown within a second."""
-    seen = -1
-
-    def still() -> bool:
-        nonlocal seen
-        before, seen = seen, bytes_sent(pair)
-        return seen == before
-
-    wait_until("all that was sent is counted", still, every_s=1.5)
-    return seen
 
 
 def sent(pair: Pair, before: int) -> int:
