@@ -74,6 +74,15 @@ class Place:
         found: dict[str, Any] = self.site.status(GROUP)["groups"][GROUP]
         return found
 
+    def unused(self) -> None:
+        """No lane that is served here has a client: who has just left may be counted still."""
+
+        def nobody() -> bool:
+            lanes = self.site.status(GROUP)["groups"].values()
+            return not any(one["clients"] for one in lanes if one["role"] == "source")
+
+        wait_until("nobody uses the disks", nobody)
+
     def close(self) -> None:
         self.kill()
         lines = (

@@ -272,6 +272,10 @@ class Pair:
             raise
         return found
 
+    def unused(self) -> None:
+        """The filter knows that the last client has gone, which it hears of a moment later."""
+        wait_until("nobody uses the disks", lambda: self.status()["clients"] == 0)
+
     # ---- what is stored ------------------------------------------------------------
 
     @property

@@ -430,7 +430,7 @@ def test_a_detached_group_leaves_its_disks_alone(make_pair: Made) -> None:
         client.write(0, b"served" * 100)
         with pytest.raises(errors.StateError, match="was not attached"):
             pair.a.detach(GROUP)
-    wait_until("the client is gone", lambda: pair.status()["clients"] == 0)
+    pair.unused()
     pair.a.detach(GROUP)
     for _time in range(2):
         with Vm(*build) as vm:

@@ -428,7 +428,7 @@ def test_without_the_right_key_nothing_starts(make_pair: Make, rng: random.Rando
     write_some(pair, rng, 5)
     pair.settle()
     # Who has just left would be a reason of its own to refuse: until a report says that he did.
-    wait_until("its client is gone", lambda: pair.status()["clients"] == 0)
+    pair.unused()
     since_ns = time.time_ns()
 
     def told() -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from fronts import client_of
-from sites import GROUP, MIB, Pair, free_port, wait_until
+from sites import GROUP, MIB, Pair, free_port
 
 from vrep import errors
 
@@ -15,11 +15,6 @@ pytestmark = pytest.mark.e2e
 Make = Callable[..., Pair]
 BLOCKS = ("iscsi_block_bytes", "vhost_block_bytes")
 TURNS = ("vhost-user-blk", "iscsi", "nbd", "iscsi", "vhost-user-blk", "nbd")
-
-
-def unused(pair: Pair) -> None:
-    """The filter knows that the last client has gone."""
-    wait_until("its client is gone", lambda: pair.status()["clients"] == 0)
 
 
 def test_fronts_in_turn_and_never_at_once(make_pair: Make) -> None:
@@ -42,7 +37,7 @@ def test_fronts_in_turn_and_never_at_once(make_pair: Make) -> None:
             held[at : at + 65536] = client.read(at, 65536)
         assert held[at : at + 4096] == bytes([turn + 1]) * 4096
         assert held[at + 4096 : at + 8192] == bytes(4096)
-        unused(pair)
+        pair.unused()
         pair.a.set_fronts(GROUP, {"root": front}, iscsi_listen=listen)
         known[front] = pair.a.disk_uri(GROUP, "root")
         assert known[front].partition(":")[0].removesuffix("+unix") == front
@@ -69,7 +64,7 @@ def test_blocks_of_4096(make_pair: Make, front: str) -> None:
         pair.a.set_fronts(GROUP, {"root": front}, **{**blocks, **dict.fromkeys(BLOCKS, 1024)})
     with pair.client("odd") as client:
         client.write(4 * MIB, b"o" * 512)
-    unused(pair)
+    pair.unused()
     pair.a.set_fronts(GROUP, {"root": front}, **blocks)
     with pytest.raises(errors.InvalidError, match="blocks of 4096"):
         pair.a.resize(GROUP, "root", 8 * MIB + 512)

@@ -13,7 +13,6 @@ import pytest
 from life import Place
 from several_hosts import NUMBER, Hosts
 from sites import GROUP, Client, compare, wait_until
-from test_hosts_life import whole_point
 
 from vrep import errors
 from vrep.control import ControlClient
@@ -78,23 +77,19 @@ def test_dependent_writes_across_hosts_are_never_torn_apart(hosts: Hosts) -> Non
         begun = len(hosts.cuts())
         wait_until("there are some cuts", lambda: len(hosts.cuts()) >= begun + 6)
         wait_until("there are some writes", lambda: load.written > 20)
-        labels = [
-            whole_point(hosts.north, "by-north", []),
-            whole_point(hosts.south, "by-south", []),
-        ]
+        labels = ["by-north", "by-south"]
+        for place, label in zip((hosts.north, hosts.south), labels, strict=True):
+            assert hosts.checkpoint(place, label)["absent"] == []
     finally:
         written = load.stop()
     hosts.settle()
-    last = whole_point(hosts.north, "last", [])
+    assert hosts.checkpoint(hosts.north, "last")["absent"] == []
     found = hosts.numbers()
     print(f"{written} dependent writes, {len(found)} cuts", hosts.lane(hosts.north)["cuts"])
     assert len({tuple(v.items()) for _cut, v in found}) > 2  # they are of different instants
     assert_never_torn(found)
-    found_labels = {label for cut, _v in found if (label := cut.label)}
-    assert found_labels >= {*labels, last}
-    # Those of a try that was not the last are there too, some of them.
-    assert {one.rpartition("-")[0] for one in found_labels} == {"by-north", "by-south", "last"}
-    assert [v for cut, v in found if cut.label == last] == [{0: written, 1: written}]
+    assert {label for cut, _v in found if (label := cut.label)} == {*labels, "last"}
+    assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
     for place in (hosts.north, hosts.south):
         assert hosts.lane(place)["filter"]["cut_hold_ns_max"] < 1_000_000_000
 
@@ -111,7 +106,7 @@ def test_dependent_writes_across_hosts_are_never_torn_apart(hosts: Hosts) -> Non
                 tuple(c.call("cut_durable", group=GROUP, lane=n)) == newest_whole().of(n)[::2]
             ),
         )
-    view = hosts.vault.site.test_start(GROUP, last)
+    view = hosts.vault.site.test_start(GROUP, "last")
     assert sorted(disk.name for disk in view.disks) == ["north", "south"]
     for disk in view.disks:
         with Client(disk.uri, 60.0) as client:
@@ -140,11 +135,11 @@ def test_no_cut_survives_a_host_that_dies_in_it(hosts: Hosts, rng: random.Random
     finally:
         written = load.stop()
     hosts.settle()
-    last = whole_point(hosts.north, "last", [])
+    assert hosts.checkpoint(hosts.north, "last")["absent"] == []
     found = hosts.numbers()
     print(f"{written} dependent writes, {len(found)} cuts")
     assert_never_torn(found)
-    assert [v for cut, v in found if cut.label == last] == [{0: written, 1: written}]
+    assert [v for cut, v in found if cut.label == "last"] == [{0: written, 1: written}]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +156,7 @@ def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str, hangs:
     gone, left = hosts.places[name], hosts.south if name == "north" else hosts.north
     with hosts.client(left) as client:
         client.write(0, b"1" * 512)
-    whole_point(left, "whole", [])
+    assert hosts.checkpoint(left, "whole")["absent"] == []
     number = {"north": 0, "south": 1}[name]
     stopped = gone.pids() if hangs else []
     for pid in stopped:
@@ -172,7 +167,7 @@ def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str, hangs:
         client.write(0, b"2" * 512)
     wait_until("cuts go on", lambda: "lane-absent" in hosts.lane(left)["conditions"])
     wait_until("of the lane that is left", lambda: hosts.cuts()[-1].absent == (number,))
-    whole_point(left, "part", [number])
+    assert hosts.checkpoint(left, "part")["absent"] == [number]
     with pytest.raises(errors.PointNotFoundError, match=f"lane {number} had no part"):
         hosts.vault.site.test_start(GROUP)
     for pid in stopped:
@@ -183,9 +178,8 @@ def test_a_host_that_is_gone_is_a_lane_that_ends(hosts: Hosts, name: str, hangs:
     hosts.settle()
     # A site that has just started says nothing of that before it is in touch with the other.
     wait_until("cuts are whole", lambda: not hosts.cuts()[-1].absent)
-    whole_point(hosts.north, "again", [])
-    # A site that was not heard of for some seconds costs one more cut, and then another.
-    view = wait_until("the latest is whole", lambda: hosts.vault.site.test_start(GROUP))
+    assert hosts.checkpoint(hosts.north, "again")["absent"] == []
+    view = hosts.vault.site.test_start(GROUP)
     assert len(view.disks) == 2
     hosts.vault.site.test_stop(GROUP)
 
@@ -209,7 +203,7 @@ def test_a_host_that_leaves_is_not_missed(hosts: Hosts, monkeypatch: pytest.Monk
     hosts.protect(hosts.south, beside="north")
     assert list(hosts.south.site.groups.names()) == [f"{GROUP}@3"]
     hosts.settle()
-    whole_point(hosts.north, "both", [])
+    assert hosts.checkpoint(hosts.north, "both")["absent"] == []
     # One that was lost for good is forgotten where it is missed.
     hosts.south.kill()
     wait_until("it is missed", lambda: "lane-absent" in hosts.lane(hosts.north)["conditions"])
@@ -245,7 +239,7 @@ def test_a_host_that_dies_while_it_joins_is_not_missed(
     hosts.settle()
     wait_until("it has come", lambda: not hosts.north.site.groups.load(f"{GROUP}@0").joining)
     assert hosts.north.site.groups.load(f"{GROUP}@0").lanes == (0, 3)
-    whole_point(hosts.north, "both", [])
+    assert hosts.checkpoint(hosts.north, "both")["absent"] == []
     hosts.south.kill()
     wait_until("it is missed", lambda: "lane-absent" in hosts.lane(hosts.north)["conditions"])
     hosts.south.start()
@@ -259,8 +253,8 @@ def test_failover_of_all_hosts(hosts: Hosts) -> None:
     for place in (hosts.north, hosts.south):
         with hosts.client(place) as client:
             client.write(0, place.name.encode() + bytes(507))
-    for place in (hosts.north, hosts.south):  # who has just left may be counted still
-        wait_until("nobody uses the disks", lambda p=place: hosts.lane(p)["clients"] == 0)
+    for place in (hosts.north, hosts.south):
+        place.unused()
     view = hosts.vault.site.move(GROUP)
     assert sorted(disk.name for disk in view.disks) == ["north", "south"]
     for disk in view.disks:

@@ -63,27 +63,14 @@ def uris(place: Place, *names: str) -> dict[str, str]:
     return found
 
 
-def unused(*places: Place) -> None:
-    """Who has just left may be counted still."""
-
-    def nobody() -> bool:
-        return all(
-            one["clients"] == 0
-            for place in places
-            for one in place.site.status(GROUP)["groups"].values()
-            if one["role"] == "source"
-        )
-
-    wait_until("nobody uses the disks", nobody)
-
-
 def moved(hosts: Hosts) -> Written:
     """All lanes are the vault's, and their VMs have written there."""
     written = Written(hosts)
     home = {place.name: place.site.disk_uri(GROUP) for place in (hosts.north, hosts.south)}
     written.write(home, b"at home: ", 0)
     hosts.settle()
-    unused(hosts.north, hosts.south)
+    for place in (hosts.north, hosts.south):
+        place.unused()
     view = hosts.vault.site.move(GROUP)
     written.write({disk.name: disk.uri for disk in view.disks}, b"at the vault: ", 4096)
     return written
@@ -129,7 +116,7 @@ def test_each_lane_goes_back_to_its_own_host_and_home(hosts: Hosts) -> None:
         place.site.test_stop(GROUP)
     # Home, one after the other.
     for number, place in enumerate((hosts.north, hosts.south)):
-        unused(hosts.vault)
+        hosts.vault.unused()
         made = place.site.failback(GROUP)
         assert (made.name, made.disks[0].uri) == (
             f"{GROUP}@{number}",

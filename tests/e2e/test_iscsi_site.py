@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from sites import GROUP, Pair, free_port, wait_until
-from test_fronts import unused
 
 from vrep.errors import BusyError, InvalidError
 
@@ -38,7 +37,7 @@ def test_what_is_written_over_iscsi_is_at_the_other_site(make_pair: Make) -> Non
     assert pair.a.disk_uri(GROUP).startswith("nbd+unix:")
     with pair.client("root") as client:
         client.write(0, b"n" * 4096)
-    unused(pair)
+    pair.unused()
     pair.a.set_fronts(GROUP, {"root": "iscsi"}, iscsi_listen=f"127.0.0.1:{free_port()}")
     uri = pair.a.disk_uri(GROUP, "root")
     assert uri.startswith("iscsi://127.0.0.1:")
@@ -64,7 +63,7 @@ def test_what_is_written_over_iscsi_is_at_the_other_site(make_pair: Make) -> Non
     assert [one["export-name"] for one in json.loads(listed.stdout)["exports"]] == ["data"]
     pair.settle()
     pair.same_as_source()
-    unused(pair)
+    pair.unused()
     pair.a.set_fronts(GROUP, {"root": "nbd"})
     assert pair.a.disk_uri(GROUP, "root").startswith("nbd+unix:")
     with pair.client("root") as client:

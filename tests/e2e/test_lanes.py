@@ -157,6 +157,7 @@ def assert_never_torn(found: list[tuple[Cut, list[int]]], least: int) -> None:
 def test_dependent_writes_are_never_torn_apart(pair: Lanes) -> None:
     """At every cut the second disk is never ahead of the first, and at most one write behind."""
     pair.settle()
+    begun = len(pair.cuts())
     load = Dependent(pair)
     wait_until("there are some cuts", lambda: len(pair.cuts()) >= 6)
     time.sleep(2)
@@ -168,6 +169,7 @@ def test_dependent_writes_are_never_torn_apart(pair: Lanes) -> None:
     found = pair.numbers()
     print(f"{written} dependent writes, {len(found)} cuts", pair.lane(0)["cuts"])
     assert_never_torn(found, 4)
+    assert not [cut for cut, _values in found[begun:] if cut.absent]
     assert [cut.label for cut, _values in found if cut.label] == [
         "mark-0", "mark-1", "mark-2", "last",
     ]  # fmt: skip
@@ -179,7 +181,7 @@ def test_dependent_writes_are_never_torn_apart(pair: Lanes) -> None:
     for name in pair.images:
         status = pair.lane(["first", "second"].index(name))["filter"]
         assert status["cuts"] >= len(found)
-        assert status["cut_hold_ns_max"] < 10_000_000_000  # whoever held it may get no processor
+        assert status["cut_hold_ns_max"] < 1_000_000_000
     pair.same_as_source()
     pair.b.test_stop(GROUP)
     pair.alive()

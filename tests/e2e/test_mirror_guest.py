@@ -7,7 +7,6 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from test_faults import small_disk
 from test_guest import BOOT_LIMIT_S, CACHE, SMALL
 from test_mirror import is_missed, kept, mirrored, replicates
 
-from vrep import errors
 from vrep.app.demo.guest import Guest, GuestDisk, GuestTask
 from vrep.app.demo.guest_check import check_disk
 from vrep.app.demo.guest_disk import Manifest, build_disk
@@ -76,7 +74,7 @@ def test_a_guest_with_an_io_thread_loses_nothing(
         replicates(pair)
         more(guest)
         before = len(guest.witness)
-        running = checkpoint(pair)
+        pair.a.checkpoint(GROUP, "running", wait_s=WAIT_S)
         more(guest, 2)  # its console is heard later than its disk is written
         after = len(guest.witness)
         pair.kill("filter")
@@ -95,7 +93,7 @@ def test_a_guest_with_an_io_thread_loses_nothing(
         told = len(guest.witness)
     wait_until("it is missed", lambda: is_missed(pair))
     wait_until("what was sent is durable", lambda: durable(pair))
-    for point, least, most in ((running, before, after + 1), ("latest", told, told + 1)):
+    for point, least, most in (("running", before, after + 1), ("latest", told, told + 1)):
         recovered = tmp_path / f"{point}.raw"
         recovered.write_bytes(pair.read_view(point)["root"])
         found = check_disk(recovered, manifest)
@@ -161,23 +159,6 @@ def all_noticed(pair: Pair, qmp: Path) -> bool:
         socket = pair.a.paths.nbd_socket(GROUP)
         vm = Mirrored(monitor, control, GROUP, record.mirrors, socket)
         return vm.failures() == record.failures > 0
-
-
-def checkpoint(pair: Pair) -> str:
-    """The label of one that is durable. In a gap, when the mirror was interrupted, there is none:
-    then another is set, which a label must not have in common with one before."""
-    numbers = count()
-
-    def made() -> str | None:
-        label = f"running-{next(numbers)}"
-        try:
-            pair.a.checkpoint(GROUP, label, wait_s=WAIT_S)
-        except errors.GapError as error:
-            print(f"no checkpoint: {error}")
-            return None
-        return label
-
-    return str(wait_until("a checkpoint is set", made))
 
 
 def goes_through(pair: Pair) -> None:

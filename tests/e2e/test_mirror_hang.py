@@ -16,8 +16,6 @@ from test_attach import blockdev
 from test_mirror import A, hang, kept, mirror, replicates
 from vm import DeviceLoad, Vm
 
-from vrep.hypervisor.keeper import FILTER_S
-
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
 
@@ -60,7 +58,7 @@ def test_a_filter_that_hangs_over_a_qcow2_image_is_let_go_of(
     pair = make_pair(disks={"root": SIZE})
     rate = 2 * MIB if copying else 0
     pair.options = msgspec.structs.replace(pair.options, rate_bytes_per_s=rate)
-    with Vm(*qcow2_vm(pair, rng)) as vm, kept(pair, filter_s=FILTER_S):
+    with Vm(*qcow2_vm(pair, rng)) as vm, kept(pair):
         pair.up_beside()
         load = DeviceLoad(vm, A)
         mirror(pair, vm)

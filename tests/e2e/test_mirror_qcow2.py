@@ -94,16 +94,14 @@ def test_what_the_guest_sees_is_replicated_under_load(pair: Pair) -> None:
         draining.join(60)
         print(f"{len(took)} drains, the slowest {max(took) * 1000:.0f} ms")
         assert len(took) > 20
-        # Nothing waited for what only QEMU could answer: that takes the 5 s of a read that fails.
-        assert max(took) < 4
+        assert max(took) < 2  # nothing waited for anything that only QEMU could answer
         assert pair.status()["conditions"] == []
         pair.kill("filter")
         load.goes_on()
         pair.start("filter")
         status = replicates(pair)
         assert status["filter"]["opened_as"] == "killed"
-        deltas = 1 + status["filter"]["mirror_losses"]  # a drain that took long ends a mirror
-        assert 0 < status["filter"]["resync_bytes"] <= deltas * LOADED
+        assert 0 < status["filter"]["resync_bytes"] <= LOADED
         load.goes_on()
         load.stop()
         pair.settle()

@@ -25,7 +25,6 @@ from vm import Vm
 
 from vrep import errors
 from vrep.control import ControlClient
-from vrep.hypervisor.keeper import FILTER_S
 
 pytestmark = pytest.mark.e2e
 Made = Callable[..., Pair]
@@ -230,7 +229,7 @@ def test_storage_that_hangs_stops_no_loop(make_pair: Made) -> None:
     made = make_pair(disks={"root": SIZE})
     with slow_storage(made.images["root"], made.root / "slow.raw") as (image, server):
         plain, made.images["root"] = made.images["root"], image
-        with kept(made, filter_s=FILTER_S):
+        with kept(made):
             with Vm(*raw(image)) as vm:
                 made.up_beside()
                 mirror(made, vm)
@@ -239,23 +238,20 @@ def test_storage_that_hangs_stops_no_loop(make_pair: Made) -> None:
             control = ControlClient(made.a.paths.socket("filter"), timeout=10.0)
             pid = control.call("ping")["pid"]
             os.kill(server, signal.SIGSTOP)
-            took, ends = [0.0, 0.0], time.monotonic() + 60
+            slowest, ends = 0.0, time.monotonic() + 60
             while control.call("status", group=GROUP)["mirror_rests"]:
                 begun = time.monotonic()
                 control.call("status", group=GROUP)
-                took.append(time.monotonic() - begun)
+                slowest = max(slowest, time.monotonic() - begun)
                 assert time.monotonic() < ends
                 time.sleep(0.05)
             for _again in range(60):  # also while the keeper tries
                 begun = time.monotonic()
                 control.call("status", group=GROUP)
-                took.append(time.monotonic() - begun)
+                slowest = max(slowest, time.monotonic() - begun)
                 time.sleep(0.05)
-            second, slowest = sorted(took)[-2:]
-            print(f"the slowest answers took {second * 1000:.0f} and {slowest * 1000:.0f} ms")
-            # A loop that waits for the storage answers when that does, which is later, or is late
-            # at each look; one answer that is late is that of a busy machine.
-            assert second < FILTER_S
+            print(f"the slowest answer took {slowest * 1000:.0f} ms")
+            assert slowest < 0.8
             assert "mirror-lost" in made.status()["conditions"]
             os.kill(server, signal.SIGCONT)
             off(made)

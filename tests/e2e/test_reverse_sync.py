@@ -21,7 +21,7 @@ def taken_over(life: Life, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     with life.client(west) as client:
         life.write(client)
     life.settle(west)
-    wait_until("nobody uses the disks", lambda: west.group()["clients"] == 0)
+    west.unused()
     monkeypatch.setenv("VREP_FAULT", fault)
     view = east.site.move(GROUP)
     monkeypatch.delenv("VREP_FAULT")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sites import GROUP, Pair, compare, wait_until
+from sites import GROUP, Pair, compare
 
 from vrep.app.demo.guest import Guest, GuestDisk, GuestTask
 from vrep.app.demo.guest_check import check_disk, judge_lines
@@ -61,7 +61,7 @@ def test_a_guest_rides_out_killed_filters(make_pair: Make, tmp_path: Path) -> No
             guest.wait_for_lines(said + 21, BOOT_S)
     killed_ms = time.time_ns() // 1_000_000
     # What it had asked for is done before the filter lets go of it.
-    wait_until("nobody uses the disk", lambda: pair.status()["clients"] == 0)
+    pair.unused()
     pair.settle()
     pair.same_as_source()
     result = pair.b.export(GROUP, tmp_path / "recovered")
@@ -81,8 +81,7 @@ def test_fronts_take_turns(make_pair: Make) -> None:
         pair.a.set_fronts(GROUP, {"root": "floppy"})
     with pytest.raises(NotFoundError):
         pair.a.set_fronts(GROUP, {"other": "nbd"})
-    # The filter hears a moment later that a client took leave.
-    wait_until("nobody uses the disks", lambda: pair.status()["clients"] == 0)
+    pair.unused()
     pair.a.set_fronts(GROUP, {"data": "vhost-user-blk"})
     # NBD shows the other disk alone.
     with pair.client("root") as client:

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from life import Life, Place
+from life import Life
 from sites import GROUP, wait_until
 
 from vrep import errors
 from vrep.app.cli_view import view_text
 
 pytestmark = pytest.mark.e2e
-
-
-def left(place: Place) -> None:
-    """Whoever used the disks has taken leave: the filter hears of it a moment later, and a site
-    whose disks are in use is not left."""
-    wait_until("nobody uses the disks", lambda: place.group()["clients"] == 0)
 
 
 def test_a_group_that_is_given_back_too_early_says_what_comes_first(
@@ -33,7 +27,7 @@ def test_a_group_that_is_given_back_too_early_says_what_comes_first(
         life.write(client)
         with pytest.raises(errors.BusyError, match=r"1 client.*--pause"):
             east.site.move(GROUP)
-    left(west)
+    west.unused()
     view = east.site.move(GROUP)
     wait_until("west knows", lambda: west.site.groups.load(GROUP).fenced)
     with pytest.raises(errors.StateError, match=f"'vrep reverse {GROUP}' there first"):
@@ -44,7 +38,7 @@ def test_a_group_that_is_given_back_too_early_says_what_comes_first(
     with life.client(east, info) as client:
         life.write(client)
     life.settle(east)
-    left(east)
+    east.unused()
     west.site.failback(GROUP)
     life.settle(west)
     # What is left there is served by nobody.
@@ -54,7 +48,7 @@ def test_a_group_that_is_given_back_too_early_says_what_comes_first(
     with life.client(west) as client:
         life.check(client)
     # Again, now that this site has a history of its own, which ends before that.
-    left(west)
+    west.unused()
     east.site.move(GROUP)
     wait_until("west knows", lambda: west.site.groups.load(GROUP).fenced)
     with pytest.raises(errors.StateError, match=f"'vrep reverse {GROUP}' there first"):

@@ -132,14 +132,14 @@ def test_a_role_that_is_late_with_its_answer_is_there(roles: Roles) -> None:
     assert roles.started == []
 
 
-@pytest.mark.parametrize(("how", "status"), [("SIG_DFL", 0), ("lambda *_: sys.exit(3)", 1)])
+@pytest.mark.parametrize(("how", "status"), [("signal.SIG_DFL", 0), ("lambda *_: sys.exit(3)", 1)])
 def test_a_role_that_was_starting_stops_well(roles: Roles, how: str, status: int) -> None:
     """Told to end before it knows of that; and one that says that something went wrong."""
     there = roles.paths.root / "there"
     roles.text = f"""
 import signal, sys, time
 from pathlib import Path
-signal.signal(signal.SIGTERM, {how.replace("SIG_DFL", "signal.SIG_DFL")})
+signal.signal(signal.SIGTERM, {how})
 Path({str(there)!r}).touch()
 time.sleep(600)
 """

@@ -218,7 +218,7 @@ class Supervisor:
             except OSError:  # nobody listens
                 return None
             credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size)
-            return int(UCRED.unpack(credentials)[0])
+            return int(UCRED.unpack(credentials)[0]) or None  # 0: of a namespace that is not ours
 
     def _stop_found(self, role: str) -> None:
         """Stop what an earlier supervisor started."""

@@ -186,6 +186,7 @@ class Keeper:
             failures = mirrored.failures()
         if failures == record.failures:
             return
+        # What changes the VM has the time that a monitor has: it may not be half done.
         log.warning("writes failed at the VM's image", group=name)
         with self._mirrored(name, record) as mirrored:
             if not mirrored.mark():
